@@ -1,0 +1,186 @@
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace normformer {
+
+/// Where the learned scale per attention head acts (NormFormer, section 2; fairseq's code differs from its
+/// paper).
+enum class HeadScale {
+  none,
+  paper,    ///< on each head's output, before the output projection
+  fairseq,  ///< on the projected output, viewed as heads of consecutive channels
+};
+
+/// The feed-forward block's activation. `gelu` is the erf form, `gelu_tanh` its tanh approximation.
+enum class Activation { gelu, gelu_tanh, relu_squared };
+
+/// Whether a sub-layer's LayerNorm acts on its input (Pre-LN) or on the sum after its residual (Post-LN).
+enum class NormPosition { pre, post };
+
+/// Position information added to the token embeddings. `sinusoidal` is fairseq's table, without parameters.
+enum class Positions { sinusoidal, learned };
+
+/// How initial weights are drawn: fairseq's transformer_lm_gpt, or GPT-2's N(0, 0.02) with scaled residual
+/// projections.
+enum class Initialisation { fairseq, gpt2 };
+
+/// How the LayerNorm inside the feed-forward block is computed. Both are exact; they differ in rounding.
+enum class FfnNormForm {
+  folded,  ///< statistics travel with fc2's own reduction, gains folded into its weights: no collective of
+           ///< its own
+  plain,   ///< statistics reduced over the tensor-parallel group, then normalised, as written in the paper
+};
+
+/// What the model's products are computed in. Master weights and main gradients are fp32 (fp64 in fp64).
+enum class Precision { fp64, fp32, bf16 };
+
+/// The shape of the learning rate after its linear warm-up.
+enum class DecayStyle { constant, linear, cosine, polynomial };
+
+/// Which order a pipeline's stages run their micro-batches in.
+enum class PipelineSchedule { gpipe, one_f_one_b };
+
+/// Where Adam's eps stands: torch adds it to sqrt(v_hat); fairseq adds it to sqrt(v) before the bias
+/// correction.
+enum class AdamEps { torch, fairseq };
+
+/// The computing device of every rank.
+enum class DeviceChoice { cpu };
+
+/// The model's shape and switches. Sizes count elements of the whole model, never of one rank's share.
+struct ModelConfig {
+  int64_t layers = 4;
+  int64_t width = 256;   ///< channels of the residual stream, d
+  int64_t heads = 4;     ///< attention heads; divides width
+  int64_t ffn = 0;       ///< features inside the feed-forward block; 0 means 4 x width
+  int64_t vocab = 0;     ///< rows of the token embedding; 0 means as the corpus' manifest says
+  int64_t length = 256;  ///< tokens of a sequence, T
+  HeadScale head_scale = HeadScale::none;
+  bool post_attention_norm = false;
+  bool ffn_norm = false;
+  bool residual_scale = false;  ///< a learned scale per channel on the feed-forward block's residual
+  Activation activation = Activation::gelu;
+  NormPosition norm_position = NormPosition::pre;
+  Positions positions = Positions::sinusoidal;
+  bool embedding_scale = true;  ///< multiply token embeddings by sqrt(width)
+  Initialisation init = Initialisation::fairseq;
+  FfnNormForm ffn_norm_form = FfnNormForm::folded;
+  double norm_eps = 1e-5;
+  double embedding_dropout = 0.0;   ///< on the sum of token and position embeddings
+  double residual_dropout = 0.0;    ///< on each sub-layer's output before its residual sum
+  double attention_dropout = 0.0;   ///< on attention probabilities
+  double activation_dropout = 0.0;  ///< after the activation, before the FFN LayerNorm
+
+  int64_t head_size() const { return width / heads; }
+  bool operator==(const ModelConfig&) const = default;
+};
+
+/// Degrees of parallelism. Their product is the number of ranks; data = 0 means whatever is left.
+struct ParallelConfig {
+  int64_t tensor = 1;
+  int64_t pipeline = 1;
+  int64_t data = 0;
+  PipelineSchedule schedule = PipelineSchedule::one_f_one_b;
+  int64_t bucket_mib = 32;  ///< gradients are reduced over data-parallel ranks in pieces of about this size
+  bool operator==(const ParallelConfig&) const = default;
+};
+
+/// One tokenized data set: the path of its .bin/.idx without extension, and its share of the blend.
+struct DataSource {
+  std::string prefix;
+  double weight = 1.0;
+  bool operator==(const DataSource&) const = default;
+};
+
+/// What is trained on.
+struct DataConfig {
+  std::vector<DataSource> train;
+  std::vector<DataSource> valid;
+  std::string tokenizer;  ///< folder with vocab.json and merges.txt; "" means beside the first training set
+  bool document_mask = false;  ///< attention and loss stop at document ends
+  bool operator==(const DataConfig&) const = default;
+};
+
+/// How the weights move.
+struct OptimizerConfig {
+  double lr = 6e-4;
+  double beta1 = 0.9;
+  double beta2 = 0.98;
+  double eps = 1e-8;
+  double weight_decay = 0.01;  ///< decoupled, on every parameter as in the paper
+  AdamEps eps_form = AdamEps::torch;
+  double clip_norm = 0.0;  ///< largest global gradient norm; 0 means none
+  int64_t warmup_updates = 0;
+  DecayStyle decay = DecayStyle::linear;
+  int64_t decay_updates = 0;  ///< updates until min_lr is reached; 0 means train.updates
+  double min_lr = 0.0;
+  double decay_power = 1.0;  ///< exponent of `polynomial`
+  bool operator==(const OptimizerConfig&) const = default;
+};
+
+/// One run: how long, in what batches, what is printed and saved.
+struct TrainConfig {
+  int64_t updates = 1000;
+  int64_t global_batch = 8;  ///< sequences of one update, over all ranks
+  int64_t micro_batch = 1;   ///< sequences that one rank computes at a time
+  Precision precision = Precision::fp32;
+  uint64_t seed = 1;
+  int64_t valid_every = 0;      ///< updates between validations; 0 means only at the end
+  int64_t valid_sequences = 0;  ///< sequences of a validation; 0 means all
+  int64_t log_every = 1;
+  int64_t max_skipped = 10;  ///< consecutive non-finite updates after which the run ends
+  bool operator==(const TrainConfig&) const = default;
+};
+
+/// Where a run's files go and which checkpoints stay.
+struct CheckpointConfig {
+  std::string folder =
+      "runs/run";     ///< the run's folder: log, metrics, resolved configuration and checkpoints
+  int64_t every = 0;  ///< updates between checkpoints; 0 means only at the end and when stopped
+  int64_t keep = 3;   ///< newest checkpoints that stay; at least 1
+  bool operator==(const CheckpointConfig&) const = default;
+};
+
+/// The machine a rank uses.
+struct DeviceConfig {
+  DeviceChoice kind = DeviceChoice::cpu;
+  int64_t threads = 0;  ///< threads of one rank; 0 means the cores of the host shared by the ranks on it
+  bool operator==(const DeviceConfig&) const = default;
+};
+
+/// Everything that a run needs, typed. Sections of the TOML file bear the members' names; no run needs a
+/// flag.
+struct RunConfig {
+  ModelConfig model;
+  ParallelConfig parallel;
+  DataConfig data;
+  OptimizerConfig optimizer;
+  TrainConfig train;
+  CheckpointConfig checkpoint;
+  DeviceConfig device;
+  bool operator==(const RunConfig&) const = default;
+};
+
+/// Reads a TOML file and then applies "section.key=value" overrides in order; values are TOML (strings may go
+/// unquoted). Throws ConfigError naming file, line and key for anything unknown (with the nearest known key),
+/// mistyped or out of range, and for combinations that no run can have. Checks nothing that needs the number
+/// of ranks or the corpus.
+RunConfig load_run_config(const std::string& path, const std::vector<std::string>& overrides);
+
+/// As load_run_config, from text; `name` stands for the file in messages.
+RunConfig parse_run_config(const std::string& text, const std::string& name,
+                           const std::vector<std::string>& overrides);
+
+/// The whole configuration as TOML, every key written out: what is printed at the start and saved with the
+/// run. parse_run_config(to_toml(c)) == c.
+std::string to_toml(const RunConfig& config);
+
+/// Throws ConfigError where the configuration cannot run on `world` ranks, naming layouts of this model that
+/// would. Fills in parallel.data and model.ffn; returns the completed configuration.
+RunConfig resolve_layout(RunConfig config, int64_t world);
+
+}  // namespace normformer

@@ -1,0 +1,74 @@
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace normformer {
+
+/// Where tensors live. `meta` has shapes and accounts but no memory: the planner is the trainer on it.
+enum class DeviceKind { cpu, meta };
+
+/// What an allocation is for, so that a report can say what holds the memory.
+enum class MemoryUse { parameters, gradients, optimizer, activations, workspace, communication };
+inline constexpr int kNumMemoryUses = 6;
+
+/// "parameters", "gradients", ...
+std::string_view name_of(MemoryUse use);
+
+/// What an allocator has handed out, in bytes.
+struct MemoryReport {
+  int64_t live = 0;           ///< held by tensors now
+  int64_t peak_live = 0;      ///< the most ever held by tensors at once
+  int64_t reserved = 0;       ///< taken from the system now, free blocks kept for reuse included
+  int64_t peak_reserved = 0;  ///< the high-water mark: the most ever taken from the system
+  std::array<int64_t, kNumMemoryUses> live_by_use{};
+  std::array<int64_t, kNumMemoryUses> at_peak_by_use{};  ///< what held the memory when peak_live was reached
+};
+
+/// Hands out 64-byte aligned blocks and keeps freed ones for reuse, by size class; counts every byte.
+/// On `meta` it counts exactly alike and hands out nothing. One per rank; safe from several threads.
+class Allocator : public std::enable_shared_from_this<Allocator> {
+ public:
+  explicit Allocator(DeviceKind device) : device_(device) {}
+  ~Allocator();
+  Allocator(const Allocator&) = delete;
+  Allocator& operator=(const Allocator&) = delete;
+
+  /// A block of at least `bytes` bytes; null on `meta` and for 0 bytes. Its contents are arbitrary.
+  /// Throws Error with a report of what holds the memory where the system has none left.
+  void* allocate(int64_t bytes, MemoryUse use);
+
+  /// Takes back a block of allocate(bytes, use).
+  void release(void* block, int64_t bytes, MemoryUse use) noexcept;
+
+  /// Gives blocks that no tensor holds back to the system.
+  void trim();
+
+  MemoryReport report() const;
+
+  /// Starts the peaks anew from what is held now.
+  void reset_peaks();
+
+  /// What allocate(bytes) really takes: a multiple of 512 bytes, or of a sixteenth of the power of two below.
+  static int64_t size_class(int64_t bytes);
+
+ private:
+  void account(int64_t change, MemoryUse use);
+
+  const DeviceKind device_;
+  mutable std::mutex mutex_;
+  std::map<int64_t, std::vector<void*>>
+      free_;  // by size class; on meta the pointers are null, their number counts
+  MemoryReport report_;
+};
+
+/// A report as a few lines for people.
+std::string to_string(const MemoryReport& report);
+
+}  // namespace normformer
