@@ -1,0 +1,60 @@
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <span>
+
+#include "normformer/tensor/context.h"
+
+namespace normformer::ops {
+
+/// One AdamW update's scalars (Loshchilov, Hutter 2019, algorithm 2; decoupled decay).
+struct AdamW {
+  double lr = 0.0;
+  double beta1 = 0.9;
+  double beta2 = 0.98;
+  double eps = 1e-8;
+  double weight_decay = 0.0;
+  double grad_factor = 1.0;  ///< multiplies the gradient first: 1 / tokens, clipping, loss scale
+  int64_t update = 1;        ///< counts from 1; for the bias corrections
+  bool fairseq_eps =
+      false;  ///< eps joins sqrt(v) before the bias correction of v, as fairseq's fused Adam does
+};
+
+/// Updates flat shards of equal size: master weights, first and second moments and gradient, all of
+/// accumulator_of(T); params of T receives the rounded master, and may be undefined or the master itself.
+/// torch form: p -= lr * (wd * p + m_hat / (sqrt(v_hat) + eps)).
+void adamw(Context& context, const AdamW& step, const Tensor& gradient, const Tensor& master,
+           const Tensor& moment1, const Tensor& moment2, const Tensor& params);
+
+/// The largest |x|; +inf where any element is infinite or not a number; 0 for no elements and on meta.
+double absolute_max(Context& context, const Tensor& x);
+
+/// A sum of squares that does not depend on the order or grouping of its terms: each term is cut at fixed
+/// multiples of powers of two below an agreed anchor, and the cuts are added exactly (Demmel, Nguyen,
+/// "Parallel reproducible summation", IEEE Trans. Comput. 64, 2015). Sums over shards, buckets and ranks
+/// therefore have the same bits in every grouping. Absolute error: below 2^-60 of the anchor's square for
+/// each term.
+class OrderFreeSumOfSquares {
+ public:
+  static constexpr int kBins = 3;
+
+  /// `largest` bounds |x| of every element that will be added anywhere; all ranks pass the same. Finite, >=
+  /// 0.
+  explicit OrderFreeSumOfSquares(double largest);
+
+  /// Adds the squares of x's elements (f32 or f64). At most 2^32 elements over all ranks.
+  void add(Context& context, const Tensor& x);
+
+  /// The exact partial sums; add those of several ranks element by element, in any order.
+  std::array<double, kBins> bins() const { return bins_; }
+
+  /// The sum of squares that bins (added over ranks) stand for.
+  static double value(const std::array<double, kBins>& bins);
+
+ private:
+  std::array<double, kBins> anchors_{};  // 1.5 * 2^k: adding and subtracting one cuts a term at 2^(k - 52)
+  std::array<double, kBins> bins_{};
+};
+
+}  // namespace normformer::ops
