@@ -41,7 +41,7 @@ enum class Precision { fp64, fp32, bf16 };
 /// The shape of the learning rate after its linear warm-up.
 enum class DecayStyle { constant, linear, cosine, polynomial };
 
-/// Which order a pipeline's stages run their micro-batches in.
+/// Which order a pipeline's stages run their micro-batches in; `one_f_one_b` is "1f1b" in files.
 enum class PipelineSchedule { gpipe, one_f_one_b };
 
 /// Where Adam's eps stands: torch adds it to sqrt(v_hat); fairseq adds it to sqrt(v) before the bias
@@ -165,10 +165,10 @@ struct RunConfig {
   bool operator==(const RunConfig&) const = default;
 };
 
-/// Reads a TOML file and then applies "section.key=value" overrides in order; values are TOML (strings may go
-/// unquoted). Throws ConfigError naming file, line and key for anything unknown (with the nearest known key),
-/// mistyped or out of range, and for combinations that no run can have. Checks nothing that needs the number
-/// of ranks or the corpus.
+/// Reads a TOML file of at most 1 MiB and then applies "section.key=value" overrides in order; values are
+/// TOML (strings may go unquoted). Throws ConfigError naming file, line and key for anything unknown (with
+/// the nearest known key), mistyped or out of range, and for combinations that no run can have. Checks
+/// nothing that needs the number of ranks or the corpus.
 RunConfig load_run_config(const std::string& path, const std::vector<std::string>& overrides);
 
 /// As load_run_config, from text; `name` stands for the file in messages.
@@ -178,6 +178,20 @@ RunConfig parse_run_config(const std::string& text, const std::string& name,
 /// The whole configuration as TOML, every key written out: what is printed at the start and saved with the
 /// run. parse_run_config(to_toml(c)) == c.
 std::string to_toml(const RunConfig& config);
+
+/// One key of the configuration, as documentation shows it.
+struct ConfigKey {
+  std::string name;           ///< "section.key"
+  std::string kind;           ///< what may be written: "an integer of at least 1"
+  std::string default_value;  ///< as TOML
+  std::string doc;            ///< what it means
+};
+
+/// Every key that a configuration has, in the order of to_toml.
+std::vector<ConfigKey> config_keys();
+
+/// config_keys() as text for a terminal: name and default, meaning, and what may be written.
+std::string describe_config_keys();
 
 /// Throws ConfigError where the configuration cannot run on `world` ranks, naming layouts of this model that
 /// would. Fills in parallel.data and model.ffn; returns the completed configuration.

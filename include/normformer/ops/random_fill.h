@@ -1,17 +1,10 @@
 #pragma once
 
-#include "normformer/core/checked.h"
 #include "normformer/core/philox.h"
 #include "normformer/tensor/context.h"
+#include "normformer/tensor/rectangle.h"
 
 namespace normformer::ops {
-
-/// Which part of a logical matrix a local tensor holds. A vector of n elements is the matrix [n, 1].
-struct Rectangle {
-  Range rows;
-  Range columns;
-  int64_t global_columns = 1;
-};
 
 /// Fills a [rows, columns] tensor with N(0, std): element (r, c) of the logical matrix is drawn from its
 /// global index alone (Box-Muller on two words of the stream), so every split gives the same values. Computed
