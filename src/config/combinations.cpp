@@ -1,0 +1,101 @@
+#include <algorithm>
+
+#include <fmt/format.h>
+
+#include "field.h"
+#include "suggest.h"
+
+namespace normformer {
+
+namespace {
+
+/// A sentence about keys that cannot stand together, and the keys it is about.
+struct Conflict {
+  std::vector<std::string> keys;
+  std::string sentence;
+};
+
+/// The few divisors of `width` nearest to `heads`, as "4, 6, 8".
+std::string near_divisors(int64_t width, int64_t heads) {
+  std::vector<int64_t> divisors;
+  for (int64_t d = 1; d * d <= width; ++d) {
+    if (width % d != 0) continue;
+    divisors.push_back(d);
+    if (d != width / d) divisors.push_back(width / d);
+  }
+  std::sort(divisors.begin(), divisors.end(), [&](int64_t a, int64_t b) {
+    return std::pair(std::abs(a - heads), a) < std::pair(std::abs(b - heads), b);
+  });
+  divisors.resize(std::min<size_t>(divisors.size(), 4));
+  std::sort(divisors.begin(), divisors.end());
+  std::vector<std::string> words;
+  for (const int64_t d : divisors) words.push_back(fmt::format("{}", d));
+  return join(words);
+}
+
+void check_model(const ModelConfig& m, std::vector<Conflict>& found) {
+  if (m.width % m.heads != 0) {
+    found.push_back({{"model.heads", "model.width"},
+                     fmt::format("model.heads = {} does not divide model.width = {}; heads that do: {}",
+                                 m.heads, m.width, near_divisors(m.width, m.heads))});
+  }
+  if (m.positions == Positions::sinusoidal && (m.width % 2 != 0 || m.width < 4)) {
+    found.push_back(
+        {{"model.width", "model.positions"},
+         fmt::format("sinusoidal positions need an even model.width of at least 4, not {}; or write "
+                     "model.positions = \"learned\"",
+                     m.width)});
+  }
+}
+
+void check_optimizer(const OptimizerConfig& o, std::vector<Conflict>& found) {
+  if (o.min_lr > o.lr) {
+    found.push_back({{"optimizer.min_lr", "optimizer.lr"},
+                     fmt::format("optimizer.min_lr = {} is above optimizer.lr = {}", o.min_lr, o.lr)});
+  }
+  const bool decays = o.decay != DecayStyle::constant && o.decay_updates > 0;
+  if (decays && o.decay_updates <= o.warmup_updates) {
+    found.push_back(
+        {{"optimizer.decay_updates", "optimizer.warmup_updates", "optimizer.decay"},
+         fmt::format("optimizer.decay_updates = {} counts from the first update and must be above "
+                     "optimizer.warmup_updates = {}",
+                     o.decay_updates, o.warmup_updates)});
+  }
+}
+
+void check_train(const RunConfig& c, std::vector<Conflict>& found) {
+  if (c.train.micro_batch > c.train.global_batch) {
+    found.push_back({{"train.micro_batch", "train.global_batch"},
+                     fmt::format("train.micro_batch = {} is more than train.global_batch = {}",
+                                 c.train.micro_batch, c.train.global_batch)});
+  }
+  if (c.train.valid_every > 0 && c.data.valid.empty()) {
+    found.push_back(
+        {{"train.valid_every", "data.valid"},
+         fmt::format("train.valid_every = {} needs a data set to validate on; name one in data.valid, or "
+                     "write train.valid_every = 0",
+                     c.train.valid_every)});
+  }
+}
+
+}  // namespace
+
+void check_combinations(const RunConfig& config,
+                        const std::function<std::string(const std::string& key)>& place_of) {
+  std::vector<Conflict> found;
+  check_model(config.model, found);
+  check_optimizer(config.optimizer, found);
+  check_train(config, found);
+  if (found.empty()) return;
+  const Conflict& first = found.front();
+  // The defaults fit together, so that one of the keys was written; an override outranks the file it amends.
+  std::string place;
+  for (const std::string& key : first.keys) {
+    const std::string written = place_of(key);
+    const bool outranks = written.starts_with("--set ") && !place.starts_with("--set ");
+    if (place.empty() || outranks) place = written;
+  }
+  refuse(place, first.sentence);
+}
+
+}  // namespace normformer

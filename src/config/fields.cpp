@@ -1,0 +1,277 @@
+#include <algorithm>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <fmt/format.h>
+
+#include "normformer/core/error.h"
+
+#include "field.h"
+#include "suggest.h"
+#include "values.h"
+
+namespace normformer {
+
+namespace {
+
+/// No size comes near this, and the product of two stays within 64 bits.
+constexpr int64_t largest_size = int64_t{1} << 30;
+constexpr int64_t largest_degree = int64_t{1} << 20;
+
+/// An enumeration's values and their names in files.
+template <class Enum>
+using Names = std::vector<std::pair<Enum, std::string>>;
+
+template <class Enum>
+std::vector<std::string> words_of(const Names<Enum>& names) {
+  std::vector<std::string> words;
+  for (const auto& [value, word] : names) words.push_back(word);
+  return words;
+}
+
+template <class Enum>
+std::string write_enum(const Names<Enum>& names, Enum value) {
+  const auto known =
+      std::find_if(names.begin(), names.end(), [&](const auto& pair) { return pair.first == value; });
+  NF_CHECK(known != names.end(), "an enumeration's value without a name");
+  return quoted(known->second);
+}
+
+/// Makes the fields of one section, in the order in which they are written.
+template <class Section>
+class SectionFields {
+ public:
+  SectionFields(std::vector<Field>& all, std::string name, Section RunConfig::*member)
+      : all_(all), name_(std::move(name)), member_(member) {}
+
+  template <class Int>
+  void integer(const char* key, Int Section::*value, Integers range, const char* doc) {
+    add(
+        key, kind_of(range), doc, value,
+        [range](const Field& f, const toml::node& n, const Origin& o) {
+          return static_cast<Int>(read_integer(f, range, n, o));
+        },
+        [](Int v) { return fmt::format("{}", v); });
+  }
+
+  void real(const char* key, double Section::*value, Reals range, const char* doc) {
+    add(
+        key, kind_of(range), doc, value,
+        [range](const Field& f, const toml::node& n, const Origin& o) { return read_real(f, range, n, o); },
+        write_real);
+  }
+
+  void boolean(const char* key, bool Section::*value, const char* doc) {
+    add(
+        key, "true or false", doc, value,
+        [](const Field& f, const toml::node& n, const Origin& o) {
+          if (!n.is_boolean()) refuse_value(f, n, o);
+          return n.as_boolean()->get();
+        },
+        [](bool v) { return fmt::format("{}", v); });
+  }
+
+  void text(const char* key, std::string Section::*value, bool may_be_empty, const char* doc) {
+    add(
+        key, may_be_empty ? "a string" : "a non-empty string", doc, value,
+        [may_be_empty](const Field& f, const toml::node& n, const Origin& o) {
+          if (!n.is_string() || (!may_be_empty && n.as_string()->get().empty())) refuse_value(f, n, o);
+          return n.as_string()->get();
+        },
+        [](const std::string& v) { return quoted(v); }, true);
+  }
+
+  template <class Enum>
+  void choice(const char* key, Enum Section::*value, const Names<Enum>& names, const char* doc) {
+    std::vector<std::string> words;
+    for (const std::string& word : words_of(names)) words.push_back(quoted(word));
+    const std::string kind = words.size() == 1 ? words.front() : "one of " + join(words);
+    add(
+        key, kind, doc, value,
+        [names](const Field& f, const toml::node& n, const Origin& o) {
+          return names[read_word(f, words_of(names), n, o)].first;
+        },
+        [names](Enum v) { return write_enum(names, v); }, true);
+  }
+
+  void sources(const char* key, std::vector<DataSource> Section::*value, const char* doc) {
+    add(key, "a string, or an array of strings or of { prefix, weight } tables", doc, value, read_sources,
+        write_sources, true);
+  }
+
+ private:
+  template <class T, class Read, class Write>
+  void add(const char* key, std::string kind, const char* doc, T Section::*value, Read read, Write write,
+           bool text = false) {
+    Field field{name_, key, std::move(kind), doc, text, {}, {}};
+    field.read = [read, value, member = member_, self = field](RunConfig& config, const toml::node& node,
+                                                               const Origin& origin) {
+      config.*member.*value = read(self, node, origin);
+    };
+    field.write = [write, value, member = member_](const RunConfig& config) {
+      return write(config.*member.*value);
+    };
+    all_.push_back(std::move(field));
+  }
+
+  std::vector<Field>& all_;
+  std::string name_;
+  Section RunConfig::*member_;
+};
+
+void add_model(std::vector<Field>& all) {
+  using M = ModelConfig;
+  SectionFields<M> s(all, "model", &RunConfig::model);
+  s.integer("layers", &M::layers, {1, largest_size}, "transformer layers");
+  s.integer("width", &M::width, {1, largest_size}, "channels of the residual stream");
+  s.integer("heads", &M::heads, {1, largest_size}, "attention heads; divides width");
+  s.integer("ffn", &M::ffn, {0, largest_size}, "features inside the feed-forward block; 0 means 4 x width");
+  s.integer("vocab", &M::vocab, {0, largest_size}, "rows of the token embedding; 0 means as the corpus says");
+  s.integer("length", &M::length, {1, largest_size}, "tokens of a sequence");
+  s.choice("head_scale", &M::head_scale,
+           {{HeadScale::none, "none"}, {HeadScale::paper, "paper"}, {HeadScale::fairseq, "fairseq"}},
+           "learned scale per attention head: before the output projection (paper) or after it (fairseq)");
+  s.boolean("post_attention_norm", &M::post_attention_norm, "LayerNorm on the attention block's output");
+  s.boolean("ffn_norm", &M::ffn_norm, "LayerNorm after the feed-forward block's activation");
+  s.boolean("residual_scale", &M::residual_scale,
+            "learned scale per channel on the feed-forward block's residual");
+  s.choice("activation", &M::activation,
+           {{Activation::gelu, "gelu"},
+            {Activation::gelu_tanh, "gelu_tanh"},
+            {Activation::relu_squared, "relu_squared"}},
+           "activation of the feed-forward block; gelu is the erf form");
+  s.choice("norm_position", &M::norm_position, {{NormPosition::pre, "pre"}, {NormPosition::post, "post"}},
+           "LayerNorm on each sub-layer's input (pre) or on the sum after its residual (post)");
+  s.choice("positions", &M::positions,
+           {{Positions::sinusoidal, "sinusoidal"}, {Positions::learned, "learned"}},
+           "position information added to the token embeddings");
+  s.boolean("embedding_scale", &M::embedding_scale, "multiply token embeddings by sqrt(width)");
+  s.choice("init", &M::init, {{Initialisation::fairseq, "fairseq"}, {Initialisation::gpt2, "gpt2"}},
+           "how initial weights are drawn");
+  s.choice("ffn_norm_form", &M::ffn_norm_form,
+           {{FfnNormForm::folded, "folded"}, {FfnNormForm::plain, "plain"}},
+           "how the feed-forward LayerNorm is computed; both are exact and differ in rounding");
+  s.real("norm_eps", &M::norm_eps, {.low = 0, .high = 1, .above = true},
+         "added to the variance in every LayerNorm");
+  s.real("embedding_dropout", &M::embedding_dropout, {0, 1},
+         "dropout on the sum of token and position embeddings");
+  s.real("residual_dropout", &M::residual_dropout, {0, 1}, "dropout on each sub-layer's output");
+  s.real("attention_dropout", &M::attention_dropout, {0, 1}, "dropout on attention probabilities");
+  s.real("activation_dropout", &M::activation_dropout, {0, 1},
+         "dropout after the feed-forward block's activation");
+}
+
+void add_parallel(std::vector<Field>& all) {
+  using P = ParallelConfig;
+  SectionFields<P> s(all, "parallel", &RunConfig::parallel);
+  s.integer("tensor", &P::tensor, {1, largest_degree}, "ranks that share every layer");
+  s.integer("pipeline", &P::pipeline, {1, largest_degree}, "stages that the layers are cut into");
+  s.integer("data", &P::data, {0, largest_degree},
+            "replicas that share the batch; 0 means the ranks left over");
+  s.choice("schedule", &P::schedule,
+           {{PipelineSchedule::gpipe, "gpipe"}, {PipelineSchedule::one_f_one_b, "1f1b"}},
+           "order in which the stages run their micro-batches");
+  s.integer("bucket_mib", &P::bucket_mib, {1, 65536},
+            "gradients are reduced over replicas in pieces of this many MiB");
+}
+
+void add_data(std::vector<Field>& all) {
+  using D = DataConfig;
+  SectionFields<D> s(all, "data", &RunConfig::data);
+  s.sources("train", &D::train, "data sets trained on: paths of .bin/.idx pairs without extension");
+  s.sources("valid", &D::valid, "data sets validated on");
+  s.text("tokenizer", &D::tokenizer, true,
+         "folder with vocab.json and merges.txt; empty means beside the first training set");
+  s.boolean("document_mask", &D::document_mask, "attention and loss stop at document ends");
+}
+
+void add_optimizer(std::vector<Field>& all) {
+  using O = OptimizerConfig;
+  SectionFields<O> s(all, "optimizer", &RunConfig::optimizer);
+  s.real("lr", &O::lr, {.low = 0, .above = true}, "largest learning rate");
+  s.real("beta1", &O::beta1, {0, 1}, "Adam's decay of the gradient's mean");
+  s.real("beta2", &O::beta2, {0, 1}, "Adam's decay of the squared gradient's mean");
+  s.real("eps", &O::eps, {.low = 0, .above = true}, "Adam's term against division by zero");
+  s.real("weight_decay", &O::weight_decay, {0}, "decoupled weight decay");
+  s.choice("eps_form", &O::eps_form, {{AdamEps::torch, "torch"}, {AdamEps::fairseq, "fairseq"}},
+           "eps added to sqrt of the corrected second moment (torch) or of the uncorrected one (fairseq)");
+  s.real("clip_norm", &O::clip_norm, {0}, "largest global gradient norm; 0 means none");
+  s.integer("warmup_updates", &O::warmup_updates, {0}, "updates over which the learning rate rises from 0");
+  s.choice("decay", &O::decay,
+           {{DecayStyle::constant, "constant"},
+            {DecayStyle::linear, "linear"},
+            {DecayStyle::cosine, "cosine"},
+            {DecayStyle::polynomial, "polynomial"}},
+           "shape of the learning rate after its warm-up");
+  s.integer("decay_updates", &O::decay_updates, {0},
+            "updates until min_lr is reached; 0 means train.updates");
+  s.real("min_lr", &O::min_lr, {0}, "learning rate at the end of the decay");
+  s.real("decay_power", &O::decay_power, {.low = 0, .above = true}, "exponent of the polynomial decay");
+}
+
+void add_train(std::vector<Field>& all) {
+  using T = TrainConfig;
+  SectionFields<T> s(all, "train", &RunConfig::train);
+  s.integer("updates", &T::updates, {1}, "updates of the run");
+  s.integer("global_batch", &T::global_batch, {1, largest_size}, "sequences of one update, over all ranks");
+  s.integer("micro_batch", &T::micro_batch, {1, largest_size}, "sequences that one rank computes at a time");
+  s.choice("precision", &T::precision,
+           {{Precision::fp64, "fp64"}, {Precision::fp32, "fp32"}, {Precision::bf16, "bf16"}},
+           "what products are computed in");
+  s.integer("seed", &T::seed, {0}, "of initial weights, data order and dropout");
+  s.integer("valid_every", &T::valid_every, {0}, "updates between validations; 0 means only at the end");
+  s.integer("valid_sequences", &T::valid_sequences, {0}, "sequences of a validation; 0 means all");
+  s.integer("log_every", &T::log_every, {1}, "updates between lines of progress");
+  s.integer("max_skipped", &T::max_skipped, {1}, "consecutive non-finite updates after which the run ends");
+}
+
+void add_checkpoint(std::vector<Field>& all) {
+  using C = CheckpointConfig;
+  SectionFields<C> s(all, "checkpoint", &RunConfig::checkpoint);
+  s.text("folder", &C::folder, false,
+         "the run's folder: log, metrics, resolved configuration and checkpoints");
+  s.integer("every", &C::every, {0}, "updates between checkpoints; 0 means only at the end and when stopped");
+  s.integer("keep", &C::keep, {1}, "newest checkpoints that stay");
+}
+
+void add_device(std::vector<Field>& all) {
+  using D = DeviceConfig;
+  SectionFields<D> s(all, "device", &RunConfig::device);
+  s.choice("kind", &D::kind, {{DeviceChoice::cpu, "cpu"}}, "computing device of every rank");
+  s.integer("threads", &D::threads, {0, 4096}, "threads of one rank; 0 means its share of the host's cores");
+}
+
+}  // namespace
+
+const std::vector<Field>& fields() {
+  static const std::vector<Field> table = [] {
+    std::vector<Field> all;
+    add_model(all);
+    add_parallel(all);
+    add_data(all);
+    add_optimizer(all);
+    add_train(all);
+    add_checkpoint(all);
+    add_device(all);
+    return all;
+  }();
+  return table;
+}
+
+std::vector<std::string> section_names() {
+  std::vector<std::string> names;
+  for (const Field& field : fields()) {
+    if (names.empty() || names.back() != field.section) names.push_back(field.section);
+  }
+  return names;
+}
+
+const Field* find_field(std::string_view section, std::string_view key) {
+  for (const Field& field : fields()) {
+    if (field.section == section && field.key == key) return &field;
+  }
+  return nullptr;
+}
+
+}  // namespace normformer

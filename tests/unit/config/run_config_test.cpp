@@ -1,0 +1,466 @@
+#include "normformer/config/run_config.h"
+
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <set>
+#include <sstream>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "normformer/core/error.h"
+
+namespace normformer {
+namespace {
+
+using testing::HasSubstr;
+using testing::StartsWith;
+using Overrides = std::vector<std::string>;
+
+RunConfig parse(const std::string& text, const Overrides& overrides = {}) {
+  return parse_run_config(text, "x.toml", overrides);
+}
+
+std::string refusal(const std::string& text, const Overrides& overrides = {}) {
+  try {
+    parse(text, overrides);
+  } catch (const ConfigError& error) {
+    return error.what();
+  }
+  return "accepted";
+}
+
+TEST(RunConfig, EmptyFileIsTheDefault) { EXPECT_EQ(parse(""), RunConfig()); }
+
+TEST(RunConfig, ReadsEveryKindOfValue) {
+  const RunConfig c = parse(R"(
+[model]
+layers = 12
+head_scale = "fairseq"
+ffn_norm = true
+norm_eps = 1e-6
+activation = "relu_squared"
+[parallel]
+schedule = "gpipe"
+[optimizer]
+lr = 1  # an integer is a number, too
+[train]
+seed = 9223372036854775807
+[checkpoint]
+folder = "runs/\"a\""
+)");
+  EXPECT_EQ(c.model.layers, 12);
+  EXPECT_EQ(c.model.head_scale, HeadScale::fairseq);
+  EXPECT_TRUE(c.model.ffn_norm);
+  EXPECT_EQ(c.model.norm_eps, 1e-6);
+  EXPECT_EQ(c.model.activation, Activation::relu_squared);
+  EXPECT_EQ(c.parallel.schedule, PipelineSchedule::gpipe);
+  EXPECT_EQ(c.optimizer.lr, 1.0);
+  EXPECT_EQ(c.train.seed, 9223372036854775807U);
+  EXPECT_EQ(c.checkpoint.folder, "runs/\"a\"");
+  RunConfig expected;
+  expected.model.layers = 12;
+  EXPECT_EQ(parse("model.layers = 12"), expected) << "dotted keys are sections, too";
+}
+
+TEST(RunConfig, ReadsDataSets) {
+  using Sources = std::vector<DataSource>;
+  EXPECT_EQ(parse("data.train = 'a/b'").data.train, (Sources{{"a/b", 1.0}}));
+  EXPECT_EQ(parse("data.train = ['a', 'b']").data.train, (Sources{{"a", 1.0}, {"b", 1.0}}));
+  EXPECT_EQ(parse("[[data.valid]]\nprefix = 'a'\nweight = 3\n[[data.valid]]\nprefix = 'b'").data.valid,
+            (Sources{{"a", 3.0}, {"b", 1.0}}));
+}
+
+TEST(RunConfig, RefusesWhatIsNoDataSet) {
+  EXPECT_EQ(refusal("[data]\ntrain = [1]"),
+            "x.toml:2:10: data.train[0] must be a string or a table of prefix and weight, not the integer 1");
+  EXPECT_EQ(refusal("[data]\ntrain = 1"),
+            "x.toml:2:9: data.train must be a string, or an array of strings or of { prefix, weight } "
+            "tables, not the "
+            "integer 1");
+  EXPECT_EQ(refusal("[data]\ntrain = ['a', { prefix = 'b', wieght = 2 }]"),
+            "x.toml:2:31: data.train[1].wieght is not a key; did you mean weight?");
+  EXPECT_EQ(refusal("[data]\ntrain = [{ prefix = 'b', weight = 0 }]"),
+            "x.toml:2:35: data.train[0].weight must be a number above 0, not the integer 0");
+  EXPECT_EQ(refusal("[data]\ntrain = [{ weight = 1 }]"),
+            "x.toml:2:10: data.train[0] has no prefix; write { prefix = \"...\", weight = 1.0 }");
+  EXPECT_EQ(refusal("[data]\ntrain = [{ prefix = 2 }]"),
+            "x.toml:2:21: data.train[0].prefix must be a string, not the integer 2");
+  EXPECT_EQ(refusal("[data]\ntrain = ''"), "x.toml:2:9: data.train must not be empty");
+  EXPECT_EQ(refusal("[data]\ntrain = ['c/text.bin']"),
+            "x.toml:2:10: data.train[0] names a data set without its extension; write \"c/text\" in place of "
+            "\"c/text.bin\"");
+}
+
+TEST(RunConfig, UnknownKeysNameTheNearest) {
+  EXPECT_EQ(refusal("# first\n[model]\n  head_scal = \"paper\""),
+            "x.toml:3:3: model.head_scal is not a key; did you mean model.head_scale?");
+  EXPECT_EQ(refusal("[model]\nlayesr = 3"),
+            "x.toml:2:1: model.layesr is not a key; did you mean model.layers?");
+  EXPECT_EQ(refusal("[train]\nlr = 3"), "x.toml:2:1: train.lr is not a key; did you mean optimizer.lr?");
+  EXPECT_EQ(refusal("[train]\nweigth_decay = 3"),
+            "x.toml:2:1: train.weigth_decay is not a key; did you mean optimizer.weight_decay?");
+  EXPECT_EQ(refusal("[device]\nzzzzzz = 3"),
+            "x.toml:2:1: device.zzzzzz is not a key; the keys of device are kind, threads");
+}
+
+TEST(RunConfig, UnknownSectionsNameTheNearest) {
+  EXPECT_EQ(refusal("[modle]\nlayers = 3"), "x.toml:1:2: [modle] is not a section; did you mean [model]?");
+  EXPECT_EQ(
+      refusal("[zzzzzz]"),
+      "x.toml:1:2: [zzzzzz] is not a section; the sections are model, parallel, data, optimizer, train, "
+      "checkpoint, device");
+  EXPECT_EQ(refusal("layers = 3"),
+            "x.toml:1:1: layers stands outside any section; did you mean model.layers?");
+  EXPECT_EQ(refusal("model = 3"), "x.toml:1:1: model is a section and must be a table, not the integer 3");
+}
+
+TEST(RunConfig, WrongTypesSayWhatWasExpectedAndFound) {
+  EXPECT_EQ(refusal("[model]\nlayers = \"four\""),
+            "x.toml:2:10: model.layers must be an integer from 1 to 1073741824, not the string \"four\"");
+  EXPECT_EQ(refusal("[model]\nffn_norm = 1"),
+            "x.toml:2:12: model.ffn_norm must be true or false, not the integer 1");
+  EXPECT_EQ(
+      refusal("[train]\nupdates = 1e5"),
+      "x.toml:2:11: train.updates must be an integer of at least 1, not the number 100000; write 100000");
+  EXPECT_EQ(refusal("[train]\nupdates = 2.5"),
+            "x.toml:2:11: train.updates must be an integer of at least 1, not the number 2.5");
+  EXPECT_EQ(refusal("[train]\nupdates = inf"),
+            "x.toml:2:11: train.updates must be an integer of at least 1, not the number inf");
+  EXPECT_EQ(refusal("[checkpoint]\nfolder = 1979-05-27"),
+            "x.toml:2:10: checkpoint.folder must be a non-empty string, not a date or time");
+  EXPECT_EQ(refusal("[optimizer]\nlr = []"),
+            "x.toml:2:6: optimizer.lr must be a number above 0, not an array");
+  EXPECT_EQ(refusal("[model]\nactivation = \"relu_sqared\""),
+            "x.toml:2:14: model.activation must be one of \"gelu\", \"gelu_tanh\", \"relu_squared\", not the "
+            "string "
+            "\"relu_sqared\"; did you mean \"relu_squared\"?");
+  EXPECT_EQ(refusal("[device]\nkind = \"abacus\""),
+            "x.toml:2:8: device.kind must be \"cpu\", not the string \"abacus\"");
+}
+
+TEST(RunConfig, RangesAreChecked) {
+  EXPECT_EQ(refusal("[model]\nlayers = 0"),
+            "x.toml:2:10: model.layers must be an integer from 1 to 1073741824, not the integer 0");
+  EXPECT_EQ(
+      refusal("[model]\nresidual_dropout = 1.0"),
+      "x.toml:2:20: model.residual_dropout must be a number of at least 0 and below 1, not the number 1");
+  const std::map<std::string, std::string> too_far = {
+      {"model.layers", "0"},
+      {"model.width", "0"},
+      {"model.heads", "0"},
+      {"model.ffn", "-1"},
+      {"model.vocab", "-1"},
+      {"model.length", "0"},
+      {"model.norm_eps", "0.0"},
+      {"model.embedding_dropout", "1.0"},
+      {"model.residual_dropout", "-0.1"},
+      {"model.attention_dropout", "1"},
+      {"model.activation_dropout", "1.5"},
+      {"parallel.tensor", "0"},
+      {"parallel.pipeline", "0"},
+      {"parallel.data", "-1"},
+      {"parallel.bucket_mib", "0"},
+      {"optimizer.lr", "0.0"},
+      {"optimizer.beta1", "1.0"},
+      {"optimizer.beta2", "1"},
+      {"optimizer.eps", "0"},
+      {"optimizer.weight_decay", "-0.1"},
+      {"optimizer.clip_norm", "-1"},
+      {"optimizer.warmup_updates", "-1"},
+      {"optimizer.decay_updates", "-1"},
+      {"optimizer.min_lr", "-1e-9"},
+      {"optimizer.decay_power", "0"},
+      {"train.updates", "0"},
+      {"train.global_batch", "0"},
+      {"train.micro_batch", "0"},
+      {"train.seed", "-1"},
+      {"train.valid_every", "-1"},
+      {"train.valid_sequences", "-1"},
+      {"train.log_every", "0"},
+      {"train.max_skipped", "0"},
+      {"checkpoint.every", "-1"},
+      {"checkpoint.keep", "0"},
+      {"device.threads", "-1"},
+  };
+  for (const ConfigKey& key : config_keys()) {
+    const bool number = key.kind.starts_with("an integer") || key.kind.starts_with("a number");
+    EXPECT_EQ(too_far.contains(key.name), number) << key.name << " is missing from the list above";
+  }
+  for (const auto& [key, value] : too_far) {
+    EXPECT_THAT(refusal(key + " = " + value), HasSubstr(key + " must be a")) << key;
+    EXPECT_THAT(refusal("", {key + "=" + value}),
+                StartsWith("--set " + key + "=" + value + ": " + key + " must"));
+  }
+}
+
+TEST(RunConfig, NumbersMustBeFinite) {
+  for (const ConfigKey& key : config_keys()) {
+    if (!key.kind.starts_with("a number")) continue;
+    for (const std::string value : {"nan", "-nan", "inf", "-inf", "+inf"}) {
+      EXPECT_THAT(refusal(key.name + " = " + value), HasSubstr(key.name + " must be a number")) << value;
+    }
+  }
+  EXPECT_THAT(refusal("data.train = [{ prefix = 'a', weight = nan }]"),
+              HasSubstr("weight must be a number above 0"));
+}
+
+TEST(RunConfig, CombinationsThatCannotRunAreRefused) {
+  EXPECT_EQ(refusal("[model]\nwidth = 250\nheads = 6"),
+            "x.toml:3:9: model.heads = 6 does not divide model.width = 250; heads that do: 1, 2, 5, 10");
+  EXPECT_EQ(refusal("[model]\nwidth = 5\nheads = 1"),
+            "x.toml:2:9: sinusoidal positions need an even model.width of at least 4, not 5; or write "
+            "model.positions "
+            "= \"learned\"");
+  EXPECT_THAT(refusal("[model]\nwidth = 2\nheads = 1"), HasSubstr("at least 4, not 2"));
+  EXPECT_EQ(refusal("[model]\nwidth = 4\nheads = 1"), "accepted");
+  EXPECT_EQ(refusal("[model]\nwidth = 5\nheads = 1\npositions = 'learned'"), "accepted");
+  EXPECT_EQ(refusal("[train]\nmicro_batch = 9"),
+            "x.toml:2:15: train.micro_batch = 9 is more than train.global_batch = 8");
+  EXPECT_EQ(refusal("[train]\nmicro_batch = 9\nglobal_batch = 9"), "accepted");
+  EXPECT_EQ(refusal("[optimizer]\nmin_lr = 1e-3"),
+            "x.toml:2:10: optimizer.min_lr = 0.001 is above optimizer.lr = 0.0006");
+  EXPECT_EQ(refusal("[optimizer]\nwarmup_updates = 10\ndecay_updates = 10"),
+            "x.toml:3:17: optimizer.decay_updates = 10 counts from the first update and must be above "
+            "optimizer.warmup_updates = 10");
+  EXPECT_EQ(refusal("[optimizer]\nwarmup_updates = 10\ndecay_updates = 10\ndecay = 'constant'"), "accepted");
+  EXPECT_THAT(refusal("[train]\nvalid_every = 10"),
+              StartsWith("x.toml:2:15: train.valid_every = 10 needs a data set"));
+}
+
+TEST(RunConfig, AConflictIsLaidToTheOverride) {
+  EXPECT_THAT(refusal("[model]\nheads = 8", {"model.width=12"}),
+              StartsWith("--set model.width=12: model.heads = 8 does not divide model.width = 12; "));
+}
+
+TEST(RunConfig, SyntaxErrorsNameTheLine) {
+  EXPECT_THAT(refusal("[model]\nlayers = \n"), StartsWith("x.toml:2:"));
+  EXPECT_THAT(refusal("[model]\nlayers = 3\nlayers = 4"), StartsWith("x.toml:3:"));
+  EXPECT_THAT(refusal("[model]\nlayers = 99999999999999999999"), StartsWith("x.toml:2:"));
+  EXPECT_THAT(refusal("a = '\xff'"), StartsWith("x.toml:1:"));
+  EXPECT_THAT(refusal("a = " + std::string(100'000, '[')), StartsWith("x.toml:1:"));
+}
+
+TEST(RunConfig, LargeTextsAreRefused) {
+  EXPECT_EQ(refusal(std::string(1 << 20, '\n')), "accepted");
+  EXPECT_EQ(refusal(std::string((1 << 20) + 1, '\n')),
+            "x.toml: 1048577 bytes are more than a configuration may have (1048576)");
+}
+
+TEST(Overrides, ComeAfterTheFileAndInOrder) {
+  EXPECT_EQ(parse("model.layers = 3", {"model.layers=5", "model.layers = 7"}).model.layers, 7);
+}
+
+TEST(Overrides, AreTomlOrPlainText) {
+  EXPECT_EQ(parse("", {"checkpoint.folder=runs/a b"}).checkpoint.folder, "runs/a b");
+  EXPECT_EQ(parse("", {"checkpoint.folder=\"runs/c\""}).checkpoint.folder, "runs/c");
+  EXPECT_EQ(parse("", {"checkpoint.folder=2024"}).checkpoint.folder, "2024");
+  EXPECT_EQ(parse("", {"checkpoint.folder=a=b\nc = 3"}).checkpoint.folder, "a=b\nc = 3");
+  EXPECT_EQ(parse("", {"model.head_scale=paper"}).model.head_scale, HeadScale::paper);
+  EXPECT_EQ(parse("", {"optimizer.lr=3e-3"}).optimizer.lr, 3e-3);
+  EXPECT_EQ(parse("", {"data.train=a/b"}).data.train, (std::vector<DataSource>{{"a/b", 1.0}}));
+  EXPECT_EQ(parse("", {"data.train=[{prefix='a', weight=2}, 'b']"}).data.train,
+            (std::vector<DataSource>{{"a", 2.0}, {"b", 1.0}}));
+  EXPECT_EQ(parse("data.train = 'a'", {"data.train=[]"}).data.train, (std::vector<DataSource>{}));
+}
+
+TEST(Overrides, ErrorsNameTheOverride) {
+  EXPECT_EQ(
+      refusal("", {"model.layers=1O"}),
+      "--set model.layers=1O: model.layers must be an integer from 1 to 1073741824, not the string \"1O\"");
+  EXPECT_THAT(refusal("", {"model.layers="}), HasSubstr("not the string \"\""));
+  EXPECT_THAT(refusal("", {"model.layers=3\ntrain.seed=4"}),
+              HasSubstr("not the string \"3\\u000Atrain.seed=4\""));
+  EXPECT_EQ(refusal("", {"model.head_scal=paper"}),
+            "--set model.head_scal=paper: model.head_scal is not a key; did you mean model.head_scale?");
+  EXPECT_EQ(refusal("", {"mdel.layers=3"}),
+            "--set mdel.layers=3: mdel.layers is not a key; did you mean model.layers?");
+  EXPECT_EQ(refusal("", {"lr=3"}), "--set lr=3: lr is not a key; did you mean optimizer.lr?");
+  EXPECT_EQ(refusal("", {"device=3"}),
+            "--set device=3: device is a section; name one of its keys: kind, threads");
+  EXPECT_EQ(refusal("", {"model.layers"}), "--set model.layers: an override is written section.key=value");
+  EXPECT_EQ(refusal("", {"data.train.prefix=a"}),
+            "--set data.train.prefix=a: data.train.prefix is not a key; the keys of data are train, valid, "
+            "tokenizer, "
+            "document_mask");
+  EXPECT_THAT(refusal("", {"checkpoint.folder=\xff"}), HasSubstr("the value is not valid UTF-8"));
+}
+
+TEST(RunConfig, WrittenTextReadsBack) {
+  RunConfig c;
+  EXPECT_EQ(parse(to_toml(c)), c);
+  c.data.train = {{"a\\b \"c\"\n\t\x01\x7f \xc3\xa9", 0.1}, {"d", 2}};
+  c.data.valid = {{"e", 1}};
+  c.data.tokenizer = "#[=]'";
+  c.optimizer.lr = 1.0 / 3;
+  c.optimizer.eps = 5e-324;
+  c.optimizer.weight_decay = 1.7976931348623157e308;
+  c.optimizer.clip_norm = 1;
+  c.train.seed = 9223372036854775807U;
+  EXPECT_EQ(parse(to_toml(c)), c);
+  EXPECT_THAT(to_toml(c), HasSubstr("clip_norm = 1.0\n"));
+}
+
+std::map<std::string, std::string> lines_by_key(const std::string& text) {
+  std::map<std::string, std::string> lines;
+  std::istringstream stream(text);
+  std::string line, section;
+  while (std::getline(stream, line)) {
+    if (line.starts_with('[')) section = line.substr(1, line.size() - 2);
+    const size_t equals = line.find(" = ");
+    if (equals != std::string::npos) lines[section + "." + line.substr(0, equals)] = line.substr(equals + 3);
+  }
+  return lines;
+}
+
+/// Another value for every key, as it is written.
+const std::map<std::string, std::string>& other_values() {
+  static const std::map<std::string, std::string> values = {
+      {"model.layers", "5"},
+      {"model.width", "512"},
+      {"model.heads", "8"},
+      {"model.ffn", "77"},
+      {"model.vocab", "50257"},
+      {"model.length", "1024"},
+      {"model.head_scale", "\"paper\""},
+      {"model.post_attention_norm", "true"},
+      {"model.ffn_norm", "true"},
+      {"model.residual_scale", "true"},
+      {"model.activation", "\"gelu_tanh\""},
+      {"model.norm_position", "\"post\""},
+      {"model.positions", "\"learned\""},
+      {"model.embedding_scale", "false"},
+      {"model.init", "\"gpt2\""},
+      {"model.ffn_norm_form", "\"plain\""},
+      {"model.norm_eps", "1e-06"},
+      {"model.embedding_dropout", "0.1"},
+      {"model.residual_dropout", "0.2"},
+      {"model.attention_dropout", "0.3"},
+      {"model.activation_dropout", "0.4"},
+      {"parallel.tensor", "2"},
+      {"parallel.pipeline", "3"},
+      {"parallel.data", "4"},
+      {"parallel.schedule", "\"gpipe\""},
+      {"parallel.bucket_mib", "64"},
+      {"data.train", "[\"a\", \"b\"]"},
+      {"data.valid", "[{ prefix = \"c\", weight = 2.5 }]"},
+      {"data.tokenizer", "\"t\""},
+      {"data.document_mask", "true"},
+      {"optimizer.lr", "0.003"},
+      {"optimizer.beta1", "0.8"},
+      {"optimizer.beta2", "0.95"},
+      {"optimizer.eps", "1e-06"},
+      {"optimizer.weight_decay", "0.1"},
+      {"optimizer.eps_form", "\"fairseq\""},
+      {"optimizer.clip_norm", "1.0"},
+      {"optimizer.warmup_updates", "50"},
+      {"optimizer.decay", "\"cosine\""},
+      {"optimizer.decay_updates", "500"},
+      {"optimizer.min_lr", "1e-05"},
+      {"optimizer.decay_power", "2.0"},
+      {"train.updates", "2"},
+      {"train.global_batch", "16"},
+      {"train.micro_batch", "4"},
+      {"train.precision", "\"bf16\""},
+      {"train.seed", "42"},
+      {"train.valid_every", "10"},
+      {"train.valid_sequences", "100"},
+      {"train.log_every", "7"},
+      {"train.max_skipped", "3"},
+      {"checkpoint.folder", "\"elsewhere\""},
+      {"checkpoint.every", "11"},
+      {"checkpoint.keep", "1"},
+      {"device.kind", "\"cpu\""},
+      {"device.threads", "2"},
+  };
+  return values;
+}
+
+TEST(RunConfig, EachKeyIsReadAndWrittenByItself) {
+  std::set<std::string> known;
+  for (const ConfigKey& key : config_keys()) known.insert(key.name);
+  for (const auto& [key, value] : other_values()) EXPECT_TRUE(known.contains(key)) << key;
+  const std::string start = "data.valid = 'v'\n";  // a validation needs a data set
+  const std::map<std::string, std::string> before = lines_by_key(to_toml(parse(start)));
+  EXPECT_EQ(before.size(), known.size());
+  for (const std::string& key : known) {
+    ASSERT_TRUE(other_values().contains(key)) << key << " is missing from the list above";
+    const std::string value = other_values().at(key);
+    const RunConfig changed = parse(key == "data.valid" ? "" : start, {key + "=" + value});
+    const bool only_choice = key == "device.kind";
+    EXPECT_EQ(changed == parse(start), only_choice) << key;
+    EXPECT_EQ(parse(to_toml(changed)), changed) << key;
+    std::map<std::string, std::string> expected = before;
+    expected[key] = value;
+    EXPECT_EQ(lines_by_key(to_toml(changed)), expected) << key;
+    EXPECT_EQ(parse((key == "data.valid" ? "" : start) + key + " = " + value), changed)
+        << "from a file: " << key;
+  }
+}
+
+TEST(RunConfig, EveryKeyIsDescribed) {
+  const std::string text = describe_config_keys();
+  for (const ConfigKey& key : config_keys()) {
+    EXPECT_THAT(text, HasSubstr(key.name + " = " + key.default_value + "\n"));
+    EXPECT_FALSE(key.doc.empty()) << key.name;
+  }
+  EXPECT_THAT(text,
+              HasSubstr("train.updates = 1000\n    updates of the run\n    an integer of at least 1\n"));
+}
+
+class ConfigFile : public testing::Test {
+ protected:
+  void SetUp() override {
+    std::string pattern = (std::filesystem::temp_directory_path() / "config_test_XXXXXX").string();
+    ASSERT_NE(mkdtemp(pattern.data()), nullptr);
+    folder_ = pattern;
+  }
+  void TearDown() override { std::filesystem::remove_all(folder_); }
+
+  std::string write(const std::string& name, const std::string& text) const {
+    std::ofstream(folder_ / name, std::ios::binary) << text;
+    return (folder_ / name).string();
+  }
+
+  std::string refusal(const std::string& path) const {
+    try {
+      load_run_config(path, {});
+    } catch (const ConfigError& error) {
+      return error.what();
+    }
+    return "accepted";
+  }
+
+  std::filesystem::path folder_;
+};
+
+TEST_F(ConfigFile, IsReadWithOverrides) {
+  const std::string path = write("a.toml", "[model]\nlayers = 3\nwidth = 128\n");
+  const RunConfig c = load_run_config(path, {"model.layers=6"});
+  EXPECT_EQ(c.model.layers, 6);
+  EXPECT_EQ(c.model.width, 128);
+}
+
+TEST_F(ConfigFile, ErrorsNameIt) {
+  const std::string path = write("a.toml", "[model]\nlayers = -3\n");
+  EXPECT_THAT(refusal(path), StartsWith(path + ":2:10: model.layers must be"));
+}
+
+TEST_F(ConfigFile, MissingOnesNameTheNearest) {
+  const std::string path = write("small.toml", "");
+  EXPECT_EQ(refusal((folder_ / "smal.toml").string()),
+            (folder_ / "smal.toml").string() + ": there is no such file; did you mean " + path + "?");
+  EXPECT_EQ(refusal((folder_ / "nothing" / "alike").string()),
+            (folder_ / "nothing" / "alike").string() + ": there is no such file");
+}
+
+TEST_F(ConfigFile, FoldersAndLargeFilesAreRefused) {
+  EXPECT_EQ(refusal(folder_.string()), folder_.string() + ": is a folder; name a TOML file");
+  const std::string path = write("large.toml", std::string((1 << 20) + 1, '#'));
+  EXPECT_EQ(refusal(path), path + ": is larger than a configuration may be (1048576 bytes)");
+}
+
+}  // namespace
+}  // namespace normformer
