@@ -34,7 +34,8 @@ struct SublayerOutputGradients {
   Tensor residual_scale;
 };
 
-/// From dout to dbranch and dresidual. branch is as in the forward; residual is read only where there is a
+/// From dout to dbranch and dresidual. branch is as in the forward, and may be undefined
+/// where there is neither head_scale nor norm; residual is read only where there is a
 /// residual_scale. dbranch may be dout where dresidual is not; where there is no residual_scale, dresidual
 /// equals dout and may be undefined (the caller then uses dout). Sums over tokens run in an order that does
 /// not depend on the number of threads.

@@ -1,0 +1,73 @@
+#pragma once
+
+#include "normformer/model/environment.h"
+#include "normformer/ops/attention.h"
+#include "normformer/ops/sublayer.h"
+#include "normformer/tensor_parallel/linear.h"
+#include "normformer/tensor_parallel/stream.h"
+
+namespace normformer {
+
+/// The attention sub-layer with its LayerNorms and residual (NormFormer, section 2):
+///   pre:  x + drop(LN_post(scale(W_o attention(LN(x)) + b_o)))
+///   post: LN(x + drop(...)), the sub-layer reading x itself.
+/// Head scale acts before W_o (`paper`) or after it (`fairseq`); LN_post where post_attention_norm is set.
+/// Heads are split over the tensor-parallel group, in whole heads.
+template <class Stream>
+class AttentionBlock {
+ public:
+  /// What a micro-batch's backward needs; pieces go as they are used up.
+  struct Saved {
+    ops::AttentionShape shape;
+    ops::Dropout probabilities_dropout;
+    ops::Dropout output_dropout;
+    Tensor document_start;
+    NormSaved norm;      // the sub-layer's own LayerNorm
+    Tensor input;        // [N, D]: what the projections read
+    Tensor qkv;          // [N, 3 * channels of this rank]
+    Tensor heads;        // [N, channels of this rank]: attention's output, before head scale
+    Tensor lse;          // [B, heads of this rank, T]
+    Tensor projected;    // [N, D]: the reduced output of W_o, without bias
+    Tensor output_mean;  // of LN_post
+    Tensor output_rstd;
+    Tensor dqkv;  // left by backward_input for backward_weight
+    Tensor dprojected;
+  };
+
+  /// Declares its parameters in the store; `layer` is global.
+  AttentionBlock(const ModelEnvironment& environment, int64_t layer, ParameterStore& store);
+
+  /// x [N, D] to the stream after the residual. Collective over the tensor group.
+  Placed<Stream> forward(const MicroBatch& batch, const Placed<Stream>& x, Saved& saved) const;
+
+  /// The gradient of x; gradients of vectors are added here, those of products in backward_weight.
+  /// Collective over the tensor group.
+  Placed<Stream> backward_input(Saved& saved, const Placed<Stream>& dout) const;
+
+  /// Adds the gradients of the products' weights and frees what backward_input left.
+  void backward_weight(Saved& saved) const;
+
+ private:
+  bool is_pre() const { return environment_.config.norm_position == NormPosition::pre; }
+  ColumnParallelLinear qkv_linear() const;
+  RowParallelLinear output_linear() const;
+  ops::SublayerOutput output_parts(const ops::Dropout& dropout) const;
+  ops::SublayerOutputGradients output_gradients() const;
+  Placed<FeatureSharded> scaled_heads(const Tensor& heads) const;
+
+  ModelEnvironment environment_;
+  int64_t layer_;
+  const ParameterStore* store_;
+  StreamBoundary<Stream> boundary_;
+  NormParameters norm_;
+  Parameter* q_weight_ = nullptr;  // followed by k's and v's: one matrix [3 * channels, D]
+  Parameter* q_bias_ = nullptr;
+  Parameter* head_scale_ = nullptr;
+  Parameter* output_weight_ = nullptr;
+  Parameter* output_bias_ = nullptr;
+  NormParameters output_norm_;
+};
+
+extern template class AttentionBlock<Replicated>;
+
+}  // namespace normformer

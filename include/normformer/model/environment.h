@@ -1,0 +1,127 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "normformer/comm/group.h"
+#include "normformer/config/run_config.h"
+#include "normformer/mesh/parameter.h"
+#include "normformer/ops/dropout.h"
+#include "normformer/sharding/parameter_store.h"
+#include "normformer/tensor/context.h"
+
+namespace normformer {
+
+/// What every part of a model knows: where it computes, what it is, and with whom it shares heads and
+/// features.
+struct ModelEnvironment {
+  Context* context;
+  ModelConfig config;  ///< with ffn and vocab filled in
+  DType dtype;         ///< of weights and activations
+  Group tensor;        ///< the tensor-parallel group
+  uint64_t seed;
+
+  /// This rank's heads, feed-forward features, channels of its heads, and rows of the vocabulary.
+  Range heads() const { return even_part(config.heads, tensor.size(), tensor.rank()); }
+  Range features() const { return even_part(config.ffn, tensor.size(), tensor.rank()); }
+  Range head_channels() const {
+    return {heads().begin * config.head_size(), heads().end * config.head_size()};
+  }
+  Range vocabulary() const { return even_part(config.vocab, tensor.size(), tensor.rank()); }
+};
+
+/// What a forward pass is for.
+enum class Purpose {
+  training,    ///< dropout is on, the loss and its gradients are wanted
+  evaluation,  ///< every target's negative log-likelihood is wanted
+  generation,  ///< the logits behind each sequence's last token are wanted
+};
+
+/// The tokens of one micro-batch and what is asked of them. Undefined tensors mean: not needed here, or no
+/// mask.
+struct MicroBatch {
+  int64_t sequences = 0;     ///< may be 0: a replica with fewer micro-batches than others runs empty ones
+  int64_t length = 0;        ///< tokens of a sequence; at most the model's
+  int64_t first_sample = 0;  ///< position of its first sequence in the global batch
+  uint64_t batch_index = 0;  ///< which global batch; keys dropout
+  Purpose purpose = Purpose::evaluation;
+  Tensor tokens;          ///< i32 [sequences * length]
+  Tensor targets;         ///< i32, as many
+  Tensor weights;         ///< u8, as many: 1 where a target counts
+  Tensor document_start;  ///< i32, as many: see ops/attention.h
+
+  int64_t num_tokens() const { return sequences * length; }
+};
+
+/// Where in the model a dropout acts. The values are part of what a seed means: they never change.
+enum class DropoutSite : uint64_t {
+  embedding = 0,
+  attention = 1,
+  attention_output = 2,
+  activation = 3,
+  ffn_output = 4
+};
+
+/// The dropout of a site for a micro-batch: inactive unless it trains and the probability is positive.
+/// `layer` is global; `row_elements` and `first_column` as in ops::Dropout.
+ops::Dropout make_dropout(const ModelEnvironment& environment, const MicroBatch& batch, DropoutSite site,
+                          int64_t layer, double probability, int64_t row_elements, int64_t first_column = 0);
+
+/// Declares parameters of one module under a common prefix.
+class ParameterDeclarer {
+ public:
+  ParameterDeclarer(const ModelEnvironment& environment, ParameterStore& store, std::string prefix)
+      : environment_(&environment), store_(&store), prefix_(std::move(prefix)) {}
+
+  /// A vector that every rank of the tensor group holds whole; its first rank owns it.
+  Parameter& replicated_vector(const std::string& name, int64_t size, InitialValue initial) const;
+
+  /// A vector of `size` of which this rank holds `part`.
+  Parameter& sharded_vector(const std::string& name, int64_t size, Range part, InitialValue initial,
+                            bool joins_previous = false) const;
+
+  /// A matrix of which this rank holds rows `part`, or columns `part`.
+  Parameter& row_sharded(const std::string& name, int64_t rows, int64_t columns, Range part,
+                         InitialValue initial, bool joins_previous = false) const;
+  /// A matrix that every rank of the tensor group holds whole; its first rank owns it.
+  Parameter& replicated_matrix(const std::string& name, int64_t rows, int64_t columns,
+                               InitialValue initial) const;
+
+  Parameter& column_sharded(const std::string& name, int64_t rows, int64_t columns, Range part,
+                            InitialValue initial) const;
+
+ private:
+  Parameter& declare(const std::string& name, Shape shape, Rectangle part, bool replicated,
+                     InitialValue initial, bool joins_previous) const;
+
+  const ModelEnvironment* environment_;
+  ParameterStore* store_;
+  std::string prefix_;
+};
+
+/// "decoder.layers.N."
+std::string layer_prefix(int64_t layer);
+
+/// Gain and bias of one LayerNorm.
+struct NormParameters {
+  Parameter* gamma = nullptr;
+  Parameter* beta = nullptr;
+};
+
+/// Declares a LayerNorm over the residual stream's channels, gain 1 and bias 0.
+NormParameters declare_stream_norm(const ParameterDeclarer& declare, const std::string& name, int64_t width);
+
+/// LayerNorm on the residual stream: forward with what its backward needs.
+struct NormSaved {
+  Tensor input;
+  Tensor mean;
+  Tensor rstd;
+};
+Tensor stream_norm_forward(const ModelEnvironment& environment, const NormParameters& norm, const Tensor& x,
+                           NormSaved& saved);
+
+/// The gradient of the norm's input, plus `residual` where defined. Adds to the norm's gradients.
+Tensor stream_norm_backward(const ModelEnvironment& environment, const NormParameters& norm,
+                            const NormSaved& saved, const Tensor& dy, const Tensor& residual);
+
+}  // namespace normformer

@@ -1,0 +1,102 @@
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "normformer/model/attention_block.h"
+#include "normformer/model/environment.h"
+#include "normformer/model/feed_forward_block.h"
+#include "normformer/pipeline/stage.h"
+#include "normformer/tensor_parallel/vocabulary.h"
+
+namespace normformer {
+
+/// Which part of the model one rank of the pipeline holds.
+struct StagePart {
+  Range layers;       ///< global numbers
+  bool first = true;  ///< holds the embeddings
+  bool last = true;   ///< holds the final LayerNorm, the output logits and the loss
+};
+
+/// One pipeline stage of a language model: the one place that says what is where. Embeddings on the first
+/// stage, the tied output on the last; where these are different ranks both hold a copy of the token
+/// embedding, whose gradients are summed over the embedding group (the first stage owns it). The whole model
+/// is the stage that is first and last.
+class LanguageModelStage final : public Stage {
+ public:
+  /// Declares the stage's parameters in the store, which the caller then allocates and fills.
+  LanguageModelStage(ModelEnvironment environment, StagePart part, ParameterStore& store);
+  ~LanguageModelStage() override;
+
+  /// To be called whenever weights have changed and before the next forward: folds FFN LayerNorms into their
+  /// products, in one reduction for all layers. Collective over the tensor group.
+  void prepare();
+
+  /// Sets the micro-batches that the following calls refer to by number, and forgets what the last ones left.
+  /// Every rank gets the same sizes; tokens are read on the first stage, targets and weights on the last,
+  /// document_start on all.
+  void set_micro_batches(std::vector<MicroBatch> batches);
+
+  /// Sum of the negative log-likelihoods of all targets that count in the micro-batches forwarded since
+  /// set_micro_batches; 0 on other stages than the last.
+  double loss_sum() const { return loss_sum_; }
+
+  /// What the forward of micro-batch `index` computed on the last stage: [N] negative log-likelihoods, or for
+  /// Purpose::generation the logits [sequences, V of this rank] after the last tokens. Undefined before, and
+  /// for empty ones.
+  const Tensor& result(int64_t index) const { return results_[static_cast<size_t>(index)]; }
+
+  Tensor forward(int64_t micro_batch, const Tensor& input, std::unique_ptr<Stage::Saved>& saved) override;
+  Tensor backward(int64_t micro_batch, Stage::Saved& saved, const Tensor& doutput) override;
+  Tensor backward_input(int64_t micro_batch, Stage::Saved& saved, const Tensor& doutput) override;
+  void backward_weight(int64_t micro_batch, Stage::Saved& saved) override;
+  Shape boundary_shape(int64_t micro_batch) const override;
+  DType boundary_dtype() const override { return environment_.dtype; }
+
+  const ModelEnvironment& environment() const { return environment_; }
+  const StagePart& part() const { return part_; }
+
+ private:
+  struct Layer;
+  struct LayerSaved;
+  struct SavedState;
+
+  VocabularyRows vocabulary_rows() const;
+  double embedding_factor() const;
+  Tensor embed(const MicroBatch& batch, SavedState& saved) const;
+  void embed_backward(const MicroBatch& batch, const SavedState& saved, const Tensor& dx) const;
+  Tensor finish(int64_t micro_batch, const Tensor& x, SavedState& saved);
+  Tensor last_tokens(const MicroBatch& batch, const Tensor& x) const;
+  Tensor finish_backward(SavedState& saved) const;
+  Tensor empty_boundary(int64_t micro_batch, bool exists) const;
+  template <class AfterLayer>
+  Tensor run_backward(int64_t micro_batch, SavedState& saved, const Tensor& doutput,
+                      AfterLayer after_layer) const;
+
+  ModelEnvironment environment_;
+  StagePart part_;
+  Parameter* embedding_ = nullptr;
+  Parameter* positions_ = nullptr;  // learned positions
+  Tensor sinusoidal_;               // [length, D], made when first needed
+  std::vector<std::unique_ptr<Layer>> layers_;
+  NormParameters final_norm_;
+  Tensor folded_;  // [layers, 2, D]: c and w_beta of every layer
+  std::vector<MicroBatch> batches_;
+  std::vector<Tensor> results_;
+  double loss_sum_ = 0.0;
+};
+
+/// A stage as the pipeline drives it where nothing is saved: evaluation and generation. Refers to the stage.
+class ForwardOnlyStage final : public ForwardStage {
+ public:
+  explicit ForwardOnlyStage(LanguageModelStage& stage) : stage_(&stage) {}
+  Tensor forward(int64_t micro_batch, const Tensor& input) override;
+  Shape boundary_shape(int64_t micro_batch) const override { return stage_->boundary_shape(micro_batch); }
+  DType boundary_dtype() const override { return stage_->boundary_dtype(); }
+
+ private:
+  LanguageModelStage* stage_;
+};
+
+}  // namespace normformer

@@ -1,0 +1,87 @@
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "normformer/comm/group.h"
+#include "normformer/ops/optimizer.h"
+#include "normformer/sharding/parameter_store.h"
+
+namespace normformer {
+
+/// Which of a parameter's values an optimizer keeps.
+enum class StateRole { master, moment1, moment2 };
+
+/// A run of one parameter's optimizer state on this rank: elements `range` of the parameter's part, flattened
+/// row by row. `values` shares memory with the optimizer.
+struct StatePiece {
+  const Parameter* parameter;
+  StateRole role;
+  Range range;
+  Tensor values;
+};
+
+/// AdamW with its state sharded over the data-parallel group: ZeRO stage 1 (Rajbhandari et al. 2020,
+/// section 5.1).
+///
+/// Each bucket of the store is cut evenly over the group; a rank sums, keeps and updates its piece of each.
+/// Master weights and moments are of the accumulator type; where the model's type is the same, the store's
+/// values are the masters. Pieces need not divide evenly, and nothing is padded.
+class ShardedOptimizer {
+ public:
+  /// `embedding` is undefined on ranks that hold no tied copy; `world` is everyone, for norms.
+  ShardedOptimizer(ParameterStore& store, Group data, Group embedding, Group world);
+
+  /// Draws this rank's weights from the seed, masters first. Collective over nothing: every rank draws its
+  /// own.
+  void initialise(uint64_t seed);
+
+  /// Sums main gradients over the ranks that their declarations name: tied embeddings over the embedding
+  /// group first, then every bucket over the data group. Afterwards only this rank's pieces hold sums.
+  /// Collective over the world.
+  void reduce_gradients();
+
+  /// The largest |gradient| of the model, agreed by all ranks; +inf where any is not finite. Collective over
+  /// the world.
+  double largest_gradient();
+
+  /// The 2-norm of all gradients, each scalar of the model counted once whoever holds it, with the same bits
+  /// in every grouping of the same gradients. `largest` as agreed by largest_gradient. Collective over the
+  /// world.
+  double gradient_norm(double largest);
+
+  /// Updates this rank's pieces and gathers everyone's. Collective over the data group.
+  void step(const ops::AdamW& update);
+
+  /// Puts values that were written to the masters (by a checkpoint's reader) into the parameters of all
+  /// ranks. Collective over the data group.
+  void publish_masters();
+
+  /// This rank's state, parameter by parameter, whether owned or a copy.
+  std::vector<StatePiece> state() const;
+
+ private:
+  struct Shard {
+    Range flat;                   // this rank's piece of a bucket, in the store's flat buffers
+    int64_t state_offset;         // its first element in the optimizer's own buffers
+    std::vector<int64_t> counts;  // elements of every rank's piece
+  };
+
+  Tensor master(const Shard& shard) const;
+  Tensor gradient(const Shard& shard) const;
+  void gather_values();
+
+  template <class Visit>
+  void for_each_owned_run(Visit visit) const;  // visit(gradient of a run of owned scalars)
+
+  ParameterStore* store_;
+  Group data_;
+  Group embedding_;
+  Group world_;
+  std::vector<Shard> shards_;  // one for each bucket
+  Tensor masters_;             // undefined where the store's values are the masters
+  Tensor moment1_;
+  Tensor moment2_;
+};
+
+}  // namespace normformer

@@ -1,0 +1,88 @@
+#include "normformer/tensor_parallel/vocabulary.h"
+
+#include <algorithm>
+
+#include "normformer/ops/cross_entropy.h"
+#include "normformer/ops/embedding.h"
+#include "normformer/ops/matmul.h"
+#include "normformer/tensor_parallel/stream.h"
+
+namespace normformer {
+
+namespace {
+
+// Logits of one chunk take about this much: enough rows for products at full speed, little beside the model.
+constexpr int64_t kChunkBytes = int64_t{48} << 20;
+constexpr int64_t kLeastChunk = 64;
+
+int64_t chunk_tokens(const VocabularyRows& rows) {
+  const int64_t row_bytes = std::max<int64_t>(1, rows.weight.dim(0) * size_of(rows.weight.dtype()));
+  return std::max(kLeastChunk, kChunkBytes / row_bytes / kLeastChunk * kLeastChunk);
+}
+
+// Statistics of the softmax over the whole vocabulary, from this rank's logits.
+struct SoftmaxSums {
+  Tensor maxima;
+  Tensor sums;
+};
+
+SoftmaxSums softmax_sums(Context& context, const Group& tensor, const VocabularyRows& rows,
+                         const Tensor& logits, const Tensor& targets) {
+  const DType accumulator = accumulator_of(logits.dtype());
+  SoftmaxSums s{context.empty({logits.dim(0)}, accumulator), context.empty({logits.dim(0), 2}, accumulator)};
+  ops::logits_max(context, logits, s.maxima);
+  tensor.all_reduce(context, s.maxima, ReduceOp::max);
+  ops::logits_sums(context, logits, s.maxima, targets, rows.first_row, s.sums);
+  tensor.all_reduce(context, s.sums, ReduceOp::sum);
+  return s;
+}
+
+}  // namespace
+
+Placed<Partial> embed_tokens(Context& context, const VocabularyRows& rows, const Tensor& tokens) {
+  Tensor out = context.empty({tokens.dim(0), rows.weight.dim(1)}, rows.weight.dtype());
+  ops::embedding_forward(context, tokens, rows.weight, rows.first_row, out);
+  return Placed<Partial>(std::move(out));
+}
+
+void embed_tokens_backward(Context& context, const VocabularyRows& rows, const Tensor& tokens,
+                           const Placed<Replicated>& dout, double factor) {
+  ops::embedding_backward(context, tokens, dout.tensor(), factor, rows.first_row, rows.gradient);
+}
+
+Placed<FeatureSharded> vocabulary_logits(Context& context, const VocabularyRows& rows,
+                                         const Placed<Replicated>& hidden) {
+  Tensor logits = context.empty({hidden.tensor().dim(0), rows.weight.dim(0)}, rows.weight.dtype());
+  ops::linear_forward(context, hidden.tensor(), rows.weight, Tensor(), logits);
+  return Placed<FeatureSharded>(std::move(logits));
+}
+
+LossResult vocabulary_loss(Context& context, const Group& tensor, const VocabularyRows& rows,
+                           const Placed<Replicated>& hidden, const LossOptions& options) {
+  const Tensor& x = hidden.tensor();
+  const int64_t tokens = x.dim(0);
+  LossResult result;
+  result.nll = context.empty({tokens}, accumulator_of(x.dtype()));
+  Tensor dx;
+  if (options.training) dx = context.empty(x.shape(), x.dtype());
+  const int64_t step = chunk_tokens(rows);
+  for (int64_t begin = 0; begin < tokens; begin += step) {
+    const int64_t end = std::min(tokens, begin + step);
+    const Tensor x_chunk = x.rows(begin, end);
+    const Tensor targets = options.targets.rows(begin, end);
+    const Tensor weights = options.weights.defined() ? options.weights.rows(begin, end) : Tensor();
+    const Tensor logits = vocabulary_logits(context, rows, Placed<Replicated>(x_chunk)).tensor();
+    const SoftmaxSums s = softmax_sums(context, tensor, rows, logits, targets);
+    ops::cross_entropy(context, s.sums, result.nll.rows(begin, end));
+    if (!options.training) continue;
+    ops::cross_entropy_backward(context, logits, s.maxima, s.sums, targets, rows.first_row, weights,
+                                options.factor);
+    ops::linear_backward_input(context, logits, rows.weight, dx.rows(begin, end));
+    ops::linear_backward_weight(context, logits, x_chunk, rows.gradient);
+  }
+  if (options.training) result.dhidden = reduce_partial(context, tensor, Placed<Partial>(dx));
+  result.sum = ops::weighted_sum(context, result.nll, options.weights);
+  return result;
+}
+
+}  // namespace normformer

@@ -1,0 +1,87 @@
+#include "normformer/model/environment.h"
+
+#include "normformer/ops/layer_norm.h"
+
+namespace normformer {
+
+ops::Dropout make_dropout(const ModelEnvironment& environment, const MicroBatch& batch, DropoutSite site,
+                          int64_t layer, double probability, int64_t row_elements, int64_t first_column) {
+  ops::Dropout dropout;
+  if (batch.purpose != Purpose::training || probability == 0.0) return dropout;
+  dropout.probability = probability;
+  dropout.stream = RandomStream{environment.seed}
+                       .with("dropout")
+                       .with(batch.batch_index)
+                       .with(static_cast<uint64_t>(layer))
+                       .with(static_cast<uint64_t>(site));
+  dropout.first_sample = batch.first_sample;
+  dropout.rows_per_sample = batch.length;
+  dropout.row_elements = row_elements;
+  dropout.first_column = first_column;
+  return dropout;
+}
+
+Parameter& ParameterDeclarer::declare(const std::string& name, Shape shape, Rectangle part, bool replicated,
+                                      InitialValue initial, bool joins_previous) const {
+  return store_->declare({.name = prefix_ + name,
+                          .logical_shape = shape,
+                          .part = part,
+                          .sum_over = {.data = true, .embedding = false},
+                          .owned = !replicated || environment_->tensor.rank() == 0,
+                          .initial = initial,
+                          .joins_previous = joins_previous});
+}
+
+Parameter& ParameterDeclarer::replicated_vector(const std::string& name, int64_t size,
+                                                InitialValue initial) const {
+  return declare(name, {size}, {{0, size}, {0, 1}, size, 1}, true, initial, false);
+}
+
+Parameter& ParameterDeclarer::sharded_vector(const std::string& name, int64_t size, Range part,
+                                             InitialValue initial, bool joins_previous) const {
+  return declare(name, {size}, {part, {0, 1}, size, 1}, false, initial, joins_previous);
+}
+
+Parameter& ParameterDeclarer::row_sharded(const std::string& name, int64_t rows, int64_t columns, Range part,
+                                          InitialValue initial, bool joins_previous) const {
+  return declare(name, {rows, columns}, {part, {0, columns}, rows, columns}, false, initial, joins_previous);
+}
+
+Parameter& ParameterDeclarer::replicated_matrix(const std::string& name, int64_t rows, int64_t columns,
+                                                InitialValue initial) const {
+  return declare(name, {rows, columns}, {{0, rows}, {0, columns}, rows, columns}, true, initial, false);
+}
+
+Parameter& ParameterDeclarer::column_sharded(const std::string& name, int64_t rows, int64_t columns,
+                                             Range part, InitialValue initial) const {
+  return declare(name, {rows, columns}, {{0, rows}, part, rows, columns}, false, initial, false);
+}
+
+std::string layer_prefix(int64_t layer) { return fmt::format("decoder.layers.{}.", layer); }
+
+NormParameters declare_stream_norm(const ParameterDeclarer& declare, const std::string& name, int64_t width) {
+  return {&declare.replicated_vector(name + ".weight", width, InitialValue::constant(1.0)),
+          &declare.replicated_vector(name + ".bias", width, InitialValue::constant(0.0))};
+}
+
+Tensor stream_norm_forward(const ModelEnvironment& environment, const NormParameters& norm, const Tensor& x,
+                           NormSaved& saved) {
+  Context& context = *environment.context;
+  const DType accumulator = accumulator_of(x.dtype());
+  saved = {x, context.empty({x.dim(0)}, accumulator), context.empty({x.dim(0)}, accumulator)};
+  Tensor y = context.empty(x.shape(), x.dtype());
+  ops::layer_norm_forward(context, x, norm.gamma->value, norm.beta->value, environment.config.norm_eps, y,
+                          saved.mean, saved.rstd);
+  return y;
+}
+
+Tensor stream_norm_backward(const ModelEnvironment& environment, const NormParameters& norm,
+                            const NormSaved& saved, const Tensor& dy, const Tensor& residual) {
+  Context& context = *environment.context;
+  Tensor dx = context.empty(dy.shape(), dy.dtype());
+  ops::layer_norm_backward(context, dy, saved.input, norm.gamma->value, saved.mean, saved.rstd, residual, dx,
+                           norm.gamma->gradient, norm.beta->gradient);
+  return dx;
+}
+
+}  // namespace normformer

@@ -1,0 +1,292 @@
+#include "normformer/model/feed_forward_block.h"
+
+#include <cmath>
+#include <optional>
+
+#include "normformer/ops/ffn_norm.h"
+
+namespace normformer {
+
+namespace {
+
+struct FeedForwardInit {
+  InitialValue fc1_weight;
+  InitialValue fc1_bias;
+  InitialValue fc2_weight;
+  InitialValue fc2_bias;
+};
+
+FeedForwardInit feed_forward_init(const ModelConfig& config) {
+  if (config.init == Initialisation::gpt2) {
+    // Radford et al. 2019, section 2.3: residual projections scaled by 1 / sqrt(number of residual layers).
+    const double residual = 0.02 / std::sqrt(2.0 * static_cast<double>(config.layers));
+    return {InitialValue::normal(0.02), InitialValue::constant(0.0), InitialValue::normal(residual),
+            InitialValue::constant(0.0)};
+  }
+  // fairseq: nn.Linear's own, weights and biases uniform in 1 / sqrt(inputs).
+  const InitialValue fc1 = InitialValue::uniform(1.0 / std::sqrt(static_cast<double>(config.width)));
+  const InitialValue fc2 = InitialValue::uniform(1.0 / std::sqrt(static_cast<double>(config.ffn)));
+  return {fc1, fc1, fc2, fc2};
+}
+
+}  // namespace
+
+template <class Stream>
+FeedForwardBlock<Stream>::FeedForwardBlock(const ModelEnvironment& environment, int64_t layer,
+                                           ParameterStore& store)
+    : environment_(environment), layer_(layer), boundary_(*environment.context, environment.tensor) {
+  const ModelConfig& config = environment.config;
+  const Range features = environment.features();
+  const FeedForwardInit init = feed_forward_init(config);
+  const ParameterDeclarer declare(environment_, store, layer_prefix(layer));
+  norm_ = declare_stream_norm(declare, "final_layer_norm", config.width);
+  fc1_weight_ = &declare.row_sharded("fc1.weight", config.ffn, config.width, features, init.fc1_weight);
+  fc1_bias_ = &declare.sharded_vector("fc1.bias", config.ffn, features, init.fc1_bias);
+  if (config.ffn_norm) {
+    ffn_norm_.gamma =
+        &declare.sharded_vector("ffn_layernorm.weight", config.ffn, features, InitialValue::constant(1.0));
+    ffn_norm_.beta =
+        &declare.sharded_vector("ffn_layernorm.bias", config.ffn, features, InitialValue::constant(0.0));
+  }
+  fc2_weight_ = &declare.column_sharded("fc2.weight", config.width, config.ffn, features, init.fc2_weight);
+  fc2_bias_ = &declare.replicated_vector("fc2.bias", config.width, init.fc2_bias);
+  if (config.residual_scale) {
+    residual_scale_ = &declare.replicated_vector("w_resid", config.width, InitialValue::constant(1.0));
+  }
+}
+
+template <class Stream>
+bool FeedForwardBlock<Stream>::is_folded() const {
+  return environment_.config.ffn_norm && environment_.config.ffn_norm_form == FfnNormForm::folded;
+}
+
+template <class Stream>
+bool FeedForwardBlock<Stream>::is_plain() const {
+  return environment_.config.ffn_norm && environment_.config.ffn_norm_form == FfnNormForm::plain;
+}
+
+template <class Stream>
+ops::ActivationKind FeedForwardBlock<Stream>::activation() const {
+  switch (environment_.config.activation) {
+    case Activation::gelu:
+      return ops::ActivationKind::gelu;
+    case Activation::gelu_tanh:
+      return ops::ActivationKind::gelu_tanh;
+    case Activation::relu_squared:
+      return ops::ActivationKind::relu_squared;
+  }
+  return ops::ActivationKind::gelu;
+}
+
+template <class Stream>
+ColumnParallelLinear FeedForwardBlock<Stream>::fc1() const {
+  // The bias is added by the activation, which reads the product anyway.
+  return {*environment_.context, {fc1_weight_->value, {}, fc1_weight_->gradient, {}}};
+}
+
+template <class Stream>
+RowParallelLinear FeedForwardBlock<Stream>::fc2() const {
+  return {*environment_.context, {fc2_weight_->value, {}, fc2_weight_->gradient, {}}};
+}
+
+template <class Stream>
+ops::SublayerOutput FeedForwardBlock<Stream>::output_parts(const ops::Dropout& dropout) const {
+  ops::SublayerOutput parts;
+  if (!is_folded()) parts.bias = fc2_bias_->value;  // unfold_norm adds it in the folded form
+  if (residual_scale_ != nullptr) parts.residual_scale = residual_scale_->value;
+  parts.dropout = dropout;
+  return parts;
+}
+
+template <class Stream>
+ops::SublayerOutputGradients FeedForwardBlock<Stream>::output_gradients() const {
+  ops::SublayerOutputGradients gradients;
+  if (!is_folded()) gradients.bias = fc2_bias_->gradient;
+  if (residual_scale_ != nullptr) gradients.residual_scale = residual_scale_->gradient;
+  return gradients;
+}
+
+template <class Stream>
+void FeedForwardBlock<Stream>::fold_weights(const Tensor& c, const Tensor& w_beta) {
+  NF_CHECK(is_folded(), "layer {} has no folded LayerNorm", layer_);
+  ops::fold_norm_weights(*environment_.context, fc2_weight_->value, ffn_norm_.gamma->value,
+                         ffn_norm_.beta->value, c, w_beta);
+  c_ = c;
+  w_beta_ = w_beta;
+}
+
+template <class Stream>
+Placed<Stream> FeedForwardBlock<Stream>::folded_output(Saved& saved, const Tensor& sums) const {
+  Context& context = *environment_.context;
+  const Placed<Partial> product = fc2().forward(Placed<FeatureSharded>(saved.activated));
+  const Placed<Stream> z = boundary_.leave_with(product, Placed<Partial>(sums));
+  ops::norm_statistics(context, sums, environment_.config.ffn, environment_.config.norm_eps, saved.mean,
+                       saved.rstd);
+  ops::unfold_norm(context, z.tensor(), saved.mean, saved.rstd, c_, w_beta_, fc2_bias_->value, z.tensor());
+  saved.output = z.tensor();
+  return z;
+}
+
+template <class Stream>
+Tensor FeedForwardBlock<Stream>::normalised(const Saved& saved) const {
+  Tensor normed = environment_.context->empty(saved.activated.shape(), environment_.dtype);
+  ops::normalise(*environment_.context, saved.activated, saved.mean, saved.rstd, ffn_norm_.gamma->value,
+                 ffn_norm_.beta->value, normed);
+  return normed;
+}
+
+template <class Stream>
+Placed<Stream> FeedForwardBlock<Stream>::plain_output(Saved& saved, const Tensor& sums) const {
+  Context& context = *environment_.context;
+  reduce_partial(context, boundary_.tensor_group(), Placed<Partial>(sums));
+  ops::norm_statistics(context, sums, environment_.config.ffn, environment_.config.norm_eps, saved.mean,
+                       saved.rstd);
+  return boundary_.leave(fc2().forward(Placed<FeatureSharded>(normalised(saved))));
+}
+
+template <class Stream>
+Placed<Stream> FeedForwardBlock<Stream>::fc2_output(Saved& saved) const {
+  Context& context = *environment_.context;
+  const int64_t tokens = saved.hidden.dim(0);
+  const DType accumulator = accumulator_of(environment_.dtype);
+  Tensor sums;
+  if (environment_.config.ffn_norm) {
+    sums = context.empty({tokens, 2}, accumulator);
+    saved.mean = context.empty({tokens}, accumulator);
+    saved.rstd = context.empty({tokens}, accumulator);
+  }
+  saved.activated = context.empty(saved.hidden.shape(), environment_.dtype);
+  ops::activation_forward(context, activation(), saved.hidden, fc1_bias_->value, saved.activation_dropout,
+                          is_folded() ? ffn_norm_.gamma->value : Tensor(), saved.activated, sums);
+  if (is_folded()) return folded_output(saved, sums);
+  if (is_plain()) return plain_output(saved, sums);
+  return boundary_.leave(fc2().forward(Placed<FeatureSharded>(saved.activated)));
+}
+
+template <class Stream>
+Placed<Stream> FeedForwardBlock<Stream>::forward(const MicroBatch& batch, const Placed<Stream>& x,
+                                                 Saved& saved) const {
+  Context& context = *environment_.context;
+  const ModelConfig& config = environment_.config;
+  saved.activation_dropout =
+      make_dropout(environment_, batch, DropoutSite::activation, layer_, config.activation_dropout,
+                   config.ffn, environment_.features().begin);
+  saved.output_dropout = make_dropout(environment_, batch, DropoutSite::ffn_output, layer_,
+                                      config.residual_dropout, config.width);
+
+  const Placed<Stream> normed(is_pre() ? stream_norm_forward(environment_, norm_, x.tensor(), saved.norm)
+                                       : x.tensor());
+  const Placed<Replicated> input = boundary_.enter(normed);
+  saved.input = input.tensor();
+  saved.hidden = fc1().forward(input).tensor();
+  const Placed<Stream> branch = fc2_output(saved);
+
+  Tensor out = context.empty(x.tensor().shape(), environment_.dtype);
+  ops::sublayer_output_forward(context, output_parts(saved.output_dropout), branch.tensor(), x.tensor(), out,
+                               Tensor(), Tensor());
+  if (config.residual_scale) saved.residual = x.tensor();
+  return Placed<Stream>(is_pre() ? out : stream_norm_forward(environment_, norm_, out, saved.norm));
+}
+
+template <class Stream>
+ops::NormOfActivation FeedForwardBlock<Stream>::norm_of_activation(const Saved& saved) const {
+  Context& context = *environment_.context;
+  const DType accumulator = accumulator_of(environment_.dtype);
+  const int64_t tokens = saved.hidden.dim(0);
+  return {ffn_norm_.gamma->value,
+          saved.mean,
+          saved.rstd,
+          context.empty({tokens}, accumulator),
+          context.empty({tokens}, accumulator),
+          ffn_norm_.gamma->gradient,
+          ffn_norm_.beta->gradient};
+}
+
+template <class Stream>
+ops::NormOfActivation FeedForwardBlock<Stream>::folded_backward(Saved& saved, const Tensor& dy) const {
+  Context& context = *environment_.context;
+  const DType accumulator = accumulator_of(environment_.dtype);
+  const int64_t width = environment_.config.width;
+  const ops::NormOfActivation norm = norm_of_activation(saved);
+  saved.doutput = context.empty(dy.shape(), environment_.dtype);
+  saved.correction_u = context.empty({width}, accumulator);
+  saved.correction_s = context.empty({width}, accumulator);
+  ops::fold_norm_backward(context, dy, saved.output, saved.mean, saved.rstd, c_, w_beta_, fc2_bias_->value,
+                          environment_.config.ffn, norm.mean_g, norm.mean_gx, saved.doutput,
+                          saved.correction_u, saved.correction_s);
+  add(context, saved.correction_s, fc2_bias_->gradient);
+  saved.output = {};
+  return norm;
+}
+
+template <class Stream>
+ops::NormOfActivation FeedForwardBlock<Stream>::plain_backward(Saved& saved, const Tensor& dnormed) const {
+  Context& context = *environment_.context;
+  const ops::NormOfActivation norm = norm_of_activation(saved);
+  const Tensor sums = context.empty({saved.hidden.dim(0), 2}, accumulator_of(environment_.dtype));
+  ops::normalise_backward_sums(context, dnormed, saved.activated, saved.mean, saved.rstd,
+                               ffn_norm_.gamma->value, sums);
+  reduce_partial(context, boundary_.tensor_group(), Placed<Partial>(sums));
+  ops::split_means(context, sums, environment_.config.ffn, norm.mean_g, norm.mean_gx);
+  return norm;
+}
+
+template <class Stream>
+void FeedForwardBlock<Stream>::activation_backward(Saved& saved, const Tensor& d,
+                                                   const ops::NormOfActivation* norm) const {
+  ops::activation_backward(*environment_.context, activation(), d, saved.hidden, fc1_bias_->value,
+                           saved.activation_dropout, norm, d, fc1_bias_->gradient);
+  saved.hidden = {};
+  saved.dhidden = d;
+}
+
+template <class Stream>
+Placed<Stream> FeedForwardBlock<Stream>::backward_input(Saved& saved, const Placed<Stream>& dout) const {
+  Context& context = *environment_.context;
+  const Placed<Stream> dsum(
+      is_pre() ? dout.tensor()
+               : stream_norm_backward(environment_, norm_, saved.norm, dout.tensor(), Tensor()));
+
+  const Tensor dbranch = context.empty(dsum.tensor().shape(), environment_.dtype);
+  const Tensor dscaled =
+      residual_scale_ != nullptr ? context.empty(dsum.tensor().shape(), environment_.dtype) : Tensor();
+  ops::sublayer_output_backward(context, output_parts(saved.output_dropout), dsum.tensor(), Tensor(),
+                                saved.residual, Tensor(), Tensor(), dbranch, dscaled, output_gradients());
+  const Tensor dresidual = dscaled.defined() ? dscaled : dsum.tensor();
+  saved.residual = {};
+
+  const Placed<Replicated> dy = boundary_.leave_backward(Placed<Stream>(dbranch));
+  const Tensor d = fc2().backward_input(dy).tensor();
+  std::optional<ops::NormOfActivation> norm;
+  if (is_folded()) {
+    norm = folded_backward(saved, dy.tensor());
+  } else {
+    saved.doutput = dy.tensor();
+    if (is_plain()) norm = plain_backward(saved, d);
+  }
+  activation_backward(saved, d, norm ? &*norm : nullptr);
+
+  const Placed<Stream> dnormed =
+      boundary_.enter_backward(fc1().backward_input(Placed<FeatureSharded>(saved.dhidden)));
+  if (is_pre()) {
+    return Placed<Stream>(stream_norm_backward(environment_, norm_, saved.norm, dnormed.tensor(), dresidual));
+  }
+  add(context, dresidual, dnormed.tensor());
+  return dnormed;
+}
+
+template <class Stream>
+void FeedForwardBlock<Stream>::backward_weight(Saved& saved) const {
+  const Tensor fc2_input = is_plain() ? normalised(saved) : saved.activated;
+  fc2().backward_weight(Placed<Replicated>(saved.doutput), Placed<FeatureSharded>(fc2_input));
+  if (is_folded()) {
+    ops::add_fold_correction(*environment_.context, saved.correction_u, ffn_norm_.gamma->value,
+                             saved.correction_s, ffn_norm_.beta->value, fc2_weight_->gradient);
+  }
+  fc1().backward_weight(Placed<FeatureSharded>(saved.dhidden), Placed<Replicated>(saved.input));
+  saved = {};
+}
+
+template class FeedForwardBlock<Replicated>;
+
+}  // namespace normformer

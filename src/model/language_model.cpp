@@ -1,0 +1,226 @@
+#include "normformer/model/language_model.h"
+
+#include <cmath>
+
+#include "normformer/ops/embedding.h"
+
+namespace normformer {
+
+struct LanguageModelStage::Layer {
+  Layer(const ModelEnvironment& environment, int64_t number, ParameterStore& store)
+      : attention(environment, number, store), feed_forward(environment, number, store) {}
+
+  AttentionBlock<Replicated> attention;
+  FeedForwardBlock<Replicated> feed_forward;
+};
+
+struct LanguageModelStage::LayerSaved {
+  AttentionBlock<Replicated>::Saved attention;
+  FeedForwardBlock<Replicated>::Saved feed_forward;
+};
+
+struct LanguageModelStage::SavedState final : Stage::Saved {
+  std::vector<LayerSaved> layers;
+  ops::Dropout embedding_dropout;
+  NormSaved final_norm;
+  Placed<Replicated> dhidden;  // of the final norm's output, left by the loss
+};
+
+LanguageModelStage::LanguageModelStage(ModelEnvironment environment, StagePart part, ParameterStore& store)
+    : environment_(std::move(environment)), part_(part) {
+  const ModelConfig& config = environment_.config;
+  const bool gpt2 = config.init == Initialisation::gpt2;
+  const auto embedding_init =
+      InitialValue::normal(gpt2 ? 0.02 : 1.0 / std::sqrt(static_cast<double>(config.width)));
+  const ParameterDeclarer declare(environment_, store, "decoder.");
+  if (part_.first || part_.last) {
+    embedding_ = &declare.row_sharded("embed_tokens.weight", config.vocab, config.width,
+                                      environment_.vocabulary(), embedding_init);
+    // Where one rank is not both ends, another stage holds the other copy.
+    embedding_->spec.sum_over.embedding = part_.first != part_.last;
+    embedding_->spec.owned = part_.first;
+  }
+  if (part_.first && config.positions == Positions::learned) {
+    positions_ =
+        &declare.replicated_matrix("embed_positions.weight", config.length, config.width, embedding_init);
+  }
+  for (int64_t layer = part_.layers.begin; layer < part_.layers.end; ++layer) {
+    layers_.push_back(std::make_unique<Layer>(environment_, layer, store));
+  }
+  if (part_.last && config.norm_position == NormPosition::pre) {
+    final_norm_ = declare_stream_norm(declare, "layer_norm", config.width);
+  }
+}
+
+LanguageModelStage::~LanguageModelStage() = default;
+
+void LanguageModelStage::prepare() {
+  if (layers_.empty() || !layers_.front()->feed_forward.is_folded()) return;
+  Context& context = *environment_.context;
+  const auto count = static_cast<int64_t>(layers_.size());
+  const int64_t width = environment_.config.width;
+  if (!folded_.defined()) folded_ = context.empty({count, 2, width}, accumulator_of(environment_.dtype));
+  for (int64_t i = 0; i < count; ++i) {
+    layers_[static_cast<size_t>(i)]->feed_forward.fold_weights(folded_.flat(2 * i * width, width),
+                                                               folded_.flat((2 * i + 1) * width, width));
+  }
+  environment_.tensor.all_reduce(context, folded_, ReduceOp::sum);
+}
+
+void LanguageModelStage::set_micro_batches(std::vector<MicroBatch> batches) {
+  for (const MicroBatch& batch : batches) {
+    NF_CHECK(batch.length <= environment_.config.length, "{} tokens for a model of {}", batch.length,
+             environment_.config.length);
+  }
+  batches_ = std::move(batches);
+  results_.assign(batches_.size(), Tensor());
+  loss_sum_ = 0.0;
+}
+
+Shape LanguageModelStage::boundary_shape(int64_t micro_batch) const {
+  return {batches_[static_cast<size_t>(micro_batch)].num_tokens(), environment_.config.width};
+}
+
+// What an empty micro-batch gives to a neighbour, or nothing where there is none.
+Tensor LanguageModelStage::empty_boundary(int64_t micro_batch, bool exists) const {
+  return exists ? environment_.context->empty(boundary_shape(micro_batch), boundary_dtype()) : Tensor();
+}
+
+VocabularyRows LanguageModelStage::vocabulary_rows() const {
+  return {embedding_->value, embedding_->gradient, environment_.vocabulary().begin};
+}
+
+double LanguageModelStage::embedding_factor() const {
+  return environment_.config.embedding_scale ? std::sqrt(static_cast<double>(environment_.config.width))
+                                             : 1.0;
+}
+
+Tensor LanguageModelStage::embed(const MicroBatch& batch, SavedState& saved) const {
+  Context& context = *environment_.context;
+  const ModelConfig& config = environment_.config;
+  const Placed<Replicated> embedded =
+      reduce_partial(context, environment_.tensor, embed_tokens(context, vocabulary_rows(), batch.tokens));
+  const Tensor positions = positions_ != nullptr ? positions_->value : sinusoidal_;
+  saved.embedding_dropout =
+      make_dropout(environment_, batch, DropoutSite::embedding, 0, config.embedding_dropout, config.width);
+  ops::add_positions_forward(context, embedded.tensor(), embedding_factor(), positions.rows(0, batch.length),
+                             saved.embedding_dropout, embedded.tensor());
+  return embedded.tensor();
+}
+
+void LanguageModelStage::embed_backward(const MicroBatch& batch, const SavedState& saved,
+                                        const Tensor& dx) const {
+  Context& context = *environment_.context;
+  const Tensor dpositions = positions_ != nullptr ? positions_->gradient.rows(0, batch.length) : Tensor();
+  ops::add_positions_backward(context, dx, batch.length, saved.embedding_dropout, dx, dpositions);
+  embed_tokens_backward(context, vocabulary_rows(), batch.tokens, Placed<Replicated>(dx), embedding_factor());
+}
+
+Tensor LanguageModelStage::last_tokens(const MicroBatch& batch, const Tensor& x) const {
+  Context& context = *environment_.context;
+  Tensor picked = context.empty({batch.sequences, x.dim(1)}, x.dtype());
+  for (int64_t s = 0; s < batch.sequences; ++s) {
+    const int64_t row = (s + 1) * batch.length - 1;
+    copy(context, x.rows(row, row + 1), picked.rows(s, s + 1));
+  }
+  return picked;
+}
+
+// From the last layer's output to the loss. The loss' own gradient is made here too, chunk by chunk, because
+// logits are never kept.
+Tensor LanguageModelStage::finish(int64_t micro_batch, const Tensor& x, SavedState& saved) {
+  Context& context = *environment_.context;
+  const MicroBatch& batch = batches_[static_cast<size_t>(micro_batch)];
+  const bool generating = batch.purpose == Purpose::generation;
+  const Tensor stream = generating ? last_tokens(batch, x) : x;
+  const Placed<Replicated> hidden(
+      final_norm_.gamma != nullptr ? stream_norm_forward(environment_, final_norm_, stream, saved.final_norm)
+                                   : stream);
+  Tensor& result = results_[static_cast<size_t>(micro_batch)];
+  if (generating) {
+    result = vocabulary_logits(context, vocabulary_rows(), hidden).tensor();
+    return {};
+  }
+  const LossOptions options{batch.targets, batch.weights, batch.purpose == Purpose::training, 1.0};
+  LossResult loss = vocabulary_loss(context, environment_.tensor, vocabulary_rows(), hidden, options);
+  loss_sum_ += loss.sum;
+  result = loss.nll;
+  saved.dhidden = std::move(loss.dhidden);
+  return {};
+}
+
+Tensor LanguageModelStage::finish_backward(SavedState& saved) const {
+  const Tensor dhidden = saved.dhidden.tensor();
+  saved.dhidden = {};
+  if (final_norm_.gamma == nullptr) return dhidden;
+  return stream_norm_backward(environment_, final_norm_, saved.final_norm, dhidden, Tensor());
+}
+
+Tensor LanguageModelStage::forward(int64_t micro_batch, const Tensor& input,
+                                   std::unique_ptr<Stage::Saved>& saved) {
+  const MicroBatch& batch = batches_[static_cast<size_t>(micro_batch)];
+  auto state = std::make_unique<SavedState>();
+  if (batch.sequences == 0) {
+    saved = std::move(state);
+    return empty_boundary(micro_batch, !part_.last);
+  }
+  if (part_.first && positions_ == nullptr && !sinusoidal_.defined()) {
+    sinusoidal_ = ops::sinusoidal_positions(*environment_.context, environment_.config.length,
+                                            environment_.config.width, environment_.dtype);
+  }
+  const bool keeps = batch.purpose == Purpose::training;
+  Placed<Replicated> x(part_.first ? embed(batch, *state) : input);
+  for (const auto& layer : layers_) {
+    LayerSaved layer_saved;
+    x = layer->attention.forward(batch, x, layer_saved.attention);
+    x = layer->feed_forward.forward(batch, x, layer_saved.feed_forward);
+    if (keeps) state->layers.push_back(std::move(layer_saved));
+  }
+  Tensor output = part_.last ? finish(micro_batch, x.tensor(), *state) : x.tensor();
+  if (keeps) saved = std::move(state);
+  return output;
+}
+
+template <class AfterLayer>
+Tensor LanguageModelStage::run_backward(int64_t micro_batch, SavedState& saved, const Tensor& doutput,
+                                        AfterLayer after_layer) const {
+  const MicroBatch& batch = batches_[static_cast<size_t>(micro_batch)];
+  if (batch.sequences == 0) return empty_boundary(micro_batch, !part_.first);
+  Placed<Replicated> dx(part_.last ? finish_backward(saved) : doutput);
+  for (size_t i = layers_.size(); i-- > 0;) {
+    dx = layers_[i]->feed_forward.backward_input(saved.layers[i].feed_forward, dx);
+    dx = layers_[i]->attention.backward_input(saved.layers[i].attention, dx);
+    after_layer(i);
+  }
+  if (!part_.first) return dx.tensor();
+  embed_backward(batch, saved, dx.tensor());
+  return {};
+}
+
+Tensor LanguageModelStage::backward(int64_t micro_batch, Stage::Saved& saved, const Tensor& doutput) {
+  auto& state = static_cast<SavedState&>(saved);
+  return run_backward(micro_batch, state, doutput, [&](size_t layer) {
+    layers_[layer]->feed_forward.backward_weight(state.layers[layer].feed_forward);
+    layers_[layer]->attention.backward_weight(state.layers[layer].attention);
+  });
+}
+
+Tensor LanguageModelStage::backward_input(int64_t micro_batch, Stage::Saved& saved, const Tensor& doutput) {
+  return run_backward(micro_batch, static_cast<SavedState&>(saved), doutput, [](size_t) {});
+}
+
+void LanguageModelStage::backward_weight(int64_t micro_batch, Stage::Saved& saved) {
+  if (batches_[static_cast<size_t>(micro_batch)].sequences == 0) return;
+  auto& state = static_cast<SavedState&>(saved);
+  for (size_t i = layers_.size(); i-- > 0;) {
+    layers_[i]->feed_forward.backward_weight(state.layers[i].feed_forward);
+    layers_[i]->attention.backward_weight(state.layers[i].attention);
+  }
+}
+
+Tensor ForwardOnlyStage::forward(int64_t micro_batch, const Tensor& input) {
+  std::unique_ptr<Stage::Saved> dropped;
+  return stage_->forward(micro_batch, input, dropped);
+}
+
+}  // namespace normformer
