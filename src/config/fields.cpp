@@ -105,11 +105,11 @@ class SectionFields {
   void add(const char* key, std::string kind, const char* doc, T Section::*value, Read read, Write write,
            bool text = false) {
     Field field{name_, key, std::move(kind), doc, text, {}, {}};
-    field.read = [read, value, member = member_, self = field](RunConfig& config, const toml::node& node,
-                                                               const Origin& origin) {
+    field.read = [read = std::move(read), value, member = member_, self = field](
+                     RunConfig& config, const toml::node& node, const Origin& origin) {
       config.*member.*value = read(self, node, origin);
     };
-    field.write = [write, value, member = member_](const RunConfig& config) {
+    field.write = [write = std::move(write), value, member = member_](const RunConfig& config) {
       return write(config.*member.*value);
     };
     all_.push_back(std::move(field));
