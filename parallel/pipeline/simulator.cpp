@@ -1,0 +1,67 @@
+#include "normformer/pipeline/simulator.h"
+
+#include <algorithm>
+#include <cstdint>
+
+#include "normformer/core/error.h"
+#include "normformer/pipeline/checker.h"
+
+#include "replay.h"
+
+namespace normformer {
+
+namespace {
+
+void check_times(const Schedule& schedule, const StageTimes& times) {
+  const auto parts = static_cast<size_t>(schedule.num_parts());
+  for (const auto* of_parts : {&times.forward, &times.backward_input, &times.backward_weight}) {
+    NF_CHECK(of_parts->size() == parts, "{} times for {} parts", of_parts->size(), parts);
+    for (const double t : *of_parts) NF_CHECK(t >= 0, "an action that takes {}", t);
+  }
+  NF_CHECK(times.transfer >= 0, "a transfer that takes {}", times.transfer);
+}
+
+double duration(const StageTimes& times, ActionKind kind, int64_t part) {
+  const auto at = static_cast<size_t>(part);
+  switch (kind) {
+    case ActionKind::forward:
+      return times.forward[at];
+    case ActionKind::backward:
+      return times.backward_input[at] + times.backward_weight[at];
+    case ActionKind::backward_input:
+      return times.backward_input[at];
+    case ActionKind::backward_weight:
+      return times.backward_weight[at];
+  }
+  return 0;
+}
+
+}  // namespace
+
+Simulation simulate(const Schedule& schedule, const StageTimes& times) {
+  check_schedule(schedule);
+  check_times(schedule, times);
+  Simulation result;
+  result.stages.resize(schedule.stages.size());
+  double busy = 0;
+  const auto run = [&](detail::ActionPlace here, const std::optional<detail::ActionPlace>& sender) {
+    auto& done = result.stages[static_cast<size_t>(here.stage)];
+    const Action& action = schedule.stages[static_cast<size_t>(here.stage)][static_cast<size_t>(here.index)];
+    double start = done.empty() ? 0 : done.back().end;
+    if (sender) {
+      const double sent =
+          result.stages[static_cast<size_t>(sender->stage)][static_cast<size_t>(sender->index)].end;
+      start = std::max(start, sent + (sender->stage == here.stage ? 0 : times.transfer));
+    }
+    const double takes = duration(times, action.kind, schedule.part(here.stage, action.chunk));
+    done.push_back({action, start, start + takes});
+    busy += takes;
+    result.makespan = std::max(result.makespan, start + takes);
+  };
+  detail::replay(schedule, run);
+  const double available = result.makespan * static_cast<double>(schedule.num_stages());
+  if (available > 0) result.bubble_fraction = 1 - busy / available;
+  return result;
+}
+
+}  // namespace normformer

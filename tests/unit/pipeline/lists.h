@@ -1,0 +1,56 @@
+#pragma once
+
+#include <cctype>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "normformer/pipeline/schedule.h"
+
+namespace normformer {
+
+/// A list as the papers draw it: "F0 F1 B0 I1 W1" with B backward, I backward_input, W backward_weight; a
+/// letter after the number is the chunk: "F0a F0b".
+inline std::vector<Action> actions(std::string_view text) {
+  std::vector<Action> list;
+  size_t i = 0;
+  while (i < text.size()) {
+    if (text[i] == ' ') {
+      ++i;
+      continue;
+    }
+    const size_t kind = std::string_view("FBIW").find(text[i++]);
+    if (kind == std::string_view::npos) throw std::invalid_argument(std::string(text));
+    Action action{static_cast<ActionKind>(kind), 0, 0};
+    while (i < text.size() && std::isdigit(static_cast<unsigned char>(text[i])))
+      action.micro_batch = 10 * action.micro_batch + (text[i++] - '0');
+    if (i < text.size() && text[i] >= 'a') action.chunk = text[i++] - 'a';
+    list.push_back(action);
+  }
+  return list;
+}
+
+/// A schedule from one such text a stage.
+inline Schedule lists(int64_t micro_batches, const std::vector<std::string>& stages, int64_t chunks = 1) {
+  Schedule schedule{micro_batches, chunks, {}};
+  for (const std::string& text : stages) schedule.stages.push_back(actions(text));
+  return schedule;
+}
+
+/// Two stages in the manner of ZB-H1 (Qi et al. 2024, "Zero Bubble Pipeline Parallelism", section 2.3):
+/// weight gradients fill what was idle, and every stage keeps two micro-batches alive.
+inline Schedule zero_bubble_two_stages() {
+  return lists(4, {"F0 F1 I0 W0 F2 I1 W1 F3 I2 W2 I3 W3", "F0 I0 F1 I1 W0 F2 I2 W1 F3 I3 W2 W3"});
+}
+
+/// Two ranks with two chunks each (interleaved 1F1B, Narayanan et al. 2021, section 2.2).
+inline Schedule interleaved_two_stages() {
+  return lists(2,
+               {"F0a F1a F0b F1b B0b B1b B0a B1a",  //
+                "F0a F1a F0b B0b F1b B1b B0a B1a"},
+               2);
+}
+
+}  // namespace normformer
