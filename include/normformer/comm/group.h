@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <string>
 #include <string_view>
@@ -16,29 +17,61 @@ namespace normformer {
 /// How values of several ranks become one.
 enum class ReduceOp { sum, max };
 
-/// What one collective has moved so far, by group and kind.
+/// What all communication of one kind over one group has moved so far.
 struct TrafficRecord {
   std::string group;
-  std::string kind;  ///< "all_reduce", "send", ...
+  std::string kind;  ///< "all_reduce", "reduce_scatter", "all_gather", "broadcast", "send", "receive",
+                     ///< "barrier", or "control" for host numbers and texts
   int64_t calls = 0;
   int64_t bytes = 0;  ///< payload in bytes as the caller sees it, not what an algorithm sends
+  bool operator==(const TrafficRecord&) const = default;
 };
 
-/// The account of a rank's communication; shared by all groups split from one world.
+/// Which ranks form a group.
+struct GroupMembers {
+  std::string name;
+  std::vector<int> world_ranks;  ///< world_ranks[r] is rank r of the group
+};
+
+/// One call, in the order of calls. Two ranks agree on their collectives where their events of every group
+/// that they share (same name, same members) are alike.
+struct TrafficEvent {
+  std::shared_ptr<const GroupMembers> group;
+  std::string_view kind;  ///< as in TrafficRecord
+  int64_t bytes = 0;
+  int peer = -1;  ///< the other rank of the group, for "send" and "receive"; the root, for "broadcast"
+  int tag = 0;    ///< for "send" and "receive"
+};
+
+/// The account of a rank's communication; shared by all groups split from one world. A group of one rank
+/// moves nothing and enters nothing, save messages to itself. Safe from several threads.
 class TrafficLedger {
  public:
-  void record(std::string_view group, std::string_view kind, int64_t bytes);
-  const std::vector<TrafficRecord>& records() const { return records_; }
-  void clear() { records_.clear(); }
+  void record(const TrafficEvent& event);
+
+  /// By group and kind, in the order of their first calls.
+  std::vector<TrafficRecord> records() const;
+
+  /// Also keeps every event from now on: for a plan, not for a run of many steps.
+  void keep_events();
+  std::vector<TrafficEvent> events() const;
+
+  /// Forgets records and events.
+  void clear();
 
  private:
+  mutable std::mutex mutex_;
   std::vector<TrafficRecord> records_;
+  std::vector<TrafficEvent> events_;
+  bool keeps_events_ = false;
 };
 
 /// A message on its way. wait() returns once the sender may forget about it. Movable; its destructor waits
-/// too, unless an exception is in flight.
+/// too, unless an exception has been thrown since it was made: then the message is left to its fate.
 class SendRequest {
  public:
+  /// What a transport knows of the message. Destroyed without a wait(), it must leave the tensor's memory
+  /// alone as long as the transport may read it, and not block on another rank.
   class Impl {
    public:
     virtual ~Impl() = default;
@@ -46,52 +79,84 @@ class SendRequest {
   };
 
   SendRequest() = default;
-  explicit SendRequest(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+  explicit SendRequest(std::unique_ptr<Impl> impl);
+  SendRequest(SendRequest&&) noexcept = default;
+  SendRequest& operator=(SendRequest&& other) noexcept;
+  ~SendRequest();
+
+  /// Throws CommError where the transport failed. A second wait does nothing.
   void wait();
 
  private:
+  void finish() noexcept;
+
   std::unique_ptr<Impl> impl_;
+  int exceptions_ = 0;  // in flight when the request was made
 };
 
 namespace detail {
 
+/// Bytes for another rank of the group.
+struct Outgoing {
+  int to;
+  const std::byte* data;
+  int64_t bytes;
+};
+
+/// Bytes from another rank of the group.
+struct Incoming {
+  int from;
+  std::byte* data;
+  int64_t bytes;
+};
+
 /// What a transport gives: moving bytes. Everything that adds numbers is in Group, the same for every
-/// transport. Every function is collective over the group unless it says otherwise. Offsets and counts are in
-/// bytes.
+/// transport. Every function is collective over the group unless it says otherwise, and throws CommError
+/// where the transport fails or a message has another size than was expected.
 class GroupImpl {
  public:
   virtual ~GroupImpl() = default;
   virtual int rank() const = 0;
   virtual int size() const = 0;
 
-  /// Rank r receives, at receive + receive_offsets[s], what rank s has at send + send_offsets[r].
-  virtual void all_to_all(const std::byte* send, std::span<const int64_t> send_offsets,
-                          std::span<const int64_t> send_counts, std::byte* receive,
-                          std::span<const int64_t> receive_offsets,
-                          std::span<const int64_t> receive_counts) = 0;
+  /// Whether nobody is there: on the meta device no bytes move, and no other function but subgroup is called.
+  virtual bool is_meta() const { return false; }
 
-  /// Every rank receives rank s's `mine` at receive + offsets[s]. `mine` may already lie in its place.
-  virtual void all_gather(const std::byte* mine, std::byte* receive, std::span<const int64_t> offsets,
-                          std::span<const int64_t> counts) = 0;
+  /// Moves all of this at once: between two ranks, what one sends meets what the other receives in the order
+  /// of their lists. Returns when this rank's part is done and its memory is its own again.
+  virtual void exchange(std::span<const Outgoing> sends, std::span<const Incoming> receives) = 0;
 
-  virtual void broadcast(std::byte* data, int64_t bytes, int root) = 0;
-  virtual void barrier() = 0;
+  /// Every rank's `data` receives root's.
+  virtual void broadcast(std::byte* data, int64_t bytes, int root);
 
-  /// Not collective: between this rank and `to`. The tensor is kept alive until the request is done.
+  /// Returns once every rank has called it.
+  virtual void barrier();
+
+  /// Not collective: between this rank and `to`, which may be itself. The tensor is kept alive until the
+  /// request is done.
   virtual std::unique_ptr<SendRequest::Impl> send(const Tensor& tensor, int to, int tag) = 0;
 
   /// Not collective: waits for a message of exactly `bytes` bytes.
   virtual void receive(std::byte* data, int64_t bytes, int from, int tag) = 0;
 
-  /// Ranks with equal color form a group, ordered by key; a negative color forms none (null).
-  virtual std::unique_ptr<GroupImpl> split(int color, int key) = 0;
+  /// The group of `members`, this group's ranks in their new order: this rank among them. Ranks that form no
+  /// new group call it too, with no members, and receive null.
+  virtual std::unique_ptr<GroupImpl> subgroup(std::span<const int> members) = 0;
 };
 
 }  // namespace detail
 
-/// A group of ranks that communicate: a cheap value. Collectives run in the order in which they are called,
-/// the same on every rank of the group, and block. Tensors are contiguous. On the meta device they account
-/// and move nothing.
+/// Which group a rank joins on a split: ranks with equal color form one, ordered by key, then by rank. A
+/// negative color joins none.
+struct SplitChoice {
+  int color = 0;
+  int key = 0;
+};
+
+/// A group of ranks that communicate: a cheap value. Collectives block; every rank of a group calls the same
+/// ones in the same order, and one thread of a rank at a time. Tensors lie on the context's device. On the
+/// meta device they account and move nothing: a call enters the same in the context's memory and costs, and
+/// in the ledger, as a real one.
 ///
 /// Sums are made here, the same for every transport: ranks exchange pieces, and each piece is added in the
 /// order of ranks (fp32 for 16- and 32-bit values, fp64 for fp64) and rounded once. So a sum depends neither
@@ -99,42 +164,54 @@ class GroupImpl {
 class Group {
  public:
   Group() = default;
-  Group(std::unique_ptr<detail::GroupImpl> impl, std::string name, std::shared_ptr<TrafficLedger> ledger);
+  /// `members.world_ranks` has impl->size() entries. For transports.
+  Group(std::unique_ptr<detail::GroupImpl> impl, GroupMembers members, std::shared_ptr<TrafficLedger> ledger);
 
   bool defined() const { return impl_ != nullptr; }
   int rank() const { return impl_->rank(); }
   int size() const { return impl_->size(); }
-  const std::string& name() const { return name_; }
+  const std::string& name() const { return members_->name; }
+
+  /// The world rank of every member, in the order of this group's ranks.
+  const std::vector<int>& world_ranks() const { return members_->world_ranks; }
   TrafficLedger& ledger() const { return *ledger_; }
 
-  /// tensor = op over ranks of tensor, in place. Floating-point types for sum; f32, f64 for max.
-  /// Collective over the group.
+  /// Whether this is a world of make_meta_world: its calls accept meta contexts only, and host numbers are
+  /// taken to be the same on every rank.
+  bool is_meta() const { return impl_->is_meta(); }
+
+  /// tensor = op over ranks of tensor, in place. Floating-point types for sum; f32, f64 for max, where a NaN
+  /// on any rank wins. Collective over the group.
   void all_reduce(Context& context, const Tensor& tensor, ReduceOp op) const;
 
-  /// As all_reduce(sum) of several tensors, in one exchange where a transport can. Collective over the group.
+  /// As all_reduce(sum) of each of several tensors, of any floating-point types, in one exchange.
+  /// Collective over the group.
   void all_reduce_sum(Context& context, std::span<const Tensor> tensors) const;
 
   /// `part` receives this rank's piece of the sum over ranks of `whole`. Rank r's piece is counts[r]
-  /// elements; pieces stand in rank order. part may lie inside whole; what else whole holds is undefined
-  /// afterwards. Collective over the group.
+  /// elements; pieces stand in rank order. part may be this rank's piece of whole itself, and otherwise must
+  /// not overlap it; what else whole holds stays. Collective over the group.
   void reduce_scatter_sum(Context& context, const Tensor& whole, const Tensor& part,
                           std::span<const int64_t> counts) const;
 
-  /// `whole` receives every rank's `part`, in rank order; counts[r] elements of rank r. part may lie in its
-  /// place in whole. Collective over the group.
+  /// `whole` receives every rank's `part`, in rank order; counts[r] elements of rank r. part may be this
+  /// rank's piece of whole itself, and otherwise must not overlap it. Collective over the group.
   void all_gather(Context& context, const Tensor& part, const Tensor& whole,
                   std::span<const int64_t> counts) const;
 
   /// Every rank's tensor receives root's. Collective over the group.
   void broadcast(Context& context, const Tensor& tensor, int root) const;
 
-  /// Sends a tensor to rank `to`; it must not change before the request's wait() returns. Never blocks on the
-  /// receiver.
-  SendRequest send(Context& context, const Tensor& tensor, int to, int tag) const;
+  /// Sends a tensor to rank `to`, which may be this one; it must not change before the request's wait()
+  /// returns. Never blocks on the receiver. 0 <= tag <= kMaxTag.
+  [[nodiscard]] SendRequest send(Context& context, const Tensor& tensor, int to, int tag) const;
 
-  /// Receives into a tensor of the shape and type that `from` sends, waiting for it. Messages of one sender
-  /// and tag arrive in the order sent.
+  /// Receives into a tensor of as many bytes as `from` sends, waiting for it. Messages of one sender and tag
+  /// arrive in the order sent.
   void receive(Context& context, const Tensor& tensor, int from, int tag) const;
+
+  /// What every transport can carry.
+  static constexpr int kMaxTag = 32000;
 
   /// Returns once every rank has called it. Collective over the group.
   void barrier() const;
@@ -142,19 +219,35 @@ class Group {
   /// Every rank's text, in rank order: for control, not for tensors. Collective over the group.
   std::vector<std::string> all_gather_text(const std::string& mine) const;
 
-  /// The sum or maximum of a host number over ranks, added in rank order. Collective over the group.
+  /// The sum or maximum of a host number over ranks, added in rank order; a NaN on any rank wins a maximum.
+  /// Collective over the group.
   double all_reduce(double value, ReduceOp op) const;
 
-  /// The exact sum of a host integer over ranks. Collective over the group.
+  /// The exact sum of a host integer over ranks; LogicError where it leaves 64 bits. Collective over the
+  /// group.
   int64_t all_reduce_sum(int64_t value) const;
 
-  /// Ranks with equal color form a group named `name`, ordered by key, then by rank; a negative color gives
-  /// an undefined group. Collective over the group.
-  Group split(int color, int key, std::string name) const;
+  /// Forms groups named `name` from what every rank chooses for itself; undefined for a negative color. Not
+  /// on a meta world of several ranks, where nobody else can say what they choose. Collective over the group.
+  Group split(SplitChoice choice, std::string name) const;
+
+  /// As split, where every rank knows what all choose: `choose(r)` for rank r of this group. Works on every
+  /// transport. LogicError where ranks do not know the same. Collective over the group.
+  Group split_by(const std::function<SplitChoice(int)>& choose, std::string name) const;
 
  private:
+  Group form(std::span<const SplitChoice> choices, std::string name) const;
+  void record(std::string_view kind, int64_t bytes, int peer = -1, int tag = 0) const;
+  void check(const Context& context, const Tensor& tensor) const;
+  void all_reduce_together(Context& context, std::span<const Tensor> tensors, ReduceOp op) const;
+  std::vector<std::string> gather_text(const std::string& mine) const;
+
+  /// Every rank's value, in rank order.
+  template <class T>
+  std::vector<T> gather_values(T mine) const;
+
   std::shared_ptr<detail::GroupImpl> impl_;
-  std::string name_;
+  std::shared_ptr<const GroupMembers> members_;
   std::shared_ptr<TrafficLedger> ledger_;
 };
 
@@ -162,8 +255,9 @@ class Group {
 Group make_self_world();
 
 /// Runs body(world) on `ranks` threads, one a rank, and returns when all have ended. Where one throws, the
-/// others are woken with CommError from whatever collective they wait in, and the first failure (not a woken
-/// one) is rethrown. For tests, and for planning on meta.
+/// others are woken with CommError from whatever they wait in, and the first failure (not a woken one) is
+/// rethrown. Ranks that all wait for each other, or for one that has ended, fail too, with a CommError that
+/// says who waits for what. For tests, and for planning on meta contexts.
 void run_local_world(int ranks, const std::function<void(Group)>& body);
 
 /// A world on the meta device as rank `rank` of `size` sees it, alone in its process: collectives only
@@ -172,7 +266,7 @@ Group make_meta_world(int rank, int size);
 
 /// MPI's life in this process: initialises on construction, finalises on destruction unless an exception is
 /// in flight. At most one. MPI is asked for MPI_THREAD_SERIALIZED and to return its errors, which become
-/// CommError.
+/// CommError. Labels the calling thread with its rank and host.
 class MpiSession {
  public:
   MpiSession(int* argc, char*** argv);
@@ -180,8 +274,8 @@ class MpiSession {
   MpiSession(const MpiSession&) = delete;
   MpiSession& operator=(const MpiSession&) = delete;
 
-  /// All ranks of the job.
-  Group world() const;
+  /// All ranks of the job. Groups must not be used after the session; they may be destroyed later.
+  const Group& world() const { return world_; }
 
   /// This rank among those on its host, and how many they are.
   int local_rank() const { return local_rank_; }
@@ -191,6 +285,7 @@ class MpiSession {
   [[noreturn]] static void abort(int exit_code) noexcept;
 
  private:
+  Group world_;
   int local_rank_ = 0;
   int local_size_ = 1;
 };

@@ -1,0 +1,384 @@
+#include "normformer/comm/group.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "normformer/core/error.h"
+#include "normformer/tensor/dispatch.h"
+
+namespace normformer {
+
+namespace detail {
+
+void GroupImpl::broadcast(std::byte* data, int64_t bytes, int root) {
+  std::vector<Outgoing> sends;
+  std::vector<Incoming> receives;
+  if (rank() != root) receives.push_back({root, data, bytes});
+  for (int r = 0; r < size() && rank() == root; ++r) {
+    if (r != root) sends.push_back({r, data, bytes});
+  }
+  exchange(sends, receives);
+}
+
+void GroupImpl::barrier() {
+  std::vector<Outgoing> sends;
+  std::vector<Incoming> receives;
+  for (int r = 0; r < size(); ++r) {
+    if (r == rank()) continue;
+    sends.push_back({r, nullptr, 0});
+    receives.push_back({r, nullptr, 0});
+  }
+  exchange(sends, receives);
+}
+
+}  // namespace detail
+
+namespace {
+
+// Up to this many bytes over all ranks, sending everything to everybody in one round is cheaper than a second
+// round. The sums have the same bits either way.
+constexpr int64_t kOneRoundBytes = 64 << 10;
+
+// The tensors of one exchange; empty ones are left out on both sides.
+class Moves {
+ public:
+  void send(int to, const Tensor& tensor) {
+    if (wanted(tensor)) sends_.push_back({to, static_cast<const std::byte*>(tensor.raw()), tensor.nbytes()});
+  }
+  void receive(int from, const Tensor& tensor) {
+    if (wanted(tensor)) receives_.push_back({from, static_cast<std::byte*>(tensor.raw()), tensor.nbytes()});
+  }
+  void run(detail::GroupImpl& impl) const {
+    if (!sends_.empty() || !receives_.empty()) impl.exchange(sends_, receives_);
+  }
+
+ private:
+  static bool wanted(const Tensor& tensor) {
+    return tensor.device() != DeviceKind::meta && tensor.numel() > 0;
+  }
+
+  std::vector<detail::Outgoing> sends_;
+  std::vector<detail::Incoming> receives_;
+};
+
+// The other ranks of a group, each rank starting with its neighbour so that not all write to one at once.
+std::vector<int> peers_of(const detail::GroupImpl& impl) {
+  std::vector<int> peers;
+  for (int i = 1; i < impl.size(); ++i) peers.push_back((impl.rank() + i) % impl.size());
+  return peers;
+}
+
+// What the other ranks hold of one rank's piece, a row each in the order of ranks.
+class Inbox {
+ public:
+  Inbox(Context& context, const detail::GroupImpl& impl, const Tensor& own)
+      : rank_(impl.rank()),
+        size_(impl.size()),
+        own_(own.flat(0, own.numel())),
+        rows_(context.empty({impl.size() - 1, own.numel()}, own.dtype(), MemoryUse::communication)) {}
+
+  Tensor from(int peer) const {
+    if (peer == rank_) return own_;
+    const int64_t row = peer < rank_ ? peer : peer - 1;
+    return rows_.flat(row * own_.numel(), own_.numel());
+  }
+
+  std::vector<Tensor> all() const {
+    std::vector<Tensor> pieces;
+    for (int r = 0; r < size_; ++r) pieces.push_back(from(r));
+    return pieces;
+  }
+
+ private:
+  int rank_;
+  int size_;
+  Tensor own_;
+  Tensor rows_;
+};
+
+template <class T>
+T larger(T a, T b) {
+  return b > a || std::isnan(b) ? b : a;
+}
+
+void max_in_order(Context& context, std::span<const Tensor> pieces, const Tensor& out) {
+  const auto terms = static_cast<int64_t>(pieces.size());
+  context.costs().record("max_in_order", (terms - 1) * out.numel(), (terms + 1) * out.nbytes());
+  if (context.is_meta()) return;
+  const auto run = [&]<class T>(T* result) {
+    std::vector<const T*> in;
+    for (const Tensor& piece : pieces) in.push_back(piece.data<T>());
+    for (int64_t i = 0; i < out.numel(); ++i) {
+      T most = in[0][i];
+      for (size_t p = 1; p < in.size(); ++p) most = larger(most, in[p][i]);
+      result[i] = most;
+    }
+  };
+  out.dtype() == DType::f64 ? run(out.data<double>()) : run(out.data<float>());
+}
+
+void combine(Context& context, ReduceOp op, const Inbox& inbox, const Tensor& out) {
+  if (op == ReduceOp::sum)
+    sum_in_order(context, inbox.all(), out);
+  else
+    max_in_order(context, inbox.all(), out);
+}
+
+// Where every rank's piece begins; checks that the pieces fill the whole.
+std::vector<int64_t> offsets_of(std::span<const int64_t> counts, int ranks, const Tensor& whole) {
+  NF_CHECK(static_cast<int>(counts.size()) == ranks, "{} counts for {} ranks", counts.size(), ranks);
+  std::vector<int64_t> offsets(counts.size() + 1, 0);
+  for (size_t r = 0; r < counts.size(); ++r) {
+    NF_CHECK(counts[r] >= 0, "a piece of {} elements", counts[r]);
+    offsets[r + 1] = checked_add(offsets[r], counts[r]);
+  }
+  NF_CHECK(offsets.back() == whole.numel(), "pieces of {} elements make up {}", offsets.back(),
+           to_string(whole));
+  return offsets;
+}
+
+void check_piece(const Tensor& part, const Tensor& whole, int64_t count) {
+  NF_CHECK(part.dtype() == whole.dtype() && part.numel() == count, "{} as a piece of {} elements of {}",
+           to_string(part), count, to_string(whole));
+}
+
+// FNV-1a, to compare what ranks believe.
+uint64_t fingerprint(std::span<const SplitChoice> choices) {
+  uint64_t hash = 0xcbf29ce484222325u;
+  const auto mix = [&](int value) { hash = (hash ^ static_cast<uint32_t>(value)) * 0x100000001b3u; };
+  for (const SplitChoice& choice : choices) {
+    mix(choice.color);
+    mix(choice.key);
+  }
+  return hash;
+}
+
+}  // namespace
+
+Group::Group(std::unique_ptr<detail::GroupImpl> impl, GroupMembers members,
+             std::shared_ptr<TrafficLedger> ledger)
+    : impl_(std::move(impl)),
+      members_(std::make_shared<GroupMembers>(std::move(members))),
+      ledger_(std::move(ledger)) {
+  NF_CHECK(static_cast<int>(world_ranks().size()) == size(), "{} members in group {} of {} ranks",
+           world_ranks().size(), name(), size());
+}
+
+void Group::record(std::string_view kind, int64_t bytes, int peer, int tag) const {
+  ledger_->record({members_, kind, bytes, peer, tag});
+}
+
+void Group::check(const Context& context, const Tensor& tensor) const {
+  NF_CHECK(tensor.defined(), "an undefined tensor in group {}", name());
+  NF_CHECK(tensor.device() == context.device(), "{} of another device than its context", to_string(tensor));
+  NF_CHECK(context.is_meta() || !is_meta(), "{} has values, but nobody else is there: group {} is on meta",
+           to_string(tensor), name());
+}
+
+void Group::all_reduce(Context& context, const Tensor& tensor, ReduceOp op) const {
+  all_reduce_together(context, {&tensor, 1}, op);
+}
+
+void Group::all_reduce_sum(Context& context, std::span<const Tensor> tensors) const {
+  all_reduce_together(context, tensors, ReduceOp::sum);
+}
+
+void Group::all_reduce_together(Context& context, std::span<const Tensor> tensors, ReduceOp op) const {
+  int64_t bytes = 0;
+  for (const Tensor& tensor : tensors) {
+    check(context, tensor);
+    NF_CHECK(is_floating(tensor.dtype()) && (op == ReduceOp::sum || tensor.dtype() != DType::bf16),
+             "no {} of {} over ranks", op == ReduceOp::sum ? "sum" : "maximum", to_string(tensor));
+    bytes += tensor.nbytes();
+  }
+  if (size() == 1) return;
+  record("all_reduce", bytes);
+
+  const bool one_round = bytes <= kOneRoundBytes / size();
+  const auto piece = [&](const Tensor& tensor, int r) {
+    const Range cut = one_round ? Range{0, tensor.numel()} : even_part(tensor.numel(), size(), r);
+    return tensor.flat(cut.begin, cut.size());
+  };
+  const std::vector<int> peers = peers_of(*impl_);
+  {
+    std::vector<Inbox> inboxes;
+    Moves moves;
+    for (const Tensor& tensor : tensors) {
+      inboxes.emplace_back(context, *impl_, piece(tensor, rank()));
+      for (const int peer : peers) {
+        moves.send(peer, piece(tensor, peer));
+        moves.receive(peer, inboxes.back().from(peer));
+      }
+    }
+    moves.run(*impl_);
+    for (size_t t = 0; t < tensors.size(); ++t) {
+      combine(context, op, inboxes[t], piece(tensors[t], rank()));
+    }
+  }
+  if (one_round) return;
+  Moves moves;
+  for (const Tensor& tensor : tensors) {
+    for (const int peer : peers) {
+      moves.send(peer, piece(tensor, rank()));
+      moves.receive(peer, piece(tensor, peer));
+    }
+  }
+  moves.run(*impl_);
+}
+
+void Group::reduce_scatter_sum(Context& context, const Tensor& whole, const Tensor& part,
+                               std::span<const int64_t> counts) const {
+  check(context, whole);
+  check(context, part);
+  const std::vector<int64_t> offsets = offsets_of(counts, size(), whole);
+  const auto piece = [&](int r) { return whole.flat(offsets[r], counts[r]); };
+  check_piece(part, whole, counts[rank()]);
+  if (size() > 1) record("reduce_scatter", whole.nbytes());
+
+  const Inbox inbox(context, *impl_, piece(rank()));
+  Moves moves;
+  for (const int peer : peers_of(*impl_)) {
+    moves.send(peer, piece(peer));
+    moves.receive(peer, inbox.from(peer));
+  }
+  moves.run(*impl_);
+  combine(context, ReduceOp::sum, inbox, part);
+}
+
+void Group::all_gather(Context& context, const Tensor& part, const Tensor& whole,
+                       std::span<const int64_t> counts) const {
+  check(context, whole);
+  check(context, part);
+  const std::vector<int64_t> offsets = offsets_of(counts, size(), whole);
+  const auto piece = [&](int r) { return whole.flat(offsets[r], counts[r]); };
+  check_piece(part, whole, counts[rank()]);
+  if (size() > 1) record("all_gather", whole.nbytes());
+
+  copy(context, part, piece(rank()));
+  Moves moves;
+  for (const int peer : peers_of(*impl_)) {
+    moves.send(peer, piece(rank()));
+    moves.receive(peer, piece(peer));
+  }
+  moves.run(*impl_);
+}
+
+void Group::broadcast(Context& context, const Tensor& tensor, int root) const {
+  check(context, tensor);
+  NF_CHECK(root >= 0 && root < size(), "root {} of group {} of {} ranks", root, name(), size());
+  if (size() == 1) return;
+  record("broadcast", tensor.nbytes(), root);
+  if (context.is_meta() || tensor.numel() == 0) return;
+  impl_->broadcast(static_cast<std::byte*>(tensor.raw()), tensor.nbytes(), root);
+}
+
+SendRequest Group::send(Context& context, const Tensor& tensor, int to, int tag) const {
+  check(context, tensor);
+  NF_CHECK(to >= 0 && to < size() && tag >= 0 && tag <= kMaxTag, "rank {} and tag {} in group {} of {} ranks",
+           to, tag, name(), size());
+  record("send", tensor.nbytes(), to, tag);
+  if (context.is_meta()) return {};
+  return SendRequest(impl_->send(tensor, to, tag));
+}
+
+void Group::receive(Context& context, const Tensor& tensor, int from, int tag) const {
+  check(context, tensor);
+  NF_CHECK(from >= 0 && from < size() && tag >= 0 && tag <= kMaxTag,
+           "rank {} and tag {} in group {} of {} ranks", from, tag, name(), size());
+  record("receive", tensor.nbytes(), from, tag);
+  if (context.is_meta()) return;
+  impl_->receive(static_cast<std::byte*>(tensor.raw()), tensor.nbytes(), from, tag);
+}
+
+void Group::barrier() const {
+  if (size() == 1) return;
+  record("barrier", 0);
+  if (!is_meta()) impl_->barrier();
+}
+
+template <class T>
+std::vector<T> Group::gather_values(T mine) const {
+  std::vector<T> all(static_cast<size_t>(size()), mine);
+  if (is_meta() || size() == 1) return all;
+  std::vector<detail::Outgoing> sends;
+  std::vector<detail::Incoming> receives;
+  for (const int peer : peers_of(*impl_)) {
+    sends.push_back({peer, reinterpret_cast<const std::byte*>(&mine), sizeof(T)});
+    receives.push_back({peer, reinterpret_cast<std::byte*>(&all[static_cast<size_t>(peer)]), sizeof(T)});
+  }
+  impl_->exchange(sends, receives);
+  return all;
+}
+
+std::vector<std::string> Group::all_gather_text(const std::string& mine) const {
+  if (size() > 1) record("control", static_cast<int64_t>(mine.size()));
+  return gather_text(mine);
+}
+
+std::vector<std::string> Group::gather_text(const std::string& mine) const {
+  std::vector<std::string> all(static_cast<size_t>(size()), mine);
+  if (is_meta() || size() == 1) return all;
+  const std::vector<int64_t> sizes = gather_values(static_cast<int64_t>(mine.size()));
+  std::vector<detail::Outgoing> sends;
+  std::vector<detail::Incoming> receives;
+  for (const int peer : peers_of(*impl_)) {
+    std::string& text = all[static_cast<size_t>(peer)];
+    text.resize(static_cast<size_t>(sizes[static_cast<size_t>(peer)]));
+    sends.push_back(
+        {peer, reinterpret_cast<const std::byte*>(mine.data()), static_cast<int64_t>(mine.size())});
+    receives.push_back({peer, reinterpret_cast<std::byte*>(text.data()), static_cast<int64_t>(text.size())});
+  }
+  impl_->exchange(sends, receives);
+  return all;
+}
+
+double Group::all_reduce(double value, ReduceOp op) const {
+  if (size() == 1) return value;
+  record("control", sizeof value);
+  const std::vector<double> all = gather_values(value);
+  return op == ReduceOp::sum ? std::accumulate(all.begin() + 1, all.end(), all.front())
+                             : std::accumulate(all.begin() + 1, all.end(), all.front(), larger<double>);
+}
+
+int64_t Group::all_reduce_sum(int64_t value) const {
+  if (size() == 1) return value;
+  record("control", sizeof value);
+  const std::vector<int64_t> all = gather_values(value);
+  return std::accumulate(all.begin(), all.end(), int64_t{0}, checked_add);
+}
+
+Group Group::split(SplitChoice choice, std::string name) const {
+  NF_CHECK(!is_meta() || size() == 1, "group {} is on meta, where no other rank can choose: use split_by",
+           this->name());
+  return form(gather_values(choice), std::move(name));
+}
+
+Group Group::split_by(const std::function<SplitChoice(int)>& choose, std::string name) const {
+  std::vector<SplitChoice> choices;
+  for (int r = 0; r < size(); ++r) choices.push_back(choose(r));
+  const uint64_t mine = fingerprint(choices);
+  const std::vector<uint64_t> all = gather_values(mine);
+  const auto other = std::find_if(all.begin(), all.end(), [&](uint64_t theirs) { return theirs != mine; });
+  NF_CHECK(other == all.end(), "ranks {} and {} of group {} differ about who forms groups {}", rank(),
+           other - all.begin(), this->name(), name);
+  return form(choices, std::move(name));
+}
+
+Group Group::form(std::span<const SplitChoice> choices, std::string name) const {
+  const int color = choices[static_cast<size_t>(rank())].color;
+  std::vector<int> members;
+  for (int r = 0; r < size() && color >= 0; ++r) {
+    if (choices[static_cast<size_t>(r)].color == color) members.push_back(r);
+  }
+  std::stable_sort(members.begin(), members.end(), [&](int a, int b) {
+    return choices[static_cast<size_t>(a)].key < choices[static_cast<size_t>(b)].key;
+  });
+  auto impl = impl_->subgroup(members);
+  if (impl == nullptr) return {};
+  std::vector<int> world;
+  for (const int r : members) world.push_back(world_ranks()[static_cast<size_t>(r)]);
+  return Group(std::move(impl), {std::move(name), std::move(world)}, ledger_);
+}
+
+}  // namespace normformer

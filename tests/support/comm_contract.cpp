@@ -1,0 +1,464 @@
+#include "support/comm_contract.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "normformer/tensor/dispatch.h"
+
+namespace normformer::testing {
+
+namespace {
+
+constexpr int64_t kCounts[] = {0, 1, 7, 1000, 100003};
+
+// Element i of rank r: of widely different sizes, so that another order of additions gives other bits.
+double value_at(int rank, int64_t i) {
+  uint64_t x =
+      static_cast<uint64_t>(i) * 0x9E3779B97F4A7C15u + static_cast<uint64_t>(rank + 1) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 31)) * 0x94D049BB133111EBu;
+  x ^= x >> 29;
+  const double fraction = static_cast<double>(x >> 11) * 0x1p-53 - 0.5;
+  return std::ldexp(fraction, static_cast<int>(x % 23));
+}
+
+template <class T>
+T stored(double value) {
+  if constexpr (std::is_same_v<T, bf16>)
+    return bf16(static_cast<float>(value));
+  else
+    return static_cast<T>(value);
+}
+
+template <class T>
+Accumulator<T> widened(T value) {
+  return static_cast<Accumulator<T>>(value);
+}
+
+template <class T>
+Tensor make(Context& context, int rank, int64_t count, int64_t first = 0) {
+  std::vector<T> values;
+  for (int64_t i = 0; i < count; ++i) values.push_back(stored<T>(value_at(rank, first + i)));
+  return from_host<T>(context, values, {count});
+}
+
+// The sum over ranks of element i, added in rank order and rounded once: plain loops, written apart from the
+// library's.
+template <class T>
+T expected_sum(int ranks, int64_t i) {
+  Accumulator<T> sum = widened(stored<T>(value_at(0, i)));
+  for (int r = 1; r < ranks; ++r) sum += widened(stored<T>(value_at(r, i)));
+  if constexpr (std::is_same_v<T, bf16>)
+    return bf16(sum);
+  else
+    return sum;
+}
+
+// How many elements differ in bits from what is expected.
+template <class T, class Expected>
+int64_t wrong_bits(const Tensor& tensor, Expected&& expected) {
+  int64_t wrong = 0;
+  const T* values = tensor.data<T>();
+  for (int64_t i = 0; i < tensor.numel(); ++i) {
+    const T want = expected(i);
+    wrong += std::memcmp(&values[i], &want, sizeof(T)) != 0;
+  }
+  return wrong;
+}
+
+// Uneven pieces, some of them empty.
+std::vector<int64_t> uneven_counts(int ranks, int64_t scale) {
+  std::vector<int64_t> counts;
+  for (int r = 0; r < ranks; ++r) counts.push_back((r * 3 + 2) % 5 * scale + r % 2);
+  if (ranks > 2) counts[2] = 0;
+  return counts;
+}
+
+int64_t sum_of(const std::vector<int64_t>& counts, int before) {
+  return std::accumulate(counts.begin(), counts.begin() + before, int64_t{0});
+}
+
+template <class T>
+void all_reduce_sum(const Group& world) {
+  Context context(DeviceKind::cpu);
+  for (const int64_t count : kCounts) {
+    const Tensor tensor = make<T>(context, world.rank(), count);
+    world.all_reduce(context, tensor, ReduceOp::sum);
+    EXPECT_EQ(wrong_bits<T>(tensor, [&](int64_t i) { return expected_sum<T>(world.size(), i); }), 0)
+        << count << " elements";
+  }
+}
+
+template <class T>
+void all_reduce_max(const Group& world) {
+  Context context(DeviceKind::cpu);
+  for (const int64_t count : kCounts) {
+    const Tensor tensor = make<T>(context, world.rank(), count);
+    world.all_reduce(context, tensor, ReduceOp::max);
+    EXPECT_EQ(wrong_bits<T>(tensor,
+                            [&](int64_t i) {
+                              T most = stored<T>(value_at(0, i));
+                              for (int r = 1; r < world.size(); ++r) {
+                                most = std::max(most, stored<T>(value_at(r, i)));
+                              }
+                              return most;
+                            }),
+              0)
+        << count << " elements";
+  }
+}
+
+void a_nan_wins_the_maximum(const Group& world) {
+  Context context(DeviceKind::cpu);
+  for (int from = 0; from < world.size(); ++from) {
+    const double mine = world.rank() == from ? std::nan("") : 1.0 + world.rank();
+    const Tensor tensor = from_host<double>(context, std::vector<double>{mine, 5.0}, {2});
+    world.all_reduce(context, tensor, ReduceOp::max);
+    EXPECT_TRUE(std::isnan(tensor.data<double>()[0])) << "from rank " << from;
+    EXPECT_EQ(tensor.data<double>()[1], 5.0);
+    EXPECT_TRUE(std::isnan(world.all_reduce(mine, ReduceOp::max)));
+  }
+}
+
+void fused_all_reduce(const Group& world) {
+  Context context(DeviceKind::cpu);
+  for (const int64_t count : kCounts) {
+    const std::vector<Tensor> tensors = {
+        make<bf16>(context, world.rank(), count), make<float>(context, world.rank(), 2 * count + 1),
+        make<float>(context, world.rank(), 0), make<double>(context, world.rank(), 3)};
+    world.all_reduce_sum(context, tensors);
+    const int n = world.size();
+    EXPECT_EQ(wrong_bits<bf16>(tensors[0], [&](int64_t i) { return expected_sum<bf16>(n, i); }), 0) << count;
+    EXPECT_EQ(wrong_bits<float>(tensors[1], [&](int64_t i) { return expected_sum<float>(n, i); }), 0)
+        << count;
+    EXPECT_EQ(wrong_bits<double>(tensors[3], [&](int64_t i) { return expected_sum<double>(n, i); }), 0)
+        << count;
+  }
+  world.all_reduce_sum(context, {});
+}
+
+template <class T>
+void reduce_scatter(const Group& world) {
+  Context context(DeviceKind::cpu);
+  for (const int64_t scale : {0, 1, 251, 25013}) {
+    const std::vector<int64_t> counts = uneven_counts(world.size(), scale);
+    const int64_t total = sum_of(counts, world.size());
+    const int64_t begin = sum_of(counts, world.rank());
+    const int64_t mine = counts[static_cast<size_t>(world.rank())];
+    const auto expected = [&](int64_t i) { return expected_sum<T>(world.size(), begin + i); };
+    const auto untouched = [&](int64_t i) { return stored<T>(value_at(world.rank(), i)); };
+
+    const Tensor whole = make<T>(context, world.rank(), total);
+    const Tensor part = make<T>(context, 99, mine);
+    world.reduce_scatter_sum(context, whole, part, counts);
+    EXPECT_EQ(wrong_bits<T>(part, expected), 0) << "scale " << scale;
+    EXPECT_EQ(wrong_bits<T>(whole, untouched), 0) << "scale " << scale;
+
+    world.reduce_scatter_sum(context, whole, whole.flat(begin, mine), counts);
+    EXPECT_EQ(wrong_bits<T>(whole.flat(begin, mine), expected), 0) << "in place, scale " << scale;
+    EXPECT_EQ(wrong_bits<T>(whole.flat(0, begin), untouched), 0) << "in place, scale " << scale;
+  }
+}
+
+template <class T>
+void all_gather(const Group& world) {
+  Context context(DeviceKind::cpu);
+  for (const int64_t scale : {0, 1, 251, 25013}) {
+    const std::vector<int64_t> counts = uneven_counts(world.size(), scale);
+    const int64_t total = sum_of(counts, world.size());
+    const int64_t begin = sum_of(counts, world.rank());
+    const int64_t mine = counts[static_cast<size_t>(world.rank())];
+    const auto expected = [&](int64_t i) {
+      int owner = 0;
+      while (i >= sum_of(counts, owner + 1)) ++owner;
+      return stored<T>(value_at(owner, i));
+    };
+    Tensor whole = make<T>(context, 99, total);
+    world.all_gather(context, make<T>(context, world.rank(), mine, begin), whole, counts);
+    EXPECT_EQ(wrong_bits<T>(whole, expected), 0) << "scale " << scale;
+
+    whole = make<T>(context, 99, total);
+    const Tensor place = whole.flat(begin, mine);
+    copy(context, make<T>(context, world.rank(), mine, begin), place);
+    world.all_gather(context, place, whole, counts);
+    EXPECT_EQ(wrong_bits<T>(whole, expected), 0) << "in place, scale " << scale;
+  }
+}
+
+void all_gather_of_integers(const Group& world) {
+  Context context(DeviceKind::cpu);
+  const std::vector<int64_t> counts(static_cast<size_t>(world.size()), 1);
+  const Tensor whole = context.empty({world.size()}, DType::i64);
+  const std::vector<int64_t> mine = {(int64_t{1} << 60) + world.rank()};
+  world.all_gather(context, from_host<int64_t>(context, mine, {1}), whole, counts);
+  for (int r = 0; r < world.size(); ++r) EXPECT_EQ(whole.data<int64_t>()[r], (int64_t{1} << 60) + r);
+}
+
+void broadcast(const Group& world) {
+  Context context(DeviceKind::cpu);
+  for (int root = 0; root < world.size(); ++root) {
+    for (const int64_t count : kCounts) {
+      const Tensor tensor = make<float>(context, world.rank(), count);
+      world.broadcast(context, tensor, root);
+      EXPECT_EQ(wrong_bits<float>(tensor, [&](int64_t i) { return static_cast<float>(value_at(root, i)); }),
+                0)
+          << count << " elements from rank " << root;
+    }
+  }
+}
+
+void messages_keep_order_and_tags(const Group& world) {
+  Context context(DeviceKind::cpu);
+  const int next = (world.rank() + 1) % world.size();
+  const int previous = (world.rank() + world.size() - 1) % world.size();
+  for (const int64_t count : kCounts) {
+    std::vector<SendRequest> requests;
+    // The tensors go out of scope at once: the message keeps them.
+    for (const int tag : {5, 0, 5, Group::kMaxTag}) {
+      const auto number = static_cast<int64_t>(requests.size());
+      requests.push_back(
+          world.send(context, make<float>(context, world.rank(), count, 1000 * number), next, tag));
+    }
+    const std::pair<int, int64_t> arrivals[] = {{Group::kMaxTag, 3}, {5, 0}, {5, 2}, {0, 1}};
+    for (const auto& [tag, number] : arrivals) {
+      const Tensor tensor = make<float>(context, 99, count);
+      world.receive(context, tensor, previous, tag);
+      const auto expected = [&, first = 1000 * number](int64_t i) {
+        return static_cast<float>(value_at(previous, first + i));
+      };
+      EXPECT_EQ(wrong_bits<float>(tensor, expected), 0)
+          << count << " elements, tag " << tag << ", message " << number;
+    }
+    for (SendRequest& request : requests) request.wait();
+    requests.front().wait();
+  }
+}
+
+void messages_do_not_meet_collectives(const Group& world) {
+  Context context(DeviceKind::cpu);
+  const int next = (world.rank() + 1) % world.size();
+  const int previous = (world.rank() + world.size() - 1) % world.size();
+  SendRequest request = world.send(context, make<double>(context, world.rank(), 100), next, 0);
+  const Tensor sum = make<double>(context, world.rank(), 100);
+  world.all_reduce(context, sum, ReduceOp::sum);
+  world.barrier();
+  const Tensor received = make<double>(context, 99, 100);
+  world.receive(context, received, previous, 0);
+  request.wait();
+  EXPECT_EQ(wrong_bits<double>(sum, [&](int64_t i) { return expected_sum<double>(world.size(), i); }), 0);
+  EXPECT_EQ(wrong_bits<double>(received, [&](int64_t i) { return value_at(previous, i); }), 0);
+}
+
+void host_numbers(const Group& world) {
+  double expected = value_at(0, 3);
+  double most = value_at(0, 3);
+  for (int r = 1; r < world.size(); ++r) {
+    expected += value_at(r, 3);
+    most = std::max(most, value_at(r, 3));
+  }
+  EXPECT_EQ(world.all_reduce(value_at(world.rank(), 3), ReduceOp::sum), expected);
+  EXPECT_EQ(world.all_reduce(value_at(world.rank(), 3), ReduceOp::max), most);
+  // 2^53 + 1 has no double.
+  EXPECT_EQ(world.all_reduce_sum(world.rank() == 0 ? (int64_t{1} << 53) + 1 : 0), (int64_t{1} << 53) + 1);
+  if (world.size() > 1) {
+    EXPECT_THROW(world.all_reduce_sum(std::numeric_limits<int64_t>::max()), LogicError);
+  }
+}
+
+void texts(const Group& world) {
+  const auto text = [](int rank) {
+    return std::string(static_cast<size_t>(rank) * 1000, 'a') + std::to_string(rank);
+  };
+  const std::vector<std::string> all = world.all_gather_text(text(world.rank()));
+  EXPECT_EQ(static_cast<int>(all.size()), world.size());
+  for (size_t r = 0; r < all.size(); ++r) EXPECT_EQ(all[r], text(static_cast<int>(r)));
+  EXPECT_EQ(world.all_gather_text(""), std::vector<std::string>(static_cast<size_t>(world.size())));
+}
+
+// The sum of world ranks over a group, through the group itself.
+double sum_of_world_ranks(const Group& group, int world_rank) {
+  Context context(DeviceKind::cpu);
+  const Tensor tensor = from_host<double>(context, std::vector<double>{1.0 * world_rank}, {1});
+  group.all_reduce(context, tensor, ReduceOp::sum);
+  return tensor.data<double>()[0];
+}
+
+void check_group(const Group& group, const std::string& name, const std::vector<int>& members,
+                 int world_rank) {
+  EXPECT_TRUE(group.defined());
+  EXPECT_EQ(group.name(), name);
+  EXPECT_EQ(group.world_ranks(), members);
+  EXPECT_EQ(group.size(), static_cast<int>(members.size()));
+  EXPECT_EQ(group.world_ranks()[static_cast<size_t>(group.rank())], world_rank);
+  EXPECT_EQ(sum_of_world_ranks(group, world_rank), std::accumulate(members.begin(), members.end(), 0));
+  group.barrier();
+}
+
+// Ranks of `world` with the parity of this one, the last first.
+std::vector<int> same_parity_backwards(const Group& world) {
+  std::vector<int> members;
+  for (int r = world.size() - 1; r >= 0; --r) {
+    if (r % 2 == world.rank() % 2) members.push_back(r);
+  }
+  return members;
+}
+
+void split(const Group& world) {
+  const std::vector<int> members = same_parity_backwards(world);
+  const Group chosen = world.split({world.rank() % 2, -world.rank()}, "parity");
+  check_group(chosen, "parity", members, world.rank());
+  const Group known = world.split_by([](int r) { return SplitChoice{r % 2, -r}; }, "known");
+  check_group(known, "known", members, world.rank());
+
+  const Group alone = chosen.split_by([](int r) { return SplitChoice{r, 0}; }, "alone");
+  check_group(alone, "alone", {world.rank()}, world.rank());
+
+  std::vector<int> everyone(static_cast<size_t>(world.size()));
+  std::iota(everyone.begin(), everyone.end(), 0);
+  check_group(world.split({7, 0}, "ties"), "ties", everyone, world.rank());
+}
+
+void split_leaves_out(const Group& world) {
+  const Group first = world.split({world.rank() == 0 ? 0 : -1, 0}, "first");
+  EXPECT_EQ(first.defined(), world.rank() == 0);
+  const Group last = world.split_by(
+      [&](int r) {
+        return SplitChoice{r == world.size() - 1 ? 3 : -1, 0};
+      },
+      "last");
+  EXPECT_EQ(last.defined(), world.rank() == world.size() - 1);
+  world.barrier();
+}
+
+void split_by_finds_disagreement(const Group& world) {
+  if (world.size() == 1) return;
+  const auto choose = [&](int r) { return SplitChoice{0, world.rank() == 1 ? -r : r}; };
+  EXPECT_THROW(world.split_by(choose, "torn"), LogicError);
+  world.barrier();
+}
+
+void groups_work_side_by_side(const Group& world) {
+  const Group parity = world.split({world.rank() % 2, world.rank()}, "parity");
+  const Group copy_of_world = world.split({0, world.rank()}, "copy");
+  int members = 0;
+  for (int r = world.rank() % 2; r < world.size(); r += 2) members += r;
+  for (int round = 0; round < 50; ++round) {
+    EXPECT_EQ(sum_of_world_ranks(parity, world.rank()), members);
+    EXPECT_EQ(sum_of_world_ranks(copy_of_world, world.rank()), world.size() * (world.size() - 1) / 2);
+    EXPECT_EQ(sum_of_world_ranks(world, world.rank()), world.size() * (world.size() - 1) / 2);
+  }
+}
+
+void mistakes_are_found_before_moving(const Group& world) {
+  Context context(DeviceKind::cpu);
+  const Tensor tensor = context.zeros({4}, DType::f32);
+  const Tensor integers = context.zeros({4}, DType::i32);
+  const std::vector<int64_t> counts(static_cast<size_t>(world.size()), 3);
+  EXPECT_THROW(world.all_reduce(context, Tensor(), ReduceOp::sum), LogicError);
+  EXPECT_THROW(world.all_reduce(context, integers, ReduceOp::sum), LogicError);
+  EXPECT_THROW(world.all_reduce(context, context.zeros({4}, DType::bf16), ReduceOp::max), LogicError);
+  EXPECT_THROW(world.all_gather(context, tensor.flat(0, 3), tensor.flat(0, 2), counts), LogicError);
+  EXPECT_THROW(
+      world.reduce_scatter_sum(context, context.zeros({3 * world.size()}, DType::f32), tensor, counts),
+      LogicError);
+  EXPECT_THROW(world.broadcast(context, tensor, world.size()), LogicError);
+  EXPECT_THROW(static_cast<void>(world.send(context, tensor, -1, 0)), LogicError);
+  EXPECT_THROW(world.receive(context, tensor, 0, Group::kMaxTag + 1), LogicError);
+  Context meta(DeviceKind::meta);
+  EXPECT_THROW(world.all_reduce(meta, tensor, ReduceOp::sum), LogicError);
+  world.barrier();
+}
+
+void the_ledger_counts_payloads(const Group& world) {
+  Context context(DeviceKind::cpu);
+  const Group group = world.split({0, 0}, "counted");
+  world.ledger().clear();
+  group.all_reduce(context, context.zeros({100}, DType::f32), ReduceOp::sum);
+  const std::vector<Tensor> two = {context.zeros({10}, DType::bf16), context.zeros({3}, DType::f64)};
+  group.all_reduce_sum(context, two);
+  group.broadcast(context, context.zeros({7}, DType::u8), 0);
+  using ::testing::ElementsAre;
+  using ::testing::IsEmpty;
+  if (world.size() == 1) {
+    EXPECT_THAT(world.ledger().records(), IsEmpty());
+  } else {
+    EXPECT_THAT(world.ledger().records(), ElementsAre(TrafficRecord{"counted", "all_reduce", 2, 400 + 44},
+                                                      TrafficRecord{"counted", "broadcast", 1, 7}));
+  }
+  EXPECT_THAT(world.ledger().events(), IsEmpty());
+}
+
+void every_call_again_and_again(const Group& world) {
+  Context context(DeviceKind::cpu);
+  for (int round = 0; round < 5; ++round) run_every_call(world, context);
+}
+
+}  // namespace
+
+void run_every_call(const Group& world, Context& context) {
+  const auto ranks = static_cast<size_t>(world.size());
+  const Tensor big = context.zeros({40007}, DType::f32);
+  const Tensor small = context.zeros({3}, DType::bf16);
+  world.all_reduce(context, big, ReduceOp::sum);
+  world.all_reduce(context, small, ReduceOp::sum);
+  world.all_reduce(context, big, ReduceOp::max);
+  const std::vector<Tensor> both = {big, small};
+  world.all_reduce_sum(context, both);
+
+  std::vector<int64_t> counts(ranks);
+  for (size_t r = 0; r < ranks; ++r)
+    counts[r] = even_part(40007, world.size(), static_cast<int64_t>(r)).size();
+  const Range mine = even_part(40007, world.size(), world.rank());
+  world.reduce_scatter_sum(context, big, big.flat(mine.begin, mine.size()), counts);
+  world.all_gather(context, big.flat(mine.begin, mine.size()), big, counts);
+  world.broadcast(context, small, world.size() - 1);
+
+  const Group backwards = world.split_by([](int r) { return SplitChoice{0, -r}; }, "backwards");
+  const Group pair = world.split_by([](int r) { return SplitChoice{r / 2, r}; }, "pair");
+  SendRequest request = backwards.send(context, small, (backwards.rank() + 1) % backwards.size(), 4);
+  backwards.receive(context, context.zeros({3}, DType::bf16),
+                    (backwards.rank() + backwards.size() - 1) % backwards.size(), 4);
+  request.wait();
+  pair.all_reduce(context, small, ReduceOp::sum);
+  pair.barrier();
+  world.all_gather_text("twelve bytes");
+  world.all_reduce(1.0, ReduceOp::sum);
+  world.all_reduce_sum(int64_t{1});
+}
+
+const std::vector<ContractCase>& comm_contract() {
+  static const std::vector<ContractCase> cases = {
+      {"AllReduceSumF64", all_reduce_sum<double>},
+      {"AllReduceSumF32", all_reduce_sum<float>},
+      {"AllReduceSumBf16", all_reduce_sum<bf16>},
+      {"AllReduceMaxF64", all_reduce_max<double>},
+      {"AllReduceMaxF32", all_reduce_max<float>},
+      {"ANanWinsTheMaximum", a_nan_wins_the_maximum},
+      {"FusedAllReduce", fused_all_reduce},
+      {"ReduceScatterF64", reduce_scatter<double>},
+      {"ReduceScatterF32", reduce_scatter<float>},
+      {"ReduceScatterBf16", reduce_scatter<bf16>},
+      {"AllGatherF32", all_gather<float>},
+      {"AllGatherBf16", all_gather<bf16>},
+      {"AllGatherOfIntegers", all_gather_of_integers},
+      {"Broadcast", broadcast},
+      {"MessagesKeepOrderAndTags", messages_keep_order_and_tags},
+      {"MessagesDoNotMeetCollectives", messages_do_not_meet_collectives},
+      {"HostNumbers", host_numbers},
+      {"Texts", texts},
+      {"Split", split},
+      {"SplitLeavesOut", split_leaves_out},
+      {"SplitByFindsDisagreement", split_by_finds_disagreement},
+      {"GroupsWorkSideBySide", groups_work_side_by_side},
+      {"MistakesAreFoundBeforeMoving", mistakes_are_found_before_moving},
+      {"TheLedgerCountsPayloads", the_ledger_counts_payloads},
+      {"EveryCallAgainAndAgain", every_call_again_and_again},
+  };
+  return cases;
+}
+
+}  // namespace normformer::testing

@@ -1,0 +1,28 @@
+#pragma once
+
+#include <functional>
+#include <ostream>
+#include <string>
+#include <vector>
+
+#include "normformer/comm/group.h"
+
+namespace normformer::testing {
+
+/// One promise of Group, as a check that every rank of a world runs together. Reports through EXPECT_*, so
+/// that no rank leaves a collective early.
+struct ContractCase {
+  std::string name;
+  std::function<void(const Group& world)> check;
+};
+
+/// So that GoogleTest names a case by its name.
+inline void PrintTo(const ContractCase& contract, std::ostream* out) { *out << contract.name; }
+
+/// What every transport must do, at any number of ranks.
+const std::vector<ContractCase>& comm_contract();
+
+/// A fixed sequence of calls of every kind, with tensors on the context's device, for comparing accounts.
+void run_every_call(const Group& world, Context& context);
+
+}  // namespace normformer::testing

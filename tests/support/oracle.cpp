@@ -1,0 +1,235 @@
+#include "oracle.h"
+
+#include <algorithm>
+#include <cmath>
+#include <fstream>
+#include <iterator>
+
+#include <fmt/ranges.h>
+
+#include "normformer/checkpoints/safetensors.h"
+#include "normformer/training/trainer.h"
+
+namespace normformer::testing_support {
+
+namespace {
+
+std::filesystem::path fixtures_folder() { return std::filesystem::path(NORMFORMER_TEST_FIXTURES) / "oracle"; }
+
+int64_t number_after(const std::string& text, const std::string& key) {
+  const size_t at = text.find("\n" + key + " = ");
+  NF_CHECK(at != std::string::npos, "the fixture has no {}", key);
+  return std::stoll(text.substr(at + key.size() + 4));
+}
+
+// Everything of one rank's run.
+struct Run {
+  Run(const OracleFixture& f, const OracleLayout& layout, const Group& world)
+      : fixture(f),
+        config(configure(f, layout, world)),
+        context(DeviceKind::cpu, 1),
+        model(context, Mesh(world, layout.degrees), config, true),
+        expected(f.folder / "expected.safetensors"),
+        tokens(expected.read(context, "tokens")),
+        trainer(model, config, [this](int64_t first, int64_t count) { return batch(first, count); }) {}
+
+  static RunConfig configure(const OracleFixture& f, const OracleLayout& layout, const Group& world) {
+    RunConfig c = f.config;
+    c.parallel.tensor = layout.degrees.tensor;
+    c.parallel.pipeline = layout.degrees.pipeline;
+    c.parallel.data = layout.degrees.data;
+    c.parallel.schedule = layout.schedule;
+    c.model.ffn_norm_form = layout.form;
+    c.train.precision = layout.precision;
+    c.train.global_batch = f.sequences;
+    c.train.micro_batch = layout.micro_batch;
+    c.optimizer.decay = DecayStyle::constant;
+    return resolve_layout(c, world.size());
+  }
+
+  // Global samples start over with every batch: the fixture trains on one batch again and again.
+  Batch batch(int64_t first, int64_t count) const {
+    const int64_t length = config.model.length;
+    Batch made{.sequences = count,
+               .seq_len = length,
+               .inputs = {},
+               .targets = {},
+               .document_start = {},
+               .loss_mask = {}};
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t* row = tokens.data<int64_t>() + (first + i) % fixture.sequences * (length + 1);
+      for (int64_t t = 0; t < length; ++t) {
+        made.inputs.push_back(static_cast<int32_t>(row[t]));
+        made.targets.push_back(static_cast<int32_t>(row[t + 1]));
+      }
+    }
+    return made;
+  }
+
+  void load_weights() {
+    const SafetensorsReader weights(fixture.folder / "weights.safetensors");
+    for (const StatePiece& state : trainer.optimizer().state()) {
+      if (state.role != StateRole::master) continue;
+      const Parameter& p = *state.piece.parameter;
+      const Tensor part = context.empty({p.numel()}, state.piece.values.dtype());
+      weights.read(p.spec.name, p.spec.part, part);
+      copy(context, part.flat(state.piece.range.begin, state.piece.range.size()), state.piece.values);
+    }
+    trainer.weights_changed();
+  }
+
+  const OracleFixture& fixture;
+  RunConfig config;
+  Context context;
+  ModelInstance model;
+  SafetensorsReader expected;
+  Tensor tokens;
+  Trainer trainer;
+};
+
+double norm(const std::vector<double>& values) {
+  double sum = 0;
+  for (const double v : values) sum += v * v;
+  return std::sqrt(sum);
+}
+
+class Comparison {
+ public:
+  Comparison(Run& run, double tolerance) : run_(run), tolerance_(tolerance) {}
+
+  void compare(const std::string& name, const std::vector<double>& got, const std::string& scale_name = {}) {
+    const std::vector<double> want = to_host(run_.expected.read(run_.context, name));
+    const double scale =
+        scale_name.empty() ? norm(want) : norm(to_host(run_.expected.read(run_.context, scale_name)));
+    if (got.size() != want.size()) {
+      failures_.push_back(fmt::format("{}: {} values, not {}", name, got.size(), want.size()));
+      return;
+    }
+    std::vector<double> difference(got.size());
+    std::transform(got.begin(), got.end(), want.begin(), difference.begin(), std::minus<>());
+    const double error = norm(difference) / scale;
+    if (!(error <= tolerance_)) failures_.push_back(fmt::format("{}: relative error {:.3g}", name, error));
+  }
+
+  std::vector<std::string> failures() && { return std::move(failures_); }
+
+ private:
+  Run& run_;
+  double tolerance_;
+  std::vector<std::string> failures_;
+};
+
+// Every token's nll on every rank, whoever computed it.
+std::vector<double> all_nll(Run& run) {
+  const int64_t length = run.config.model.length;
+  const Tensor all = run.context.zeros({run.fixture.sequences, length}, DType::f64);
+  const auto keep = [&](int64_t first_sample, const Batch& batch, const Tensor& nll) {
+    const Tensor rows = all.rows(first_sample, first_sample + batch.sequences);
+    copy(run.context, nll, rows);
+  };
+  evaluate(
+      run.model, run.config, [&](int64_t f, int64_t n) { return run.batch(f, n); }, run.fixture.sequences,
+      keep);
+  run.model.mesh().world().all_reduce(run.context, all, ReduceOp::sum);
+  return to_host(all);
+}
+
+double mean_nll(Run& run) {
+  const auto source = [&](int64_t first, int64_t count) { return run.batch(first, count); };
+  return evaluate(run.model, run.config, source, run.fixture.sequences).mean();
+}
+
+// "...k_proj.bias" has no gradient in exact arithmetic: it is held against its weight's.
+std::string scale_of(const std::string& name) {
+  const std::string zero = "k_proj.bias";
+  if (!name.ends_with(zero)) return {};
+  return name.substr(0, name.size() - 4) + "weight";
+}
+
+void compare_gradients(Run& run, Comparison& comparison) {
+  const StepReport report = run.trainer.compute_gradients();
+  const DType type = accumulator_of(run.model.store().dtype());
+  size_t seen = 0;
+  gather_logical(run.context, run.model.mesh().world(), run.trainer.optimizer().owned_gradients(), type, 0,
+                 [&](const std::string& name, const Tensor& sum) {
+                   std::vector<double> mean = to_host(sum);
+                   for (double& v : mean) v /= static_cast<double>(report.tokens);
+                   comparison.compare("grad." + name, mean, scale_of("grad." + name));
+                   ++seen;
+                 });
+  const auto expected = std::count_if(run.expected.tensors().begin(), run.expected.tensors().end(),
+                                      [](const SafetensorsEntry& e) { return e.name.starts_with("grad."); });
+  if (run.model.mesh().world().rank() == 0) {
+    NF_CHECK(static_cast<int64_t>(seen) == expected, "{} gradients, not {}", seen, expected);
+  }
+}
+
+std::vector<std::string> agree(const Group& world, const std::vector<std::string>& mine) {
+  const std::string text = fmt::format("{}", fmt::join(mine, "\n"));
+  std::vector<std::string> lines;
+  for (const std::string& one : world.all_gather_text(text)) {
+    if (!one.empty()) lines.push_back(one);
+  }
+  return lines;
+}
+
+}  // namespace
+
+std::vector<std::string> oracle_fixture_names() {
+  std::vector<std::string> names;
+  for (const auto& entry : std::filesystem::directory_iterator(fixtures_folder())) {
+    names.push_back(entry.path().filename().string());
+  }
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+OracleFixture load_oracle_fixture(const std::string& name) {
+  OracleFixture fixture{.folder = fixtures_folder() / name, .config = {}, .sequences = 0, .steps = 0};
+  const std::filesystem::path path = fixture.folder / "model.toml";
+  std::ifstream file(path);
+  const std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  const size_t tail = text.find("[fixture]");
+  NF_CHECK(tail != std::string::npos, "{} has no [fixture]", path.string());
+  fixture.config = parse_run_config(text.substr(0, tail), path.string(), {"data.train=none"});
+  fixture.sequences = number_after(text.substr(tail), "batch");
+  fixture.steps = number_after(text.substr(tail), "steps");
+  return fixture;
+}
+
+std::string to_string(const OracleLayout& layout) {
+  return fmt::format("tp{} pp{} dp{} {} micro-batch {}", layout.degrees.tensor, layout.degrees.pipeline,
+                     layout.degrees.data, layout.form == FfnNormForm::plain ? "plain" : "folded",
+                     layout.micro_batch);
+}
+
+std::vector<std::string> compare_with_oracle(const OracleFixture& fixture, const OracleLayout& layout,
+                                             const Group& world, double tolerance) {
+  Run run(fixture, layout, world);
+  Comparison comparison(run, tolerance);
+  run.load_weights();
+  comparison.compare("nll", all_nll(run));
+  compare_gradients(run, comparison);
+  std::vector<double> losses;
+  for (int64_t i = 0; i < fixture.steps; ++i) losses.push_back(run.trainer.step().loss);
+  losses.push_back(mean_nll(run));
+  comparison.compare("losses", losses);
+  return agree(world, std::move(comparison).failures());
+}
+
+std::vector<double> dropout_losses(const OracleFixture& fixture, const OracleLayout& layout,
+                                   const Group& world, int64_t steps) {
+  OracleFixture dropped = fixture;
+  dropped.config.model.embedding_dropout = 0.1;
+  dropped.config.model.residual_dropout = 0.1;
+  dropped.config.model.attention_dropout = 0.1;
+  dropped.config.model.activation_dropout = 0.1;
+  Run run(dropped, layout, world);
+  run.trainer.initialise();
+  std::vector<double> losses;
+  for (int64_t i = 0; i < steps; ++i) losses.push_back(run.trainer.step().loss);
+  losses.push_back(mean_nll(run));
+  return losses;
+}
+
+}  // namespace normformer::testing_support

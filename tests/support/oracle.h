@@ -1,0 +1,51 @@
+#pragma once
+
+#include <filesystem>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "normformer/comm/group.h"
+#include "normformer/config/run_config.h"
+#include "normformer/mesh/mesh.h"
+
+namespace normformer::testing_support {
+
+/// A model with tokens and everything that an independent implementation computed for it in fp64
+/// (tests/oracle/normformer_reference.py).
+struct OracleFixture {
+  std::filesystem::path folder;
+  RunConfig config;
+  int64_t sequences = 0;
+  int64_t steps = 0;
+};
+
+/// The folders under tests/fixtures/oracle, sorted.
+std::vector<std::string> oracle_fixture_names();
+
+OracleFixture load_oracle_fixture(const std::string& name);
+
+/// How a fixture is run.
+struct OracleLayout {
+  MeshDegrees degrees;
+  Precision precision = Precision::fp64;
+  FfnNormForm form = FfnNormForm::folded;
+  PipelineSchedule schedule = PipelineSchedule::one_f_one_b;
+  int64_t micro_batch = 1;
+};
+
+/// "tp2 pp1 dp3 plain"
+std::string to_string(const OracleLayout& layout);
+
+/// Runs the fixture on this layout and compares nll, gradients and losses with the fixture's, tensor by
+/// tensor, in norm, to a relative `tolerance`. Returns what disagreed, one line each, the same on every rank.
+/// Collective over the world.
+std::vector<std::string> compare_with_oracle(const OracleFixture& fixture, const OracleLayout& layout,
+                                             const Group& world, double tolerance);
+
+/// The losses of `steps` steps from drawn weights with every dropout on, and of the validation that follows,
+/// on a layout. Collective over the world.
+std::vector<double> dropout_losses(const OracleFixture& fixture, const OracleLayout& layout,
+                                   const Group& world, int64_t steps);
+
+}  // namespace normformer::testing_support
