@@ -60,7 +60,7 @@ enum class MessageKind : int { activation = 0, gradient = 1 };
 /// A boundary tensor on its way. Messages of one sender and kind arrive in the order sent.
 struct Message {
   MessageKind kind = MessageKind::activation;
-  int64_t from = 0;  ///< stages; equal where a rank's chunks follow each other, and nothing is sent
+  int64_t from = 0;  ///< stage; the receiver itself where chunks of a pipeline of one stage follow each other
   int64_t to = 0;
   int64_t micro_batch = 0;
   int64_t chunk = 0;  ///< the receiver's

@@ -1,0 +1,337 @@
+#include "normformer/pipeline/executor.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "normformer/core/error.h"
+#include "normformer/pipeline/checker.h"
+
+#include "lists.h"
+#include "toy_model.h"
+
+namespace normformer {
+namespace {
+
+using ::testing::Each;
+using ::testing::HasSubstr;
+using ::testing::ThrowsMessage;
+
+// Odd numbers of tokens, and none for every fourth micro-batch from the third on.
+std::vector<int64_t> uneven_rows(int64_t micro_batches) {
+  std::vector<int64_t> rows;
+  for (int64_t m = 0; m < micro_batches; ++m) rows.push_back(m % 4 == 2 ? 0 : 1 + 2 * (m % 3));
+  return rows;
+}
+
+// Every backward as its two halves, the weight gradients one micro-batch late.
+Schedule with_split_backward(Schedule schedule) {
+  for (auto& list : schedule.stages) {
+    std::vector<Action> split;
+    for (const Action& action : list) {
+      if (action.kind == ActionKind::forward) {
+        split.push_back(action);
+        continue;
+      }
+      split.push_back({ActionKind::backward_input, action.micro_batch});
+      if (action.micro_batch > 0) split.push_back({ActionKind::backward_weight, action.micro_batch - 1});
+    }
+    if (schedule.micro_batches > 0)
+      split.push_back({ActionKind::backward_weight, schedule.micro_batches - 1});
+    list = split;
+  }
+  return schedule;
+}
+
+// What one rank has after a run, by chunk.
+struct RankResult {
+  std::vector<double> loss;
+  std::vector<std::vector<double>> gradient;
+  std::vector<std::vector<int64_t>> weight_order;
+  int64_t alive = 0;
+  int64_t peak_alive = 0;
+  int64_t live_bytes = 0;
+};
+
+RankResult run_rank(const Group& world, const Schedule& schedule, const ToyModel& model) {
+  Context context(DeviceKind::cpu);
+  RankResult result;
+  std::vector<std::unique_ptr<ToyStage>> stages;
+  std::vector<Stage*> parts;
+  const auto count_alive = [&] {
+    int64_t alive = 0;
+    for (const auto& stage : stages) alive += stage->alive;
+    return alive;
+  };
+  for (int64_t c = 0; c < schedule.chunks; ++c) {
+    stages.push_back(std::make_unique<ToyStage>(context, model, schedule.part(world.rank(), c)));
+    stages.back()->before = [&](int64_t) {
+      result.peak_alive = std::max(result.peak_alive, count_alive() + 1);
+    };
+    parts.push_back(stages.back().get());
+  }
+  run_schedule(context, world, schedule, parts);
+  for (const auto& stage : stages) {
+    result.loss.push_back(stage->loss);
+    result.gradient.push_back(stage->gradient);
+    result.weight_order.push_back(stage->weight_order);
+  }
+  result.alive = count_alive();
+  world.barrier();  // a receiver may hold a message's memory until it leaves its receive
+  result.live_bytes = context.memory().report().live;
+  return result;
+}
+
+// Runs the schedule on ranks as threads and holds all it leaves against the model by plain loops.
+void expect_exact(const Schedule& schedule, const std::vector<int64_t>& rows) {
+  const ToyModel model(schedule.num_parts(), rows);
+  const auto peak_saved = check_schedule(schedule).peak_saved;
+  std::vector<RankResult> results(static_cast<size_t>(schedule.num_stages()));
+  run_local_world(static_cast<int>(schedule.num_stages()), [&](const Group& world) {
+    results[static_cast<size_t>(world.rank())] = run_rank(world, schedule, model);
+  });
+  std::vector<int64_t> in_order;
+  for (int64_t m = 0; m < schedule.micro_batches; ++m) in_order.push_back(m);
+  for (int64_t s = 0; s < schedule.num_stages(); ++s) {
+    const RankResult& result = results[static_cast<size_t>(s)];
+    for (int64_t c = 0; c < schedule.chunks; ++c) {
+      const int64_t part = schedule.part(s, c);
+      EXPECT_EQ(result.gradient[static_cast<size_t>(c)], model.gradient(part)) << "part " << part;
+      EXPECT_EQ(result.weight_order[static_cast<size_t>(c)], in_order) << "part " << part;
+      EXPECT_EQ(result.loss[static_cast<size_t>(c)], part == model.parts() - 1 ? model.loss() : 0.0);
+    }
+    EXPECT_EQ(result.alive, 0) << "stage " << s;
+    EXPECT_EQ(result.peak_alive, peak_saved[static_cast<size_t>(s)]) << "stage " << s;
+    EXPECT_EQ(result.live_bytes, 0) << "stage " << s;
+  }
+}
+
+class ExecutorSizes : public testing::TestWithParam<std::tuple<int64_t, int64_t>> {};
+
+TEST_P(ExecutorSizes, EveryScheduleGivesTheGradientsOfTheWholeModel) {
+  const auto [stages, micro_batches] = GetParam();
+  const std::vector<int64_t> full(static_cast<size_t>(micro_batches), 2);
+  for (const auto& rows : {full, uneven_rows(micro_batches)}) {
+    expect_exact(gpipe_schedule(stages, micro_batches), rows);
+    expect_exact(one_f_one_b_schedule(stages, micro_batches), rows);
+    expect_exact(with_split_backward(one_f_one_b_schedule(stages, micro_batches)), rows);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Worlds, ExecutorSizes,
+                         testing::Combine(testing::Range<int64_t>(1, 5),
+                                          testing::Values<int64_t>(0, 1, 2, 3, 5, 8)));
+
+TEST(Executor, ZeroBubbleListRuns) {
+  expect_exact(zero_bubble_two_stages(), uneven_rows(4));
+  expect_exact(zero_bubble_two_stages(), {3, 1, 2, 5});
+}
+
+TEST(Executor, ChunksOfARankRun) {
+  expect_exact(interleaved_two_stages(), {3, 2});
+  expect_exact(interleaved_two_stages(), {0, 2});
+  expect_exact(lists(2, {"F0a F0b F1a B0b F1b B0a B1b B1a"}, 2), {3, 2});
+  // Rank 1 sends a gradient before an activation, rank 0 takes them the other way round.
+  expect_exact(lists(2, {"F0a F0b F1a F1b B0b B1b B0a B1a", "F0a F0b B0b F1a F1b B1b B0a B1a"}, 2), {3, 2});
+}
+
+TEST(Executor, AllMicroBatchesMayBeEmpty) { expect_exact(one_f_one_b_schedule(3, 4), {0, 0, 0, 0}); }
+
+class ForwardSizes : public testing::TestWithParam<std::tuple<int, int64_t, int64_t>> {};
+
+TEST_P(ForwardSizes, LossIsTheWholeModels) {
+  const auto [ranks, chunks, micro_batches] = GetParam();
+  const ToyModel model(ranks * chunks, uneven_rows(micro_batches));
+  std::vector<double> losses(static_cast<size_t>(ranks), -1.0);
+  const int64_t num_chunks = chunks;
+  const int64_t num_micro_batches = micro_batches;
+  run_local_world(ranks, [&](const Group& world) {
+    Context context(DeviceKind::cpu);
+    std::vector<std::unique_ptr<ToyForwardStage>> stages;
+    std::vector<ForwardStage*> parts;
+    for (int64_t c = 0; c < num_chunks; ++c) {
+      stages.push_back(std::make_unique<ToyForwardStage>(context, model, c * world.size() + world.rank()));
+      parts.push_back(stages.back().get());
+    }
+    run_forward(context, world, num_micro_batches, parts);
+    losses[static_cast<size_t>(world.rank())] = stages.back()->loss();
+    world.barrier();  // a receiver may hold a message's memory until it leaves its receive
+    EXPECT_EQ(context.memory().report().live, 0);
+  });
+  EXPECT_EQ(losses.back(), model.loss());
+}
+
+INSTANTIATE_TEST_SUITE_P(Worlds, ForwardSizes,
+                         testing::Combine(testing::Range(1, 5), testing::Values<int64_t>(1, 2, 3),
+                                          testing::Values<int64_t>(0, 1, 3, 9)));
+
+// One rank's transport without the others: whatever is received is zeros; counts the requests that the rank
+// has not completed.
+class CountingTransport : public detail::GroupImpl {
+ public:
+  struct Count {
+    int64_t open = 0;
+    int64_t peak = 0;
+    int64_t sent = 0;
+  };
+
+  CountingTransport(int rank, int size, Count& count) : rank_(rank), size_(size), count_(count) {}
+  int rank() const override { return rank_; }
+  int size() const override { return size_; }
+  void exchange(std::span<const detail::Outgoing>, std::span<const detail::Incoming>) override { FAIL(); }
+  std::unique_ptr<SendRequest::Impl> send(const Tensor&, int, int) override {
+    ++count_.sent;
+    count_.peak = std::max(count_.peak, ++count_.open);
+    return std::make_unique<Request>(count_);
+  }
+  void receive(std::byte* data, int64_t bytes, int, int) override {
+    std::memset(data, 0, static_cast<size_t>(bytes));
+  }
+  std::unique_ptr<GroupImpl> subgroup(std::span<const int>) override { return nullptr; }
+
+ private:
+  class Request : public SendRequest::Impl {
+   public:
+    explicit Request(Count& count) : count_(count) {}
+    void wait() override { --count_.open; }
+
+   private:
+    Count& count_;
+  };
+
+  int rank_;
+  int size_;
+  Count& count_;
+};
+
+Group counting_group(int rank, int size, CountingTransport::Count& count) {
+  GroupMembers members{"pipeline", {}};
+  for (int r = 0; r < size; ++r) members.world_ranks.push_back(r);
+  return Group(std::make_unique<CountingTransport>(rank, size, count), members,
+               std::make_shared<TrafficLedger>());
+}
+
+CountingTransport::Count count_sends(int rank, const Schedule& schedule) {
+  CountingTransport::Count count;
+  const auto size = static_cast<int>(schedule.num_stages());
+  const ToyModel model(size, std::vector<int64_t>(static_cast<size_t>(schedule.micro_batches), 1));
+  Context context(DeviceKind::cpu);
+  ToyStage stage(context, model, rank);
+  run_schedule(context, counting_group(rank, size, count), schedule, stage);
+  EXPECT_EQ(count.open, 0);
+  return count;
+}
+
+TEST(Executor, OpenSendsOf1F1BDependOnStagesOnly) {
+  // Stage 0 of 4 has sent micro-batches 0 to 3 when the gradient of 0 shows that 0, 1 and 2 have arrived.
+  EXPECT_EQ(count_sends(0, one_f_one_b_schedule(4, 8)).peak, 4);
+  for (int rank = 0; rank < 4; ++rank) {
+    const auto few = count_sends(rank, one_f_one_b_schedule(4, 8));
+    const auto many = count_sends(rank, one_f_one_b_schedule(4, 100));
+    EXPECT_EQ(many.peak, few.peak) << "stage " << rank;
+    EXPECT_LE(many.peak, 4) << "stage " << rank;
+    EXPECT_EQ(many.sent, rank == 0 || rank == 3 ? 100 : 200);
+  }
+}
+
+TEST(Executor, OpenSendsOfAForwardRunAreAsManyAsStages) {
+  CountingTransport::Count count;
+  const ToyModel model(4, std::vector<int64_t>(100, 1));
+  Context context(DeviceKind::cpu);
+  ToyForwardStage stage(context, model, 1);
+  run_forward(context, counting_group(1, 4, count), 100, stage);
+  EXPECT_EQ(count.open, 0);
+  EXPECT_EQ(count.peak, 4);
+  EXPECT_EQ(count.sent, 100);
+}
+
+TEST(Executor, AFailingStageEndsTheRun) {
+  const ToyModel model(3, {1, 1, 1, 1});
+  const auto run = [&] {
+    run_local_world(3, [&](const Group& world) {
+      Context context(DeviceKind::cpu);
+      ToyStage stage(context, model, world.rank());
+      stage.before = [&](int64_t m) {
+        if (world.rank() == 1 && m == 2) throw NumericError("micro-batch 2 diverged");
+      };
+      run_schedule(context, world, one_f_one_b_schedule(3, 4), stage);
+    });
+  };
+  EXPECT_THAT(run, ThrowsMessage<NumericError>(HasSubstr("micro-batch 2 diverged")));
+}
+
+TEST(Executor, UnsoundOrUnfitSchedulesAreRefusedBeforeAnythingRuns) {
+  const ToyModel model(1, {1, 1});
+  Context context(DeviceKind::cpu);
+  ToyStage stage(context, model, 0);
+  const Group world = make_self_world();
+  EXPECT_THROW(run_schedule(context, world, lists(2, {"F0 F1 B0"}), stage), LogicError);
+  EXPECT_THROW(run_schedule(context, world, gpipe_schedule(2, 2), stage), LogicError);
+  EXPECT_THROW(run_schedule(context, world, lists(1, {"F0a F0b B0b B0a"}, 2), stage), LogicError);
+  EXPECT_THROW(run_forward(context, world, 1, std::span<ForwardStage* const>()), LogicError);
+  EXPECT_EQ(stage.loss, 0);
+  EXPECT_THAT(stage.gradient, Each(0.0));
+}
+
+// Parts that do nothing but allocate; `returned_rows` lets them break their contract.
+class HollowStage : public Stage {
+ public:
+  struct Nothing : Saved {};
+
+  HollowStage(Context& context, bool is_first, bool is_last, int64_t returned_rows = 5)
+      : context_(context), is_first_(is_first), is_last_(is_last), returned_rows_(returned_rows) {}
+  Shape boundary_shape(int64_t) const override { return {5, 2}; }
+  DType boundary_dtype() const override { return DType::bf16; }
+  Tensor forward(int64_t, const Tensor&, std::unique_ptr<Saved>& saved) override {
+    saved = std::make_unique<Nothing>();
+    return make(is_last_);
+  }
+  Tensor backward_input(int64_t, Saved&, const Tensor&) override { return make(is_first_); }
+  void backward_weight(int64_t, Saved&) override {}
+  Tensor backward(int64_t, Saved&, const Tensor&) override { return make(is_first_); }
+
+ private:
+  Tensor make(bool is_outermost) {
+    return is_outermost ? Tensor() : context_.empty({returned_rows_, 2}, DType::bf16);
+  }
+
+  Context& context_;
+  bool is_first_;
+  bool is_last_;
+  int64_t returned_rows_;
+};
+
+TEST(Executor, PartsThatBreakTheirContractAreRefused) {
+  Context context(DeviceKind::meta);
+  const Schedule schedule = gpipe_schedule(2, 1);
+  HollowStage wrong_shape(context, true, false, 4);
+  EXPECT_THROW(run_schedule(context, make_meta_world(0, 2), schedule, wrong_shape), LogicError);
+  HollowStage returns_nothing(context, true, true);
+  EXPECT_THROW(run_schedule(context, make_meta_world(0, 2), schedule, returns_nothing), LogicError);
+  HollowStage returns_too_much(context, false, false);
+  EXPECT_THROW(run_schedule(context, make_meta_world(1, 2), schedule, returns_too_much), LogicError);
+}
+
+TEST(Executor, MetaRunAccountsEveryMessage) {
+  Context context(DeviceKind::meta);
+  const Group world = make_meta_world(1, 4);
+  HollowStage stage(context, false, false);
+  run_schedule(context, world, one_f_one_b_schedule(4, 8), stage);
+  int64_t checked = 0;
+  for (const TrafficRecord& record : world.ledger().records()) {
+    EXPECT_TRUE(record.kind == "send" || record.kind == "receive") << record.kind;
+    EXPECT_EQ(record.calls, 16);  // an activation and a gradient a micro-batch
+    EXPECT_EQ(record.bytes, 16 * 5 * 2 * 2);
+    ++checked;
+  }
+  EXPECT_EQ(checked, 2);
+}
+
+}  // namespace
+}  // namespace normformer
