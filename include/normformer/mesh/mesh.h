@@ -1,0 +1,79 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "normformer/comm/group.h"
+
+namespace normformer {
+
+/// How many ways a run is split along each axis of the mesh.
+struct MeshDegrees {
+  int64_t tensor = 1;    ///< heads, features and vocabulary rows of every layer
+  int64_t context = 1;   ///< tokens of every sequence
+  int64_t data = 1;      ///< sequences of every global batch
+  int64_t pipeline = 1;  ///< layers
+  bool operator==(const MeshDegrees&) const = default;
+};
+
+/// The number of ranks that the degrees need: their product. ConfigError for a degree below 1.
+int64_t num_ranks(const MeshDegrees& degrees);
+
+/// "tensor 2 x context 1 x data 4 x pipeline 2"
+std::string to_string(const MeshDegrees& degrees);
+
+/// Where a rank stands along each axis of the mesh.
+struct MeshCoordinates {
+  int64_t tensor = 0;
+  int64_t context = 0;
+  int64_t data = 0;
+  int64_t pipeline = 0;
+  bool operator==(const MeshCoordinates&) const = default;
+};
+
+/// The coordinates of a world rank. Ranks count along tensor first, then context, then data, then pipeline,
+/// so that those who talk most are closest: consecutive ranks share a host.
+MeshCoordinates coordinates_of(const MeshDegrees& degrees, int64_t world_rank);
+
+/// The inverse of coordinates_of.
+int64_t world_rank_of(const MeshDegrees& degrees, const MeshCoordinates& coordinates);
+
+/// The ranks of a run arranged along four axes, and the groups among which they communicate: a cheap value.
+/// In a group along one axis, a rank's number is its coordinate on that axis.
+class Mesh {
+ public:
+  /// ConfigError where the degrees do not make up the world. Collective over the world.
+  Mesh(Group world, const MeshDegrees& degrees);
+
+  const MeshDegrees& degrees() const { return degrees_; }
+  const MeshCoordinates& coordinates() const { return coordinates_; }
+
+  const Group& world() const { return world_; }
+  const Group& tensor() const { return tensor_; }
+  const Group& context() const { return context_; }
+  const Group& data() const { return data_; }
+  const Group& pipeline() const { return pipeline_; }
+
+  /// All ranks that together hold one copy of the model: equal data coordinates.
+  const Group& model() const { return model_; }
+
+  /// The first and the last stage, which both hold the tied embedding, of equal other coordinates. Undefined
+  /// on the stages between them, and everywhere where there is one stage.
+  const Group& embedding() const { return embedding_; }
+
+  bool is_first_stage() const { return coordinates_.pipeline == 0; }
+  bool is_last_stage() const { return coordinates_.pipeline == degrees_.pipeline - 1; }
+
+ private:
+  MeshDegrees degrees_;
+  MeshCoordinates coordinates_;
+  Group world_;
+  Group tensor_;
+  Group context_;
+  Group data_;
+  Group pipeline_;
+  Group model_;
+  Group embedding_;
+};
+
+}  // namespace normformer
