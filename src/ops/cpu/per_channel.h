@@ -1,0 +1,23 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "normformer/tensor/tensor.h"
+
+namespace normformer::ops::cpu {
+
+/// The scales of heads repeated over the channels of each, in the accumulator type; empty where there are
+/// none.
+template <class T>
+std::vector<Accumulator<T>> scales_by_channel(const Tensor& scales, int64_t columns) {
+  std::vector<Accumulator<T>> by_channel;
+  if (!scales) return by_channel;
+  const T* values = scales.data<T>();
+  const int64_t size = columns / scales.numel();
+  by_channel.reserve(static_cast<size_t>(columns));
+  for (int64_t c = 0; c < columns; ++c) by_channel.push_back(static_cast<Accumulator<T>>(values[c / size]));
+  return by_channel;
+}
+
+}  // namespace normformer::ops::cpu

@@ -1,0 +1,69 @@
+#include "normformer/ops/optimizer.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "ops/checks.h"
+#include "ops/cpu/kernels.h"
+
+namespace normformer::ops {
+
+void adamw(Context& context, const AdamW& step, const Tensor& gradient, const Tensor& master,
+           const Tensor& moment1, const Tensor& moment2, const Tensor& params) {
+  constexpr std::string_view kName = "adamw";
+  NF_CHECK(master.defined(), "{}: master is undefined", kName);
+  const Shape shape{master.numel()};
+  Arguments arguments(context, kName, params ? params.dtype() : master.dtype());
+  arguments.accumulator("gradient", gradient, shape);
+  arguments.accumulator("master", master, shape, 2);
+  arguments.accumulator("moment1", moment1, shape, 2);
+  arguments.accumulator("moment2", moment2, shape, 2);
+  if (params) arguments.model("params", params, shape);
+  NF_CHECK(step.update >= 1, "{}: update {} of updates that count from 1", kName, step.update);
+  context.costs().record(kName, 18 * master.numel(), arguments.bytes());
+  if (context.is_meta() || master.numel() == 0) return;
+  cpu::adamw(context, step, gradient, master, moment1, moment2, params);
+}
+
+double absolute_max(Context& context, const Tensor& x) {
+  constexpr std::string_view kName = "absolute_max";
+  NF_CHECK(x.defined(), "{}: x is undefined", kName);
+  Arguments arguments(context, kName, x.dtype());
+  arguments.model("x", x, x.shape());
+  context.costs().record(kName, x.numel(), arguments.bytes());
+  if (context.is_meta() || x.numel() == 0) return 0.0;
+  return cpu::absolute_max(context, x);
+}
+
+OrderFreeSumOfSquares::OrderFreeSumOfSquares(double largest) {
+  NF_CHECK(largest >= 0.0 && largest < 0x1p490, "squares of numbers up to {} cannot be summed", largest);
+  // largest^2 < 2^top. With 2^32 terms every sum of cuts at 2^(k - 52) stays below 2^(k + 1) where the terms
+  // are below 2^(k - 32): it is a multiple of 2^(k - 52) that fits the 53 bits of a double, so adding is
+  // exact. What a cut leaves is at most half of 2^(k - 52), which gives the next k: 2^(k' - 32) = 2^(k - 53).
+  constexpr int kTermBits = 32;
+  constexpr int kCut = 53 - kTermBits;
+  constexpr int kLeast = -1022;  // cuts at the smallest subnormal number: nothing is left
+  int exponent = 0;
+  std::frexp(largest, &exponent);
+  const int top = largest == 0.0 ? 2 * kLeast : 2 * exponent;
+  for (int b = 0; b < kBins; ++b) {
+    const int k = std::max(kLeast, top + kTermBits - b * kCut);
+    anchors_[static_cast<size_t>(b)] = std::ldexp(1.5, k);
+  }
+}
+
+void OrderFreeSumOfSquares::add(Context& context, const Tensor& x) {
+  constexpr std::string_view kName = "sum_of_squares";
+  NF_CHECK(x.defined(), "{}: x is undefined", kName);
+  Arguments arguments(context, kName, x.dtype());
+  arguments.accumulator("x", x, x.shape());
+  context.costs().record(kName, 2 * x.numel(), arguments.bytes());
+  if (context.is_meta() || x.numel() == 0) return;
+  cpu::add_cut_squares(context, x, anchors_, bins_);
+}
+
+double OrderFreeSumOfSquares::value(const std::array<double, kBins>& bins) {
+  return (bins[2] + bins[1]) + bins[0];
+}
+
+}  // namespace normformer::ops
