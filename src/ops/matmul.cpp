@@ -1,0 +1,91 @@
+#include "normformer/ops/matmul.h"
+
+#include "normformer/core/checked.h"
+#include "normformer/tensor/dispatch.h"
+
+#include "ops/checks.h"
+#include "ops/cpu/matmul.h"
+
+namespace normformer::ops {
+
+namespace {
+
+int64_t product_flops(int64_t n, int64_t k, int64_t m) { return checked_mul(2 * n, checked_mul(k, m)); }
+
+}  // namespace
+
+void linear_forward(Context& context, const Tensor& x, const Tensor& w, const Tensor& bias, const Tensor& y) {
+  constexpr std::string_view kName = "linear_forward";
+  const int64_t n = matrix_shape(kName, "x", x)[0];
+  const int64_t k = x.dim(1);
+  const int64_t m = matrix_shape(kName, "w", w)[0];
+  Arguments arguments(context, kName, x.dtype());
+  arguments.model("x", x, {n, k});
+  arguments.model("w", w, {m, k});
+  arguments.model("y", y, {n, m});
+  if (bias) arguments.model("bias", bias, {m});
+  context.costs().record(kName, product_flops(n, k, m), arguments.bytes());
+  if (context.is_meta()) return;
+  const cpu::GemmShape shape{.m = n, .n = m, .k = k, .lda = k, .ldb = k, .ldc = m, .transpose_b = true};
+  dispatch_floating(x.dtype(), [&]<class T>() {
+    const T* added = bias ? bias.data<T>() : nullptr;
+    cpu::tiled_gemm(context.threads(), shape, x.data<T>(), w.data<T>(), added, y.data<T>());
+  });
+}
+
+void linear_backward_input(Context& context, const Tensor& dy, const Tensor& w, const Tensor& dx) {
+  constexpr std::string_view kName = "linear_backward_input";
+  const int64_t n = matrix_shape(kName, "dy", dy)[0];
+  const int64_t m = dy.dim(1);
+  const int64_t k = matrix_shape(kName, "w", w)[1];
+  Arguments arguments(context, kName, dy.dtype());
+  arguments.model("dy", dy, {n, m});
+  arguments.model("w", w, {m, k});
+  arguments.model("dx", dx, {n, k});
+  context.costs().record(kName, product_flops(n, k, m), arguments.bytes());
+  if (context.is_meta()) return;
+  const cpu::GemmShape shape{.m = n, .n = k, .k = m, .lda = m, .ldb = k, .ldc = k};
+  dispatch_floating(dy.dtype(), [&]<class T>() {
+    const T* no_bias = nullptr;
+    cpu::tiled_gemm(context.threads(), shape, dy.data<T>(), w.data<T>(), no_bias, dx.data<T>());
+  });
+}
+
+void linear_backward_weight(Context& context, const Tensor& dy, const Tensor& x, const Tensor& dw) {
+  constexpr std::string_view kName = "linear_backward_weight";
+  const int64_t n = matrix_shape(kName, "dy", dy)[0];
+  const int64_t m = dy.dim(1);
+  const int64_t k = matrix_shape(kName, "x", x)[1];
+  Arguments arguments(context, kName, dy.dtype());
+  arguments.model("dy", dy, {n, m});
+  arguments.model("x", x, {n, k});
+  arguments.accumulator("dw", dw, {m, k}, 2);
+  context.costs().record(kName, product_flops(n, k, m), arguments.bytes());
+  if (context.is_meta()) return;
+  const cpu::GemmShape shape{
+      .m = m, .n = k, .k = n, .lda = m, .ldb = k, .ldc = k, .transpose_a = true, .accumulate = true};
+  dispatch_floating(dy.dtype(), [&]<class T>() {
+    const Accumulator<T>* no_bias = nullptr;
+    cpu::tiled_gemm(context.threads(), shape, dy.data<T>(), x.data<T>(), no_bias, dw.data<Accumulator<T>>());
+  });
+}
+
+void add_column_sums(Context& context, const Tensor& x, const Tensor& out) {
+  constexpr std::string_view kName = "add_column_sums";
+  const int64_t n = matrix_shape(kName, "x", x)[0];
+  const int64_t m = x.dim(1);
+  Arguments arguments(context, kName, x.dtype());
+  arguments.model("x", x, {n, m});
+  arguments.accumulator("out", out, {m}, 2);
+  context.costs().record(kName, x.numel(), arguments.bytes());
+  if (context.is_meta()) return;
+  dispatch_floating(x.dtype(), [&]<class T>() {
+    cpu::add_column_sums(context.threads(), n, m, x.data<T>(), out.data<Accumulator<T>>());
+  });
+}
+
+std::string describe_matmul() { return cpu::describe_gemm(); }
+
+bool has_native_bf16() { return cpu::gemm_has_native_bf16(); }
+
+}  // namespace normformer::ops
