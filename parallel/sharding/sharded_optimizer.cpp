@@ -3,19 +3,19 @@
 #include <cmath>
 #include <limits>
 
+#include "normformer/mesh/layout.h"
+
 namespace normformer {
 
 ShardedOptimizer::ShardedOptimizer(ParameterStore& store, Group data, Group embedding, Group world)
     : store_(&store), data_(std::move(data)), embedding_(std::move(embedding)), world_(std::move(world)) {
   int64_t total = 0;
   for (const Bucket& bucket : store.buckets()) {
-    const Range mine = even_part(bucket.flat.size(), data_.size(), data_.rank());
-    Shard shard{{bucket.flat.begin + mine.begin, bucket.flat.begin + mine.end}, total, {}};
-    for (int r = 0; r < data_.size(); ++r) {
-      shard.counts.push_back(even_part(bucket.flat.size(), data_.size(), r).size());
-    }
+    const Range mine = bucket_shard(bucket.flat.size(), data_.size(), data_.rank());
+    shards_.push_back({{bucket.flat.begin + mine.begin, bucket.flat.begin + mine.end},
+                       total,
+                       shard_sizes(bucket.flat.size(), data_.size())});
     total += mine.size();
-    shards_.push_back(std::move(shard));
   }
   Context& context = store.context();
   const DType type = accumulator_of(store.dtype());
@@ -63,27 +63,32 @@ void ShardedOptimizer::reduce_gradients() {
   }
 }
 
-template <class Visit>
-void ShardedOptimizer::for_each_owned_run(Visit visit) const {
+std::vector<ParameterPiece> ShardedOptimizer::owned_gradients() const {
+  std::vector<ParameterPiece> pieces;
   for (const Shard& shard : shards_) {
     for (const Parameter& p : store_->parameters()) {
       const Range run = intersect(shard.flat, p.flat_range());
-      if (p.spec.owned && !run.empty()) visit(store_->flat_gradients().flat(run.begin, run.size()));
+      if (!p.spec.owned || run.empty()) continue;
+      pieces.push_back({&p,
+                        {run.begin - p.offset, run.end - p.offset},
+                        store_->flat_gradients().flat(run.begin, run.size())});
     }
   }
+  return pieces;
 }
 
 double ShardedOptimizer::largest_gradient() {
   double largest = 0.0;
-  for_each_owned_run(
-      [&](const Tensor& run) { largest = std::max(largest, ops::absolute_max(store_->context(), run)); });
+  for (const ParameterPiece& run : owned_gradients()) {
+    largest = std::max(largest, ops::absolute_max(store_->context(), run.values));
+  }
   return world_.all_reduce(largest, ReduceOp::max);
 }
 
 double ShardedOptimizer::gradient_norm(double largest) {
   if (!std::isfinite(largest)) return std::numeric_limits<double>::infinity();
   ops::OrderFreeSumOfSquares squares(largest);
-  for_each_owned_run([&](const Tensor& run) { squares.add(store_->context(), run); });
+  for (const ParameterPiece& run : owned_gradients()) squares.add(store_->context(), run.values);
   auto bins = squares.bins();
   for (double& bin : bins) bin = world_.all_reduce(bin, ReduceOp::sum);
   return std::sqrt(ops::OrderFreeSumOfSquares::value(bins));
@@ -127,7 +132,7 @@ std::vector<StatePiece> ShardedOptimizer::state() const {
       const Range within{run.begin - p.offset, run.end - p.offset};
       const int64_t at = run.begin - shard.flat.begin;
       const auto add = [&](StateRole role, const Tensor& values) {
-        pieces.push_back({&p, role, within, values.flat(at, run.size())});
+        pieces.push_back({role, {&p, within, values.flat(at, run.size())}});
       };
       add(StateRole::master, master(shard));
       add(StateRole::moment1, moment1_.flat(shard.state_offset, shard.flat.size()));

@@ -5,6 +5,7 @@
 
 #include "normformer/comm/group.h"
 #include "normformer/config/run_config.h"
+#include "normformer/mesh/layout.h"
 #include "normformer/mesh/parameter.h"
 #include "normformer/ops/dropout.h"
 #include "normformer/sharding/parameter_store.h"
@@ -22,12 +23,12 @@ struct ModelEnvironment {
   uint64_t seed;
 
   /// This rank's heads, feed-forward features, channels of its heads, and rows of the vocabulary.
-  Range heads() const { return even_part(config.heads, tensor.size(), tensor.rank()); }
-  Range features() const { return even_part(config.ffn, tensor.size(), tensor.rank()); }
+  Range heads() const { return head_shard(config.heads, tensor.size(), tensor.rank()); }
+  Range features() const { return feature_shard(config.ffn, tensor.size(), tensor.rank()); }
   Range head_channels() const {
-    return {heads().begin * config.head_size(), heads().end * config.head_size()};
+    return head_channel_shard(config.heads, config.head_size(), tensor.size(), tensor.rank());
   }
-  Range vocabulary() const { return even_part(config.vocab, tensor.size(), tensor.rank()); }
+  Range vocabulary() const { return vocabulary_shard(config.vocab, tensor.size(), tensor.rank()); }
 };
 
 /// What a forward pass is for.

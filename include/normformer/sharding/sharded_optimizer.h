@@ -5,6 +5,7 @@
 
 #include "normformer/comm/group.h"
 #include "normformer/ops/optimizer.h"
+#include "normformer/sharding/parameter_piece.h"
 #include "normformer/sharding/parameter_store.h"
 
 namespace normformer {
@@ -12,13 +13,10 @@ namespace normformer {
 /// Which of a parameter's values an optimizer keeps.
 enum class StateRole { master, moment1, moment2 };
 
-/// A run of one parameter's optimizer state on this rank: elements `range` of the parameter's part, flattened
-/// row by row. `values` shares memory with the optimizer.
+/// A ParameterPiece of optimizer state; `values` shares memory with the optimizer.
 struct StatePiece {
-  const Parameter* parameter;
   StateRole role;
-  Range range;
-  Tensor values;
+  ParameterPiece piece;
 };
 
 /// AdamW with its state sharded over the data-parallel group: ZeRO stage 1 (Rajbhandari et al. 2020,
@@ -60,6 +58,9 @@ class ShardedOptimizer {
   /// This rank's state, parameter by parameter, whether owned or a copy.
   std::vector<StatePiece> state() const;
 
+  /// The summed gradients that this rank owns, after reduce_gradients; they share memory with the store.
+  std::vector<ParameterPiece> owned_gradients() const;
+
  private:
   struct Shard {
     Range flat;                   // this rank's piece of a bucket, in the store's flat buffers
@@ -70,9 +71,6 @@ class ShardedOptimizer {
   Tensor master(const Shard& shard) const;
   Tensor gradient(const Shard& shard) const;
   void gather_values();
-
-  template <class Visit>
-  void for_each_owned_run(Visit visit) const;  // visit(gradient of a run of owned scalars)
 
   ParameterStore* store_;
   Group data_;

@@ -1,0 +1,22 @@
+#pragma once
+
+#include <functional>
+#include <string>
+
+#include "normformer/comm/group.h"
+#include "normformer/core/error.h"
+
+namespace normformer {
+
+/// A failure that every rank knows of: one rank prints it, all leave in good order.
+class AgreedError : public Error {
+ public:
+  using Error::Error;
+};
+
+/// Runs `body`, which must not communicate, on every rank. Where it throws an Error on any of them, throws on
+/// all of them an AgreedError with each distinct message once, and the first failing rank's exit code. Other
+/// exceptions pass through. Collective over `world`.
+void run_agreed(const Group& world, const std::function<void()>& body);
+
+}  // namespace normformer

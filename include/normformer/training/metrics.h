@@ -1,0 +1,92 @@
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <filesystem>
+#include <fstream>
+#include <optional>
+#include <string>
+
+#include "normformer/training/trainer.h"
+
+namespace normformer {
+
+/// How fast a run goes, over all ranks.
+struct Speed {
+  double tokens_per_second = 0.0;
+  double flops_per_second = 0.0;  ///< model FLOPs (training_flops_per_token), not what the processors did
+  double seconds_left = 0.0;
+};
+
+/// Measures steps; forgets slowly, so that the time left follows changes.
+class Speedometer {
+ public:
+  /// `flops_per_token` as training_flops_per_token gives it.
+  explicit Speedometer(double flops_per_token);
+
+  /// Enters a step of `tokens` tokens that ended now; pauses since the last step or resume() do not count.
+  Speed enter_step(int64_t tokens, int64_t updates_left);
+
+  /// To be called when training goes on after something that is not a step (validation, a checkpoint).
+  void resume();
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  double flops_per_token_;
+  Clock::time_point last_;
+  double seconds_ = 0.0;  // weighted sums over steps
+  double tokens_ = 0.0;
+  double steps_ = 0.0;
+};
+
+/// A run's metrics as JSON lines: one object a step, one a validation. Written by rank 0 only; flushed line
+/// by line, so that a killed run leaves at most one torn line, which open() drops.
+class MetricsFile {
+ public:
+  /// Opens for appending. Records of batches after `counters.batch_index` (from a run that went on and was
+  /// lost) are dropped, so that a resumed run leaves the file that an uninterrupted one would. Throws
+  /// IoError.
+  MetricsFile(const std::filesystem::path& path, const TrainingCounters& counters);
+
+  /// `counters` are those after the step.
+  void write_step(const TrainingCounters& counters, const StepReport& report, const Speed& speed);
+  void write_validation(const TrainingCounters& counters, const EvaluationResult& result);
+
+ private:
+  void write_line(const std::string& line);
+
+  std::filesystem::path path_;
+  std::ofstream file_;
+};
+
+/// What a person watches: a line that is redrawn on a terminal, or plain lines elsewhere.
+class StatusLine {
+ public:
+  /// `every`: updates between plain lines.
+  StatusLine(int64_t updates, int64_t every);
+  ~StatusLine();
+  StatusLine(const StatusLine&) = delete;
+  StatusLine& operator=(const StatusLine&) = delete;
+
+  void show_step(const TrainingCounters& counters, const StepReport& report, const Speed& speed);
+
+  /// Prints a line that stays, above the live one.
+  void show_message(const std::string& message);
+
+ private:
+  void clear_live_line();
+
+  int64_t updates_;
+  int64_t every_;
+  bool is_terminal_;
+  bool live_ = false;
+  std::chrono::steady_clock::time_point last_drawn_;
+};
+
+/// "1.23 G", "45.6 M", "789": three digits and a prefix.
+std::string with_prefix(double value);
+
+/// "3 h 12 min", "4 min 5 s", "12 s".
+std::string duration_text(double seconds);
+
+}  // namespace normformer

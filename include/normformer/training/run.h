@@ -1,0 +1,42 @@
+#pragma once
+
+#include <filesystem>
+#include <string>
+
+#include "normformer/comm/group.h"
+#include "normformer/config/run_config.h"
+#include "normformer/core/error.h"
+#include "normformer/tensor/context.h"
+
+namespace normformer {
+
+/// What a command line adds to a run's configuration.
+struct RunOptions {
+  bool resume =
+      false;  ///< go on from the newest checkpoint of the run's folder, or start where there is none
+  std::filesystem::path dump_gradients;  ///< write the next step's gradients here, as safetensors, and end
+  bool stop_on_terminal_signals =
+      false;  ///< also SIGINT and SIGTERM stop cleanly: for one process without mpirun
+};
+
+/// The files of a run's folder.
+struct RunFolder {
+  std::filesystem::path root;
+  std::filesystem::path config() const { return root / "config.toml"; }
+  std::filesystem::path metrics() const { return root / "metrics.jsonl"; }
+  std::filesystem::path log() const { return root / "log.txt"; }
+  std::filesystem::path tokenizer() const { return root / "tokenizer"; }
+  std::filesystem::path checkpoints() const { return root / "checkpoints"; }
+};
+
+/// The vocabulary that the run's first corpus was made with, from the manifest beside it; the configuration
+/// with model.vocab filled in. Throws ConfigError or DataError.
+RunConfig with_vocabulary(RunConfig config);
+
+/// Trains as configured: from start or newest checkpoint to the last update, with validation, metrics and
+/// checkpoints, or until a stop signal. Returns ExitCode::success, or ExitCode::stopped after a signal.
+/// Throws AgreedError for what the user has to mend. Collective over `world`.
+ExitCode run_training(const RunConfig& config, const RunOptions& options, Context& context,
+                      const Group& world);
+
+}  // namespace normformer

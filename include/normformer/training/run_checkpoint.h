@@ -1,0 +1,40 @@
+#pragma once
+
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "normformer/config/run_config.h"
+#include "normformer/core/file_system.h"
+#include "normformer/training/trainer.h"
+
+namespace normformer {
+
+/// The checkpoints of one run's folder, in terms of its trainer. Holds no tensors.
+class RunCheckpoints {
+ public:
+  /// `tokenizer_hash` identifies what the tokens mean, for comparison on resume.
+  RunCheckpoints(std::filesystem::path folder, const RunConfig& config, std::string tokenizer_hash);
+
+  /// Whether the folder holds any. Not collective.
+  bool any() const;
+
+  /// Saves everything that the run needs to go on with the same bits, and removes all but the newest `keep`.
+  /// Returns an empty string, or a sentence that says why nothing was saved: earlier checkpoints are then as
+  /// they were. Collective over the world.
+  std::string save(Trainer& trainer);
+
+  /// Fills the trainer from the newest checkpoint that can be read. False where there is none at all. Throws
+  /// AgreedError where there are some but none is readable, or where it is of another model. Collective over
+  /// the world.
+  bool load_newest(Trainer& trainer);
+
+ private:
+  std::unique_ptr<FileSystem> files_;
+  std::filesystem::path folder_;
+  RunConfig config_;
+  std::string tokenizer_hash_;
+};
+
+}  // namespace normformer

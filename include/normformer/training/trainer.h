@@ -1,0 +1,92 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "normformer/data/token_dataset.h"
+#include "normformer/model/model_instance.h"
+#include "normformer/pipeline/schedule.h"
+#include "normformer/sharding/sharded_optimizer.h"
+
+namespace normformer {
+
+/// Where a run stands: two counters make it resumable. A skipped update moves only the first.
+struct TrainingCounters {
+  int64_t batch_index = 0;  ///< global batches taken: decides data and dropout
+  int64_t updates = 0;      ///< updates made: decides learning rate and Adam's bias corrections
+  int64_t tokens = 0;       ///< targets that counted
+  int64_t skipped_in_a_row = 0;
+  bool operator==(const TrainingCounters&) const = default;
+};
+
+/// What one step did, the same on every rank.
+struct StepReport {
+  double loss = 0.0;           ///< mean negative log-likelihood of the batch, before the update
+  int64_t tokens = 0;          ///< targets that counted
+  double gradient_norm = 0.0;  ///< of the mean loss, before clipping; inf where not finite
+  double lr = 0.0;
+  bool skipped = false;  ///< a gradient was not finite: the weights did not move
+};
+
+/// Where batches come from: global samples [first, first + count) as rows.
+using BatchSource = std::function<Batch(int64_t first, int64_t count)>;
+
+/// Cuts `batch` into this replica's micro-batches. Tensors are made on the context's device, and only those
+/// that this stage reads. `first_sample` is the batch's first sequence's place in the global batch.
+MicroBatch make_micro_batch(ModelInstance& model, const Batch& batch, int64_t first_sample,
+                            uint64_t batch_index, Purpose purpose);
+
+/// Trains one model: batches in, updates out. Everything about files, logs and stopping is in TrainingRun.
+class Trainer {
+ public:
+  /// `config` is resolved; `source` must give the same batches on every rank.
+  Trainer(ModelInstance& model, const RunConfig& config, BatchSource source);
+
+  /// Draws initial weights from the seed. Collective over the world.
+  void initialise();
+
+  /// One update on the next global batch. Collective over the world.
+  StepReport step();
+
+  /// The first half of step: gradients of the next batch, summed over the world and undivided, in the store;
+  /// the report has loss and tokens. The counters do not move. Collective over the world.
+  StepReport compute_gradients();
+
+  /// To be called after weights were written from outside into the optimizer's masters. Collective over the
+  /// world.
+  void weights_changed();
+
+  const TrainingCounters& counters() const { return counters_; }
+  void set_counters(const TrainingCounters& counters) { counters_ = counters; }
+  ShardedOptimizer& optimizer() { return optimizer_; }
+  ModelInstance& model() { return model_; }
+
+ private:
+  std::vector<MicroBatch> next_micro_batches() const;
+  void update_weights(StepReport& report);
+
+  ModelInstance& model_;
+  RunConfig config_;
+  BatchSource source_;
+  ShardedOptimizer optimizer_;
+  Schedule schedule_;
+  TrainingCounters counters_;
+};
+
+/// Sum of negative log-likelihoods and count of targets over samples [0, sequences) of `source`, computed
+/// over all ranks.
+struct EvaluationResult {
+  double nll_sum = 0.0;
+  int64_t tokens = 0;
+  double mean() const { return tokens == 0 ? 0.0 : nll_sum / static_cast<double>(tokens); }
+};
+
+/// Called on ranks that answer for losses with each micro-batch's first sample, its batch and its [N] nlls.
+using NllVisitor = std::function<void(int64_t first_sample, const Batch& batch, const Tensor& nll)>;
+
+/// Evaluates without dropout. `visit` may be empty. Collective over the world.
+EvaluationResult evaluate(ModelInstance& model, const RunConfig& config, const BatchSource& source,
+                          int64_t sequences, const NllVisitor& visit = {});
+
+}  // namespace normformer

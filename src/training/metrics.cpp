@@ -1,0 +1,176 @@
+#include "normformer/training/metrics.h"
+
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+#include <unistd.h>
+
+#include "normformer/core/log.h"
+
+namespace normformer {
+
+namespace {
+
+constexpr double kForget = 0.95;  // of what earlier steps count, after each step
+
+// JSON has no infinity; a reader sees null.
+nlohmann::ordered_json number(double value) {
+  if (!std::isfinite(value)) return nullptr;
+  return value;
+}
+
+// The batch index of a line of metrics; none for a torn or foreign line.
+std::optional<int64_t> batch_of(const std::string& line) {
+  const auto parsed = nlohmann::json::parse(line, nullptr, false);
+  if (!parsed.is_object() || !parsed.contains("batch") || !parsed["batch"].is_number_integer())
+    return std::nullopt;
+  return parsed["batch"].get<int64_t>();
+}
+
+std::vector<std::string> lines_up_to(const std::filesystem::path& path, int64_t batch_index) {
+  std::vector<std::string> kept;
+  std::ifstream file(path);
+  for (std::string line; std::getline(file, line);) {
+    const auto batch = batch_of(line);
+    if (batch && *batch <= batch_index) kept.push_back(line);
+  }
+  return kept;
+}
+
+// Under mpirun a rank's output may be a pseudo-terminal whose other end is a file: only the launcher knows.
+bool writes_to_terminal() {
+  if (const char* said = std::getenv("NORMFORMER_TERMINAL")) return std::string_view(said) == "1";
+  return std::getenv("OMPI_COMM_WORLD_SIZE") == nullptr && isatty(STDOUT_FILENO) == 1;
+}
+
+}  // namespace
+
+Speedometer::Speedometer(double flops_per_token) : flops_per_token_(flops_per_token), last_(Clock::now()) {}
+
+void Speedometer::resume() { last_ = Clock::now(); }
+
+Speed Speedometer::enter_step(int64_t tokens, int64_t updates_left) {
+  const auto now = Clock::now();
+  seconds_ = kForget * seconds_ + std::chrono::duration<double>(now - last_).count();
+  tokens_ = kForget * tokens_ + static_cast<double>(tokens);
+  steps_ = kForget * steps_ + 1.0;
+  last_ = now;
+  const double rate = tokens_ / std::max(seconds_, 1e-9);
+  return {rate, rate * flops_per_token_, seconds_ / steps_ * static_cast<double>(updates_left)};
+}
+
+MetricsFile::MetricsFile(const std::filesystem::path& path, const TrainingCounters& counters) : path_(path) {
+  const std::vector<std::string> kept = lines_up_to(path, counters.batch_index);
+  const std::filesystem::path next = path.string() + ".tmp";
+  {
+    std::ofstream rewritten(next, std::ios::trunc);
+    for (const std::string& line : kept) rewritten << line << '\n';
+    if (!rewritten.flush()) throw IoError(fmt::format("cannot write {}: {}", next.string(), system_reason()));
+  }
+  std::filesystem::rename(next, path);
+  file_.open(path, std::ios::app);
+  if (!file_) throw IoError(fmt::format("cannot open {}: {}", path.string(), system_reason()));
+}
+
+void MetricsFile::write_line(const std::string& line) {
+  file_ << line << std::endl;
+  if (file_) return;
+  // Metrics are not worth a run: a full disk is said once a line, and training goes on.
+  log_root(LogLevel::warning, "cannot write {}: {}", path_.string(), system_reason());
+  file_.clear();
+}
+
+void MetricsFile::write_step(const TrainingCounters& counters, const StepReport& report, const Speed& speed) {
+  nlohmann::ordered_json line;
+  line["kind"] = "step";
+  line["batch"] = counters.batch_index;
+  line["update"] = counters.updates;
+  line["tokens"] = counters.tokens;
+  line["loss"] = number(report.loss);
+  line["gradient_norm"] = number(report.gradient_norm);
+  line["lr"] = report.lr;
+  line["skipped"] = report.skipped;
+  line["tokens_per_second"] = speed.tokens_per_second;
+  line["flops_per_second"] = speed.flops_per_second;
+  write_line(line.dump());
+}
+
+void MetricsFile::write_validation(const TrainingCounters& counters, const EvaluationResult& result) {
+  nlohmann::ordered_json line;
+  line["kind"] = "validation";
+  line["batch"] = counters.batch_index;
+  line["update"] = counters.updates;
+  line["tokens"] = counters.tokens;
+  line["loss"] = number(result.mean());
+  line["perplexity"] = number(std::exp(result.mean()));
+  line["targets"] = result.tokens;
+  write_line(line.dump());
+}
+
+StatusLine::StatusLine(int64_t updates, int64_t every)
+    : updates_(updates), every_(every), is_terminal_(writes_to_terminal()) {}
+
+StatusLine::~StatusLine() {
+  if (!live_) return;
+  std::fputs("\n", stdout);
+  std::fflush(stdout);
+}
+
+void StatusLine::clear_live_line() {
+  if (live_) std::fputs("\r\033[K", stdout);
+  live_ = false;
+}
+
+void StatusLine::show_step(const TrainingCounters& counters, const StepReport& report, const Speed& speed) {
+  const std::string text =
+      fmt::format("update {}/{}  loss {:.4f}  grad norm {:.3f}  lr {:.3g}  {}tok/s  {}FLOP/s  {} left{}",
+                  counters.updates, updates_, report.loss, report.gradient_norm, report.lr,
+                  with_prefix(speed.tokens_per_second), with_prefix(speed.flops_per_second),
+                  duration_text(speed.seconds_left), report.skipped ? "  SKIPPED: gradient not finite" : "");
+  const bool is_last = counters.updates >= updates_;
+  if (!is_terminal_) {
+    if (counters.updates % every_ == 0 || is_last || report.skipped) std::puts(text.c_str());
+    std::fflush(stdout);
+    return;
+  }
+  const auto now = std::chrono::steady_clock::now();
+  if (live_ && !is_last && !report.skipped && now - last_drawn_ < std::chrono::milliseconds(100)) return;
+  last_drawn_ = now;
+  std::fputs(("\r" + text + "\033[K").c_str(), stdout);
+  live_ = true;
+  if (report.skipped) {
+    std::fputs("\n", stdout);
+    live_ = false;
+  }
+  std::fflush(stdout);
+}
+
+void StatusLine::show_message(const std::string& message) {
+  clear_live_line();
+  std::puts(message.c_str());
+  std::fflush(stdout);
+}
+
+std::string with_prefix(double value) {
+  constexpr std::array<const char*, 6> kPrefixes = {"", "k", "M", "G", "T", "P"};
+  size_t i = 0;
+  while (std::abs(value) >= 999.5 && i + 1 < kPrefixes.size()) {
+    value /= 1000.0;
+    ++i;
+  }
+  return fmt::format("{:.3g} {}", value, kPrefixes[i]);
+}
+
+std::string duration_text(double seconds) {
+  const auto total = static_cast<int64_t>(std::llround(std::max(0.0, seconds)));
+  if (total >= 3600) return fmt::format("{} h {} min", total / 3600, total % 3600 / 60);
+  if (total >= 60) return fmt::format("{} min {} s", total / 60, total % 60);
+  return fmt::format("{} s", total);
+}
+
+}  // namespace normformer

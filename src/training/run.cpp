@@ -1,0 +1,249 @@
+#include "normformer/training/run.h"
+
+#include <cmath>
+#include <fstream>
+#include <optional>
+
+#include <fmt/ranges.h>
+
+#include "normformer/checkpoints/safetensors.h"
+#include "normformer/core/log.h"
+#include "normformer/data/bpe_tokenizer.h"
+#include "normformer/data/manifest.h"
+#include "normformer/training/agreement.h"
+#include "normformer/training/metrics.h"
+#include "normformer/training/run_checkpoint.h"
+#include "normformer/training/stop_signal.h"
+#include "normformer/training/trainer.h"
+
+namespace normformer {
+
+namespace {
+
+// One rank's run, from opened data to the last checkpoint.
+class TrainingRun {
+ public:
+  TrainingRun(const RunConfig& config, const RunOptions& options, Context& context, const Group& world);
+  ExitCode run();
+
+ private:
+  void open_data();
+  void prepare_folder();
+  void print_banner();
+  bool restore();
+  void dump_gradients();
+  void step();
+  void validate();
+  void save();
+  bool stop_is_wanted();
+  bool is_root() const { return world_.rank() == 0; }
+  void say(const std::string& message);
+
+  RunConfig config_;
+  RunOptions options_;
+  Context& context_;
+  Group world_;
+  RunFolder folder_;
+  StopSignal signal_;
+  std::optional<TokenDataset> train_data_;
+  std::optional<TokenDataset> valid_data_;
+  std::optional<BpeTokenizer> tokenizer_;
+  std::optional<ModelInstance> model_;
+  std::optional<Trainer> trainer_;
+  std::optional<RunCheckpoints> checkpoints_;
+  std::optional<MetricsFile> metrics_;  // rank 0 only
+  std::optional<StatusLine> status_;    // rank 0 only
+  Speedometer speedometer_;
+  int64_t saved_at_ = -1;  // batch index of the newest checkpoint
+};
+
+TrainingRun::TrainingRun(const RunConfig& config, const RunOptions& options, Context& context,
+                         const Group& world)
+    : config_(config),
+      options_(options),
+      context_(context),
+      world_(world),
+      folder_{config.checkpoint.folder},
+      signal_(options.stop_on_terminal_signals),
+      speedometer_(training_flops_per_token(config.model)) {}
+
+void TrainingRun::say(const std::string& message) {
+  if (status_) status_->show_message(message);
+}
+
+void TrainingRun::open_data() {
+  run_agreed(world_, [&] {
+    if (config_.data.train.empty())
+      throw ConfigError("data.train names no corpus: make one with `normformer prepare`");
+    tokenizer_ = load_tokenizer(config_);
+    train_data_.emplace(dataset_options(config_, config_.data.train, SampleSequence::shuffled, *tokenizer_));
+    if (!config_.data.valid.empty()) {
+      valid_data_.emplace(
+          dataset_options(config_, config_.data.valid, SampleSequence::sequential, *tokenizer_));
+    }
+  });
+}
+
+void TrainingRun::prepare_folder() {
+  run_agreed(world_, [&] {
+    if (!is_root()) return;
+    std::error_code error;
+    std::filesystem::create_directories(folder_.checkpoints(), error);
+    if (error) {
+      throw IoError(
+          fmt::format("cannot make the run's folder {}: {}", folder_.root.string(), error.message()));
+    }
+    if (checkpoints_->any() && !options_.resume && options_.dump_gradients.empty()) {
+      throw ConfigError(
+          fmt::format("{} already holds checkpoints: add --resume to go on from the newest, or choose "
+                      "another checkpoint.folder",
+                      folder_.root.string()));
+    }
+    std::ofstream file(folder_.config());
+    file << to_toml(config_);
+    if (!file.flush())
+      throw IoError(fmt::format("cannot write {}: {}", folder_.config().string(), system_reason()));
+    tokenizer_->save(folder_.tokenizer());
+    open_log_file(folder_.log().string());
+  });
+}
+
+void TrainingRun::print_banner() {
+  const int64_t parameters = model_->count_parameters();
+  const Mesh& mesh = model_->mesh();
+  if (!is_root()) return;
+  say(to_toml(config_));
+  say(fmt::format("{}parameters, {} ranks = tensor {} x pipeline {} x data {}, {} threads each, {} in {}",
+                  with_prefix(static_cast<double>(parameters)), world_.size(), mesh.tensor().size(),
+                  mesh.pipeline().size(), mesh.data().size(), context_.threads().size(),
+                  ops::describe_matmul(), name_of(model_->store().dtype())));
+  say(fmt::format("{}tokens to train on, {}to validate on; the run's folder is {}",
+                  with_prefix(static_cast<double>(train_data_->num_tokens())),
+                  with_prefix(valid_data_ ? static_cast<double>(valid_data_->num_tokens()) : 0.0),
+                  folder_.root.string()));
+  if (config_.train.precision == Precision::bf16 && !ops::has_native_bf16()) {
+    say("this processor has no bf16 instructions: train.precision = \"fp32\" would be faster");
+  }
+  if (options_.stop_on_terminal_signals)
+    say("Ctrl-C stops the run cleanly");
+  else if (std::getenv("NORMFORMER_LAUNCHER") != nullptr)
+    say("Ctrl-C stops the run cleanly");
+  else
+    say("SIGUSR1 to mpirun stops the run cleanly (kill -USR1); Ctrl-C ends it at once");
+}
+
+bool TrainingRun::restore() {
+  if (options_.resume && checkpoints_->load_newest(*trainer_)) {
+    saved_at_ = trainer_->counters().batch_index;
+    say(fmt::format("resumed after update {}", trainer_->counters().updates));
+    return true;
+  }
+  trainer_->initialise();
+  return false;
+}
+
+void TrainingRun::dump_gradients() {
+  const StepReport report = trainer_->compute_gradients();
+  for (const ParameterPiece& piece : trainer_->optimizer().owned_gradients()) {
+    scale(context_, piece.values, 1.0 / static_cast<double>(std::max<int64_t>(1, report.tokens)));
+  }
+  write_gathered(context_, world_, trainer_->optimizer().owned_gradients(),
+                 accumulator_of(model_->store().dtype()), options_.dump_gradients);
+  say(fmt::format("wrote the gradients of batch {} (loss {:.6f}) to {}", trainer_->counters().batch_index,
+                  report.loss, options_.dump_gradients.string()));
+}
+
+void TrainingRun::step() {
+  const StepReport report = trainer_->step();
+  const TrainingCounters& counters = trainer_->counters();
+  const Speed speed = speedometer_.enter_step(report.tokens, config_.train.updates - counters.updates);
+  if (metrics_) metrics_->write_step(counters, report, speed);
+  if (status_) status_->show_step(counters, report, speed);
+  if (counters.skipped_in_a_row >= config_.train.max_skipped) {
+    throw AgreedError(
+        ExitCode::numeric,
+        fmt::format("{} updates in a row had gradients that are not finite (train.max_skipped): lower "
+                    "optimizer.lr, lengthen optimizer.warmup_updates or set optimizer.clip_norm",
+                    counters.skipped_in_a_row));
+  }
+}
+
+void TrainingRun::validate() {
+  if (!valid_data_) return;
+  const int64_t all = valid_data_->num_samples();
+  const int64_t sequences =
+      config_.train.valid_sequences > 0 ? std::min(all, config_.train.valid_sequences) : all;
+  const EvaluationResult result = evaluate(
+      *model_, config_, [&](int64_t f, int64_t n) { return valid_data_->read_batch(f, n); }, sequences);
+  if (metrics_) metrics_->write_validation(trainer_->counters(), result);
+  say(fmt::format("validation after update {}: loss {:.4f}, perplexity {:.3f} over {} tokens",
+                  trainer_->counters().updates, result.mean(), std::exp(result.mean()), result.tokens));
+}
+
+void TrainingRun::save() {
+  const std::string problem = checkpoints_->save(*trainer_);
+  if (problem.empty()) {
+    saved_at_ = trainer_->counters().batch_index;
+    say(fmt::format("saved a checkpoint after update {}", trainer_->counters().updates));
+  } else {
+    log_root(LogLevel::error, "no checkpoint was saved after update {}: {}; earlier ones are as they were",
+             trainer_->counters().updates, problem);
+  }
+}
+
+bool TrainingRun::stop_is_wanted() {
+  return world_.all_reduce(signal_.requested() ? 1.0 : 0.0, ReduceOp::max) > 0.0;
+}
+
+ExitCode TrainingRun::run() {
+  if (is_root()) status_.emplace(config_.train.updates, config_.train.log_every);
+  open_data();
+  checkpoints_.emplace(folder_.checkpoints(), config_, fmt::format("tokenizer {:016x}", tokenizer_->hash()));
+  prepare_folder();
+  const Mesh mesh(world_, {.tensor = config_.parallel.tensor,
+                           .context = 1,
+                           .data = config_.parallel.data,
+                           .pipeline = config_.parallel.pipeline});
+  model_.emplace(context_, mesh, config_, true);
+  trainer_.emplace(*model_, config_, [&](int64_t f, int64_t n) { return train_data_->read_batch(f, n); });
+  print_banner();
+  restore();
+  if (!options_.dump_gradients.empty()) {
+    dump_gradients();
+    return ExitCode::success;
+  }
+  if (is_root()) metrics_.emplace(folder_.metrics(), trainer_->counters());
+
+  const auto is_due = [&](int64_t every) { return every > 0 && trainer_->counters().updates % every == 0; };
+  bool validated = false;
+  speedometer_.resume();
+  while (trainer_->counters().updates < config_.train.updates) {
+    step();
+    validated = is_due(config_.train.valid_every);
+    if (validated) validate();
+    const bool stops = stop_is_wanted();
+    if (stops || is_due(config_.checkpoint.every)) save();
+    if (stops) {
+      say("stopped cleanly; the same command with --resume goes on from here");
+      return ExitCode::stopped;
+    }
+    if (validated || is_due(config_.checkpoint.every)) speedometer_.resume();
+  }
+  if (!validated) validate();
+  if (saved_at_ != trainer_->counters().batch_index) save();
+  return ExitCode::success;
+}
+
+}  // namespace
+
+RunConfig with_vocabulary(RunConfig config) {
+  if (config.model.vocab == 0) config.model.vocab = load_tokenizer(config).vocab_size();
+  return config;
+}
+
+ExitCode run_training(const RunConfig& config, const RunOptions& options, Context& context,
+                      const Group& world) {
+  return TrainingRun(config, options, context, world).run();
+}
+
+}  // namespace normformer

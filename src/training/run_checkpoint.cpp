@@ -1,0 +1,124 @@
+#include "normformer/training/run_checkpoint.h"
+
+#include <map>
+#include <sstream>
+#include <vector>
+
+#include "normformer/checkpoints/checkpoint.h"
+#include "normformer/core/log.h"
+#include "normformer/training/agreement.h"
+
+namespace normformer {
+
+namespace {
+
+Role role_of(StateRole role) {
+  switch (role) {
+    case StateRole::master:
+      return Role::master;
+    case StateRole::moment1:
+      return Role::moment1;
+    case StateRole::moment2:
+      return Role::moment2;
+  }
+  return Role::master;
+}
+
+std::vector<TensorPiece> pieces_of(Trainer& trainer, bool owned_only) {
+  std::vector<TensorPiece> pieces;
+  for (const StatePiece& state : trainer.optimizer().state()) {
+    const ParameterSpec& spec = state.piece.parameter->spec;
+    if (owned_only && !spec.owned) continue;
+    pieces.push_back({spec.name, role_of(state.role), spec.part, state.piece.range, state.piece.values});
+  }
+  return pieces;
+}
+
+// "section.key" to its value as written.
+std::map<std::string, std::string> keys_of(const RunConfig& config) {
+  std::map<std::string, std::string> keys;
+  std::istringstream text(to_toml(config));
+  std::string section;
+  for (std::string line; std::getline(text, line);) {
+    if (line.starts_with("[")) section = line.substr(1, line.find(']') - 1);
+    const size_t equals = line.find(" = ");
+    if (equals != std::string::npos) keys[section + "." + line.substr(0, equals)] = line.substr(equals + 3);
+  }
+  return keys;
+}
+
+// A run may go on with other settings, said aloud, but not with another model.
+void compare_configurations(const RunConfig& saved, const RunConfig& now, const std::string& folder) {
+  const auto before = keys_of(saved);
+  for (const auto& [key, value] : keys_of(now)) {
+    const auto old = before.find(key);
+    if (old == before.end() || old->second == value) continue;
+    if (key.starts_with("model.") && key != "model.ffn_norm_form" && !key.ends_with("_dropout")) {
+      throw DataError(
+          fmt::format("{} is of another model: {} was {} and is {} now; change it back or choose another "
+                      "checkpoint.folder",
+                      folder, key, old->second, value));
+    }
+    log_root(LogLevel::warning, "resuming with another {}: it was {} and is {} now", key, old->second, value);
+  }
+}
+
+TrainingCounters counters_of(const CheckpointInfo& info) {
+  return {.batch_index = info.batch_index,
+          .updates = info.update_count,
+          .tokens = info.tokens_seen,
+          .skipped_in_a_row = info.skipped_in_a_row};
+}
+
+}  // namespace
+
+RunCheckpoints::RunCheckpoints(std::filesystem::path folder, const RunConfig& config,
+                               std::string tokenizer_hash)
+    : files_(make_system_files()),
+      folder_(std::move(folder)),
+      config_(config),
+      tokenizer_hash_(std::move(tokenizer_hash)) {}
+
+bool RunCheckpoints::any() const { return !list_checkpoints(*files_, folder_).empty(); }
+
+std::string RunCheckpoints::save(Trainer& trainer) {
+  const TrainingCounters& counters = trainer.counters();
+  const Mesh& mesh = trainer.model().mesh();
+  const CheckpointInfo info{.run_id = folder_.parent_path().filename().string(),
+                            .update_count = counters.updates,
+                            .batch_index = counters.batch_index,
+                            .skipped_in_a_row = counters.skipped_in_a_row,
+                            .tokens_seen = counters.tokens,
+                            .consumed_samples = counters.batch_index * config_.train.global_batch,
+                            .seed = config_.train.seed,
+                            .config_toml = to_toml(config_),
+                            .tokenizer_hash = tokenizer_hash_,
+                            .metrics = {},
+                            .layout = {{"tensor", mesh.tensor().size()},
+                                       {"pipeline", mesh.pipeline().size()},
+                                       {"data", mesh.data().size()}}};
+  const std::vector<TensorPiece> pieces = pieces_of(trainer, true);
+  const SaveResult result =
+      save_checkpoint(mesh.world(), *files_, folder_, info, pieces, config_.checkpoint.keep);
+  return result.reason;
+}
+
+bool RunCheckpoints::load_newest(Trainer& trainer) {
+  const std::vector<TensorPiece> pieces = pieces_of(trainer, false);
+  const auto use = [&](const CheckpointReader& reader) {
+    const CheckpointInfo& info = reader.info();
+    const std::string name = reader.folder().string();
+    compare_configurations(parse_run_config(info.config_toml, name, {}), config_, name);
+    if (info.tokenizer_hash != tokenizer_hash_) {
+      throw DataError(fmt::format("{} was trained with another tokenizer than the corpus now has", name));
+    }
+    reader.read(pieces);
+  };
+  const auto reader = open_newest_checkpoint(trainer.model().mesh().world(), *files_, folder_, use);
+  if (!reader) return false;
+  trainer.set_counters(counters_of(reader->info()));
+  trainer.weights_changed();
+  return true;
+}
+
+}  // namespace normformer

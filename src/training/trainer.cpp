@@ -1,0 +1,178 @@
+#include "normformer/training/trainer.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "normformer/mesh/layout.h"
+#include "normformer/pipeline/checker.h"
+#include "normformer/pipeline/executor.h"
+#include "normformer/training/learning_rate.h"
+
+namespace normformer {
+
+namespace {
+
+Schedule make_schedule(PipelineSchedule kind, int64_t stages, int64_t micro_batches) {
+  Schedule schedule = kind == PipelineSchedule::gpipe ? gpipe_schedule(stages, micro_batches)
+                                                      : one_f_one_b_schedule(stages, micro_batches);
+  check_schedule(schedule);
+  return schedule;
+}
+
+std::vector<Range> micro_batch_samples(const ModelInstance& model, int64_t samples, int64_t micro_batch) {
+  return micro_batches(samples, micro_batch, model.mesh().data().size(), model.mesh().data().rank());
+}
+
+// Targets that count in this replica's micro-batches; 0 on ranks that do not answer for them.
+int64_t counted_targets(const ModelInstance& model, const std::vector<MicroBatch>& batches) {
+  int64_t count = 0;
+  if (!model.answers_for_loss()) return count;
+  for (const MicroBatch& batch : batches) {
+    if (!batch.weights.defined() || model.is_meta()) {
+      count += batch.num_tokens();
+    } else {
+      const uint8_t* weights = batch.weights.data<uint8_t>();
+      count += std::count(weights, weights + batch.num_tokens(), uint8_t{1});
+    }
+  }
+  return count;
+}
+
+template <class T>
+Tensor to_device(Context& context, const std::vector<T>& values) {
+  return from_host<T>(context, values, {static_cast<int64_t>(values.size())});
+}
+
+}  // namespace
+
+MicroBatch make_micro_batch(ModelInstance& model, const Batch& batch, int64_t first_sample,
+                            uint64_t batch_index, Purpose purpose) {
+  Context& context = model.context();
+  const StagePart& part = model.stage().part();
+  MicroBatch made{.sequences = batch.sequences,
+                  .length = batch.seq_len,
+                  .first_sample = first_sample,
+                  .batch_index = batch_index,
+                  .purpose = purpose,
+                  .tokens = {},
+                  .targets = {},
+                  .weights = {},
+                  .document_start = {}};
+  if (part.first) made.tokens = to_device(context, batch.inputs);
+  if (part.last) made.targets = to_device(context, batch.targets);
+  if (part.last && !batch.loss_mask.empty()) made.weights = to_device(context, batch.loss_mask);
+  if (!batch.document_start.empty()) made.document_start = to_device(context, batch.document_start);
+  return made;
+}
+
+Trainer::Trainer(ModelInstance& model, const RunConfig& config, BatchSource source)
+    : model_(model),
+      config_(config),
+      source_(std::move(source)),
+      optimizer_(model.store(), model.mesh().data(), model.mesh().embedding(), model.mesh().world()),
+      schedule_(make_schedule(
+          config.parallel.schedule, model.mesh().pipeline().size(),
+          static_cast<int64_t>(
+              micro_batch_samples(model, config.train.global_batch, config.train.micro_batch).size()))) {}
+
+void Trainer::initialise() {
+  optimizer_.initialise(config_.train.seed);
+  model_.stage().prepare();
+}
+
+void Trainer::weights_changed() {
+  optimizer_.publish_masters();
+  model_.stage().prepare();
+}
+
+std::vector<MicroBatch> Trainer::next_micro_batches() const {
+  const int64_t first = counters_.batch_index * config_.train.global_batch;
+  std::vector<MicroBatch> made;
+  for (const Range& samples :
+       micro_batch_samples(model_, config_.train.global_batch, config_.train.micro_batch)) {
+    made.push_back(make_micro_batch(model_, source_(first + samples.begin, samples.size()), samples.begin,
+                                    static_cast<uint64_t>(counters_.batch_index), Purpose::training));
+  }
+  return made;
+}
+
+StepReport Trainer::compute_gradients() {
+  LanguageModelStage& stage = model_.stage();
+  const Group& world = model_.mesh().world();
+  std::vector<MicroBatch> batches = next_micro_batches();
+  StepReport report;
+  report.tokens = world.all_reduce_sum(counted_targets(model_, batches));
+
+  model_.store().zero_gradients();
+  stage.set_micro_batches(std::move(batches));
+  run_schedule(model_.context(), model_.mesh().pipeline(), schedule_, stage);
+  optimizer_.reduce_gradients();
+
+  const double loss_sum = world.all_reduce(model_.answers_for_loss() ? stage.loss_sum() : 0.0, ReduceOp::sum);
+  report.loss = loss_sum / static_cast<double>(std::max<int64_t>(1, report.tokens));
+  return report;
+}
+
+StepReport Trainer::step() {
+  StepReport report = compute_gradients();
+  const double largest = optimizer_.largest_gradient();
+  report.gradient_norm =
+      optimizer_.gradient_norm(largest) / static_cast<double>(std::max<int64_t>(1, report.tokens));
+  report.skipped = !std::isfinite(largest) || !std::isfinite(report.loss);
+  report.lr = learning_rate(config_.optimizer, config_.train.updates, counters_.updates + 1);
+  if (!report.skipped) update_weights(report);
+
+  counters_.batch_index += 1;
+  counters_.tokens += report.tokens;
+  counters_.skipped_in_a_row = report.skipped ? counters_.skipped_in_a_row + 1 : 0;
+  return report;
+}
+
+void Trainer::update_weights(StepReport& report) {
+  const OptimizerConfig& o = config_.optimizer;
+  ops::AdamW update{.lr = report.lr,
+                    .beta1 = o.beta1,
+                    .beta2 = o.beta2,
+                    .eps = o.eps,
+                    .weight_decay = o.weight_decay,
+                    .grad_factor = 1.0 / static_cast<double>(std::max<int64_t>(1, report.tokens)),
+                    .update = ++counters_.updates,
+                    .fairseq_eps = o.eps_form == AdamEps::fairseq};
+  // torch.nn.utils.clip_grad_norm_: the factor is max / (norm + 1e-6), at most 1.
+  if (o.clip_norm > 0.0) update.grad_factor *= std::min(1.0, o.clip_norm / (report.gradient_norm + 1e-6));
+  optimizer_.step(update);
+  model_.stage().prepare();
+}
+
+EvaluationResult evaluate(ModelInstance& model, const RunConfig& config, const BatchSource& source,
+                          int64_t sequences, const NllVisitor& visit) {
+  LanguageModelStage& stage = model.stage();
+  const std::vector<Range> samples = micro_batch_samples(model, sequences, config.train.micro_batch);
+  EvaluationResult mine;
+  ForwardOnlyStage forward_only(stage);
+  // Some micro-batches at a time fill the pipeline; their tokens and losses need little memory.
+  const auto window = static_cast<size_t>(4 * model.mesh().pipeline().size());
+  for (size_t begin = 0; begin < samples.size(); begin += window) {
+    const size_t end = std::min(samples.size(), begin + window);
+    std::vector<Batch> read;
+    std::vector<MicroBatch> batches;
+    for (size_t i = begin; i < end; ++i) {
+      read.push_back(source(samples[i].begin, samples[i].size()));
+      batches.push_back(make_micro_batch(model, read.back(), samples[i].begin, 0, Purpose::evaluation));
+    }
+    const int64_t targets = counted_targets(model, batches);
+    stage.set_micro_batches(std::move(batches));
+    run_forward(model.context(), model.mesh().pipeline(), static_cast<int64_t>(end - begin), forward_only);
+    if (!model.answers_for_loss()) continue;
+    mine.nll_sum += stage.loss_sum();
+    mine.tokens += targets;
+    for (size_t i = begin; visit && i < end; ++i) {
+      if (samples[i].empty()) continue;
+      visit(samples[i].begin, read[i - begin], stage.result(static_cast<int64_t>(i - begin)));
+    }
+  }
+  const Group& world = model.mesh().world();
+  return {world.all_reduce(mine.nll_sum, ReduceOp::sum), world.all_reduce_sum(mine.tokens)};
+}
+
+}  // namespace normformer

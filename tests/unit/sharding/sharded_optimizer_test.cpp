@@ -1,0 +1,136 @@
+#include "normformer/sharding/sharded_optimizer.h"
+
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+namespace normformer {
+namespace {
+
+struct Model {
+  Model(Context& context, const Group& world, DType dtype, int64_t bucket_bytes) : store(context, dtype) {
+    for (const auto& [name, rows, columns] : std::vector<std::tuple<std::string, int64_t, int64_t>>{
+             {"a", 5, 7}, {"b", 1, 3}, {"c", 11, 2}, {"d", 4, 4}}) {
+      store.declare({.name = name,
+                     .logical_shape = {rows, columns},
+                     .part = {{0, rows}, {0, columns}, rows, columns},
+                     .sum_over = {.data = true, .embedding = false},
+                     .owned = true,
+                     .initial = InitialValue::normal(0.5)});
+    }
+    store.allocate(bucket_bytes);
+    optimizer.emplace(store, world, Group(), world);
+    optimizer->initialise(9);
+  }
+
+  // Gradients whose sum over any number of ranks is exact and the same: rank 0 has them all but for a share
+  // of zeros.
+  void set_gradients(const Group& world) {
+    for (const Parameter& p : store.parameters()) {
+      for (int64_t i = 0; i < p.numel(); ++i) {
+        const double value = static_cast<double>((i * 37 + p.offset) % 101) / 64.0 - 0.75;
+        const double mine = i % world.size() == world.rank() ? value : 0.0;
+        if (p.gradient.dtype() == DType::f64)
+          p.gradient.data<double>()[i] = mine;
+        else
+          p.gradient.data<float>()[i] = static_cast<float>(mine);
+      }
+    }
+  }
+
+  ParameterStore store;
+  std::optional<ShardedOptimizer> optimizer;
+};
+
+struct Outcome {
+  double norm = 0.0;
+  std::vector<std::vector<double>> weights;
+  bool operator==(const Outcome&) const = default;
+};
+
+Outcome train(const Group& world, DType dtype, int64_t bucket_bytes) {
+  Context context(DeviceKind::cpu);
+  Model model(context, world, dtype, bucket_bytes);
+  Outcome outcome;
+  for (int64_t update = 1; update <= 3; ++update) {
+    model.store.zero_gradients();
+    model.set_gradients(world);
+    model.optimizer->reduce_gradients();
+    outcome.norm = model.optimizer->gradient_norm(model.optimizer->largest_gradient());
+    model.optimizer->step({.lr = 0.01, .weight_decay = 0.1, .grad_factor = 0.5, .update = update});
+  }
+  for (const Parameter& p : model.store.parameters()) outcome.weights.push_back(to_host(p.value));
+  return outcome;
+}
+
+TEST(ShardedOptimizer, NeitherRanksNorBucketsChangeABit) {
+  for (const DType dtype : {DType::f64, DType::f32, DType::bf16}) {
+    const Outcome expected = train(make_self_world(), dtype, 1 << 20);
+    EXPECT_GT(expected.norm, 0.0);
+    for (const int ranks : {1, 2, 3, 5}) {
+      for (const int64_t bucket_bytes : {1, 200, 1 << 20}) {
+        run_local_world(ranks, [&](const Group& world) {
+          EXPECT_EQ(train(world, dtype, bucket_bytes), expected)
+              << ranks << " ranks, buckets of " << bucket_bytes;
+        });
+      }
+    }
+  }
+}
+
+TEST(ShardedOptimizer, NormIsTheNormOfTheSum) {
+  run_local_world(3, [](const Group& world) {
+    Context context(DeviceKind::cpu);
+    Model model(context, world, DType::f64, 100);
+    model.set_gradients(world);
+    model.optimizer->reduce_gradients();
+    double expected = 0.0;
+    for (const Parameter& p : model.store.parameters()) {
+      for (int64_t i = 0; i < p.numel(); ++i) {
+        const double value = static_cast<double>((i * 37 + p.offset) % 101) / 64.0 - 0.75;
+        expected += value * value;
+      }
+    }
+    EXPECT_NEAR(model.optimizer->gradient_norm(model.optimizer->largest_gradient()), std::sqrt(expected),
+                1e-14);
+  });
+}
+
+TEST(ShardedOptimizer, OneBadGradientIsKnownToAllRanks) {
+  for (const float bad : {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
+    run_local_world(3, [&](const Group& world) {
+      Context context(DeviceKind::cpu);
+      Model model(context, world, DType::f32, 100);
+      if (world.rank() == 1) model.store.parameters()[2].gradient.data<float>()[4] = bad;
+      model.optimizer->reduce_gradients();
+      EXPECT_EQ(model.optimizer->largest_gradient(), std::numeric_limits<double>::infinity());
+    });
+  }
+}
+
+TEST(ShardedOptimizer, MastersKeepWhatSixteenBitsCannot) {
+  Context context(DeviceKind::cpu);
+  Model model(context, make_self_world(), DType::bf16, 1 << 20);
+  double largest_difference = 0.0;
+  for (const StatePiece& state : model.optimizer->state()) {
+    if (state.role != StateRole::master) continue;
+    const Parameter& p = *state.piece.parameter;
+    const auto masters = to_host(state.piece.values);
+    const auto values = to_host(p.value);
+    for (int64_t i = 0; i < state.piece.range.size(); ++i) {
+      const double master = masters[i];
+      EXPECT_EQ(values[state.piece.range.begin + i], static_cast<float>(bf16(static_cast<float>(master))));
+      largest_difference =
+          std::max(largest_difference, std::abs(master - values[state.piece.range.begin + i]));
+    }
+  }
+  EXPECT_GT(largest_difference, 0.0);
+}
+
+}  // namespace
+}  // namespace normformer

@@ -1,0 +1,77 @@
+#include "normformer/training/metrics.h"
+
+#include <filesystem>
+#include <fstream>
+#include <limits>
+
+#include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
+#include <unistd.h>
+
+namespace normformer {
+namespace {
+
+std::vector<nlohmann::json> read_lines(const std::filesystem::path& path) {
+  std::vector<nlohmann::json> lines;
+  std::ifstream file(path);
+  for (std::string line; std::getline(file, line);) lines.push_back(nlohmann::json::parse(line));
+  return lines;
+}
+
+class Metrics : public testing::Test {
+ protected:
+  void SetUp() override {
+    folder_ = std::filesystem::temp_directory_path() / fmt::format("normformer_metrics_{}", getpid());
+    std::filesystem::create_directories(folder_);
+  }
+  void TearDown() override { std::filesystem::remove_all(folder_); }
+  std::filesystem::path file() const { return folder_ / "metrics.jsonl"; }
+
+  std::filesystem::path folder_;
+};
+
+TEST_F(Metrics, ResumingDropsWhatAnUninterruptedRunWouldNotHave) {
+  {
+    MetricsFile metrics(file(), {});
+    for (int64_t i = 1; i <= 5; ++i)
+      metrics.write_step({.batch_index = i, .updates = i}, {.loss = 1.0 * i}, {});
+    metrics.write_validation({.batch_index = 5, .updates = 5}, {.nll_sum = 6.0, .tokens = 3});
+  }
+  std::ofstream(file(), std::ios::app) << R"({"kind":"step","batch":6,"lo)";  // a torn line
+  MetricsFile metrics(file(), {.batch_index = 3, .updates = 3});
+  metrics.write_step({.batch_index = 4, .updates = 4}, {.loss = 44.0}, {});
+  const auto lines = read_lines(file());
+  ASSERT_EQ(lines.size(), 4u);
+  EXPECT_EQ(lines[2]["loss"], 3.0);
+  EXPECT_EQ(lines[3]["loss"], 44.0);
+}
+
+TEST_F(Metrics, InfinityBecomesNull) {
+  MetricsFile metrics(file(), {});
+  metrics.write_step({.batch_index = 1},
+                     {.gradient_norm = std::numeric_limits<double>::infinity(), .skipped = true}, {});
+  const auto lines = read_lines(file());
+  EXPECT_TRUE(lines[0]["gradient_norm"].is_null());
+  EXPECT_EQ(lines[0]["skipped"], true);
+}
+
+TEST_F(Metrics, AFolderThatIsMissingIsNamed) {
+  try {
+    MetricsFile metrics(folder_ / "absent" / "metrics.jsonl", {});
+    FAIL() << "did not throw";
+  } catch (const IoError& e) {
+    EXPECT_NE(std::string(e.what()).find("absent"), std::string::npos);
+  }
+}
+
+TEST(Texts, PrefixesAndDurations) {
+  EXPECT_EQ(with_prefix(789.0), "789 ");
+  EXPECT_EQ(with_prefix(12345.0), "12.3 k");
+  EXPECT_EQ(with_prefix(1.5e12), "1.5 T");
+  EXPECT_EQ(duration_text(12.4), "12 s");
+  EXPECT_EQ(duration_text(245), "4 min 5 s");
+  EXPECT_EQ(duration_text(11520), "3 h 12 min");
+}
+
+}  // namespace
+}  // namespace normformer
