@@ -61,10 +61,16 @@ fs::path with_suffix(const fs::path& prefix, std::string_view suffix) {
   return fs::path(prefix.string() + std::string(suffix));
 }
 
+/// Whether nothing has this name; false where that cannot be found out.
+bool is_absent(const fs::path& path) {
+  std::error_code error;
+  return !fs::exists(path, error) && !error;
+}
+
 MappedFile open_tokens(const fs::path& prefix) {
   const fs::path path = with_suffix(prefix, ".bin");
-  if (!fs::exists(path)) {
-    const bool prepared = fs::exists(with_suffix(prefix, "_train.bin"));
+  if (is_absent(path)) {
+    const bool prepared = !is_absent(with_suffix(prefix, "_train.bin"));
     throw IoError(fmt::format(
         "{} does not exist; {}", path.string(),
         prepared ? fmt::format("{}_train.bin does: give {}_train", prefix.string(), prefix.string())
@@ -116,10 +122,10 @@ IndexedDataset::IndexedDataset(const fs::path& prefix, int64_t vocab_size)
     : prefix_(without_suffix(prefix)), tokens_(open_tokens(prefix_)), vocab_size_(vocab_size) {
   NF_CHECK(vocab_size > 0 && vocab_size <= kAnyVocabulary, "a vocabulary of {} entries", vocab_size);
   const fs::path index_path = with_suffix(prefix_, ".idx");
-  if (fs::exists(index_path)) {
-    open_indexed(index_path);
-  } else {
+  if (is_absent(index_path)) {
     open_llmc();
+  } else {
+    open_indexed(index_path);
   }
 }
 

@@ -65,6 +65,18 @@ std::size_t ascii_run(std::string_view text, std::size_t position) {
 
 }  // namespace
 
+std::string_view name_of(InvalidUtf8 policy) {
+  switch (policy) {
+    case InvalidUtf8::refuse:
+      return "refuse";
+    case InvalidUtf8::replace:
+      return "replace";
+    case InvalidUtf8::bytes:
+      return "bytes";
+  }
+  return "";
+}
+
 DecodedChar decode_utf8(std::string_view text, std::size_t position) {
   const auto byte_at = [&](std::size_t i) { return static_cast<unsigned char>(text[position + i]); };
   const unsigned char first = byte_at(0);

@@ -15,6 +15,9 @@ enum class InvalidUtf8 {
   bytes     ///< keep them: each byte is a character that is neither letter, number nor white space
 };
 
+/// "refuse", "replace" or "bytes".
+std::string_view name_of(InvalidUtf8 policy);
+
 /// One character decoded from UTF-8.
 struct DecodedChar {
   char32_t code_point = 0;  ///< meaningless where not valid
