@@ -23,9 +23,9 @@ std::vector<TrafficRecord> TrafficLedger::records() const {
   return records_;
 }
 
-void TrafficLedger::keep_events() {
+void TrafficLedger::keep_events(bool keep) {
   const std::lock_guard lock(mutex_);
-  keeps_events_ = true;
+  keeps_events_ = keep;
 }
 
 std::vector<TrafficEvent> TrafficLedger::events() const {

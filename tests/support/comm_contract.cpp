@@ -5,6 +5,7 @@
 #include <limits>
 #include <numeric>
 
+#include <fmt/ranges.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -392,13 +393,6 @@ void the_ledger_counts_payloads(const Group& world) {
   EXPECT_THAT(world.ledger().events(), IsEmpty());
 }
 
-void every_call_again_and_again(const Group& world) {
-  Context context(DeviceKind::cpu);
-  for (int round = 0; round < 5; ++round) run_every_call(world, context);
-}
-
-}  // namespace
-
 void run_every_call(const Group& world, Context& context) {
   const auto ranks = static_cast<size_t>(world.size());
   const Tensor big = context.zeros({40007}, DType::f32);
@@ -430,6 +424,49 @@ void run_every_call(const Group& world, Context& context) {
   world.all_reduce_sum(int64_t{1});
 }
 
+void every_call_again_and_again(const Group& world) {
+  Context context(DeviceKind::cpu);
+  for (int round = 0; round < 5; ++round) run_every_call(world, context);
+}
+
+std::string describe(const TrafficEvent& event) {
+  return fmt::format("{} [{}] {} {} {} {}", event.group->name, fmt::join(event.group->world_ranks, " "),
+                     event.kind, event.bytes, event.peer, event.tag);
+}
+
+void meta_accounts_alike(const Group& world) {
+  const Accounts real = account(world, DeviceKind::cpu);
+  EXPECT_FALSE(real.events.empty());
+  expect_same(account(make_meta_world(world.rank(), world.size()), DeviceKind::meta), real);
+}
+
+}  // namespace
+
+Accounts account(const Group& world, DeviceKind device) {
+  Context context(device);
+  world.ledger().clear();
+  world.ledger().keep_events(true);
+  run_every_call(world, context);
+  world.ledger().keep_events(false);
+  Accounts accounts;
+  accounts.records = world.ledger().records();
+  for (const TrafficEvent& event : world.ledger().events()) accounts.events.push_back(describe(event));
+  for (const auto& [name, cost] : context.costs().operations()) {
+    accounts.costs.push_back(fmt::format("{} {} {} {}", name, cost.calls, cost.flops, cost.bytes));
+  }
+  accounts.memory = context.memory().report();
+  return accounts;
+}
+
+void expect_same(const Accounts& meta, const Accounts& real) {
+  EXPECT_EQ(meta.records, real.records);
+  EXPECT_EQ(meta.events, real.events);
+  EXPECT_EQ(meta.costs, real.costs);
+  EXPECT_EQ(meta.memory.peak_live, real.memory.peak_live);
+  EXPECT_EQ(meta.memory.peak_reserved, real.memory.peak_reserved);
+  EXPECT_EQ(meta.memory.at_peak_by_use, real.memory.at_peak_by_use);
+}
+
 const std::vector<ContractCase>& comm_contract() {
   static const std::vector<ContractCase> cases = {
       {"AllReduceSumF64", all_reduce_sum<double>},
@@ -457,6 +494,7 @@ const std::vector<ContractCase>& comm_contract() {
       {"MistakesAreFoundBeforeMoving", mistakes_are_found_before_moving},
       {"TheLedgerCountsPayloads", the_ledger_counts_payloads},
       {"EveryCallAgainAndAgain", every_call_again_and_again},
+      {"MetaAccountsAlike", meta_accounts_alike},
   };
   return cases;
 }

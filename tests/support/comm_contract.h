@@ -22,7 +22,18 @@ inline void PrintTo(const ContractCase& contract, std::ostream* out) { *out << c
 /// What every transport must do, at any number of ranks.
 const std::vector<ContractCase>& comm_contract();
 
-/// A fixed sequence of calls of every kind, with tensors on the context's device, for comparing accounts.
-void run_every_call(const Group& world, Context& context);
+/// Everything that a rank's accounts say.
+struct Accounts {
+  std::vector<TrafficRecord> records;
+  std::vector<std::string> events;
+  std::vector<std::string> costs;
+  MemoryReport memory;
+};
+
+/// The accounts after a fixed sequence of calls of every kind, with tensors on `device`.
+Accounts account(const Group& world, DeviceKind device);
+
+/// EXPECTs that two accounts agree to the byte.
+void expect_same(const Accounts& meta, const Accounts& real);
 
 }  // namespace normformer::testing

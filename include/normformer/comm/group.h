@@ -52,8 +52,8 @@ class TrafficLedger {
   /// By group and kind, in the order of their first calls.
   std::vector<TrafficRecord> records() const;
 
-  /// Also keeps every event from now on: for a plan, not for a run of many steps.
-  void keep_events();
+  /// Whether every event is kept too, from now on: for a plan, not for a run of many steps.
+  void keep_events(bool keep);
   std::vector<TrafficEvent> events() const;
 
   /// Forgets records and events.

@@ -1,5 +1,3 @@
-#include <mutex>
-
 #include <gtest/gtest.h>
 
 #include "normformer/comm/group.h"
@@ -9,63 +7,15 @@
 namespace normformer {
 namespace {
 
-// Everything a rank's accounts say after the same calls.
-struct Accounts {
-  std::vector<TrafficRecord> records;
-  std::vector<std::string> events;
-  std::vector<std::string> costs;
-  MemoryReport memory;
-};
-
-std::string describe(const TrafficEvent& event) {
-  std::string members;
-  for (const int r : event.group->world_ranks) members += std::to_string(r) + " ";
-  return fmt::format("{} [{}] {} {} {} {}", event.group->name, members, event.kind, event.bytes, event.peer,
-                     event.tag);
-}
-
-Accounts account(const Group& world, DeviceKind device) {
-  Context context(device);
-  world.ledger().keep_events();
-  testing::run_every_call(world, context);
-  Accounts accounts;
-  accounts.records = world.ledger().records();
-  for (const TrafficEvent& event : world.ledger().events()) accounts.events.push_back(describe(event));
-  for (const auto& [name, cost] : context.costs().operations()) {
-    accounts.costs.push_back(fmt::format("{} {} {} {}", name, cost.calls, cost.flops, cost.bytes));
-  }
-  accounts.memory = context.memory().report();
-  return accounts;
-}
-
-void expect_same(const Accounts& meta, const Accounts& real) {
-  EXPECT_EQ(meta.records, real.records);
-  EXPECT_EQ(meta.events, real.events);
-  EXPECT_EQ(meta.costs, real.costs);
-  EXPECT_EQ(meta.memory.peak_live, real.memory.peak_live);
-  EXPECT_EQ(meta.memory.peak_reserved, real.memory.peak_reserved);
-  EXPECT_EQ(meta.memory.at_peak_by_use, real.memory.at_peak_by_use);
-}
-
 class MetaWorld : public ::testing::TestWithParam<int> {};
 
-TEST_P(MetaWorld, AccountsAsARealOneDoes) {
-  const int ranks = GetParam();
-  std::vector<Accounts> real(static_cast<size_t>(ranks));
-  run_local_world(ranks, [&](const Group& world) {
-    real[static_cast<size_t>(world.rank())] = account(world, DeviceKind::cpu);
+TEST_P(MetaWorld, ThreadsOnMetaAccountAsOneAloneDoes) {
+  run_local_world(GetParam(), [](const Group& world) {
+    const testing::Accounts among_threads = testing::account(world, DeviceKind::meta);
+    EXPECT_FALSE(among_threads.events.empty());
+    const Group alone = make_meta_world(world.rank(), world.size());
+    testing::expect_same(testing::account(alone, DeviceKind::meta), among_threads);
   });
-  std::vector<Accounts> threads_on_meta(static_cast<size_t>(ranks));
-  run_local_world(ranks, [&](const Group& world) {
-    threads_on_meta[static_cast<size_t>(world.rank())] = account(world, DeviceKind::meta);
-  });
-  for (int r = 0; r < ranks; ++r) {
-    SCOPED_TRACE(r);
-    const auto i = static_cast<size_t>(r);
-    EXPECT_FALSE(real[i].events.empty());
-    expect_same(account(make_meta_world(r, ranks), DeviceKind::meta), real[i]);
-    expect_same(threads_on_meta[i], real[i]);
-  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Sizes, MetaWorld, ::testing::Values(1, 2, 3, 4, 7));
