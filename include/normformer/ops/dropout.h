@@ -14,7 +14,7 @@ namespace normformer::ops {
 /// within its sample is i = token * row_elements + column; its random word is word i % 4 of stream.words(i /
 /// 4, sample). It is kept where word >= probability * 2^32, and then multiplied by 1 / (1 - probability).
 struct Dropout {
-  double probability = 0.0;  ///< 0 means that nothing is dropped and nothing else here is read
+  double probability = 0.0;  ///< in [0, 1); 0 means that nothing is dropped and nothing else here is read
   RandomStream stream;       ///< for this seed, batch index, layer and site
   int64_t first_sample = 0;  ///< position in the global batch of the sample in row 0
   int64_t rows_per_sample = 1;

@@ -33,14 +33,14 @@ double absolute_max(Context& context, const Tensor& x);
 /// A sum of squares that does not depend on the order or grouping of its terms: each term is cut at fixed
 /// multiples of powers of two below an agreed anchor, and the cuts are added exactly (Demmel, Nguyen,
 /// "Parallel reproducible summation", IEEE Trans. Comput. 64, 2015). Sums over shards, buckets and ranks
-/// therefore have the same bits in every grouping. Absolute error: below 2^-60 of the anchor's square for
-/// each term.
+/// therefore have the same bits in every grouping. Absolute error: below 2^-60 of
+/// largest^2 for each term, and of fp64 values the rounding of each square.
 class OrderFreeSumOfSquares {
  public:
   static constexpr int kBins = 3;
 
-  /// `largest` bounds |x| of every element that will be added anywhere; all ranks pass the same. Finite, >=
-  /// 0.
+  /// `largest` bounds |x| of every element that will be added anywhere; all ranks pass the same. LogicError
+  /// unless 0 <= largest < 2^490: above that fp64 has no room for the sum.
   explicit OrderFreeSumOfSquares(double largest);
 
   /// Adds the squares of x's elements (f32 or f64). At most 2^32 elements over all ranks.

@@ -301,19 +301,19 @@ TEST(Activation, TheBitsDoNotDependOnThreadsOrPlace) {
     for (const int threads : {2, 3}) {
       Context context(DeviceKind::cpu, threads);
       const Outputs got = run(context, Inputs(context, dtype, 65, 770), switches);
-      EXPECT_EQ(bytes_of(got.out), bytes_of(want.out));
-      EXPECT_EQ(bytes_of(got.sums), bytes_of(want.sums));
-      EXPECT_EQ(bytes_of(got.dz), bytes_of(want.dz));
-      EXPECT_EQ(bytes_of(got.dbias), bytes_of(want.dbias));
-      EXPECT_EQ(bytes_of(got.dgamma), bytes_of(want.dgamma));
-      EXPECT_EQ(bytes_of(got.dbeta), bytes_of(want.dbeta));
+      expect_same_bits(got.out, want.out, "out");
+      expect_same_bits(got.sums, want.sums, "sums");
+      expect_same_bits(got.dz, want.dz, "dz");
+      expect_same_bits(got.dbias, want.dbias, "dbias");
+      expect_same_bits(got.dgamma, want.dgamma, "dgamma");
+      expect_same_bits(got.dbeta, want.dbeta, "dbeta");
     }
     const Dropout dropout = odd_dropout(0.2, 770);
     const NormOfActivation norm{in.gamma, in.mean, in.rstd, in.mean_g, in.mean_gx, want.dgamma, want.dbeta};
     activation_backward(one, switches.kind, in.d, in.z, in.bias, dropout, &norm, in.d, want.dbias);
-    EXPECT_EQ(bytes_of(in.d), bytes_of(want.dz)) << "dz in place of d";
+    expect_same_bits(in.d, want.dz, "dz in place of d");
     activation_forward(one, switches.kind, in.z, in.bias, dropout, in.gamma, in.z, want.sums);
-    EXPECT_EQ(bytes_of(in.z), bytes_of(want.out)) << "out in place of z";
+    expect_same_bits(in.z, want.out, "out in place of z");
   }
 }
 

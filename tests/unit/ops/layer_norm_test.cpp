@@ -138,20 +138,20 @@ TEST(LayerNorm, InPlaceAndOnAnyNumberOfThreadsTheBitsAreTheSame) {
     for (const int threads : {2, 3}) {
       Context context(DeviceKind::cpu, threads);
       const Outputs got = run(context, Inputs(context, dtype, 65, 770), true);
-      EXPECT_EQ(bytes_of(got.y), bytes_of(want.y));
-      EXPECT_EQ(bytes_of(got.dx), bytes_of(want.dx));
-      EXPECT_EQ(bytes_of(got.dgamma), bytes_of(want.dgamma));
-      EXPECT_EQ(bytes_of(got.dbeta), bytes_of(want.dbeta));
+      expect_same_bits(got.y, want.y, "y");
+      expect_same_bits(got.dx, want.dx, "dx");
+      expect_same_bits(got.dgamma, want.dgamma, "dgamma");
+      expect_same_bits(got.dbeta, want.dbeta, "dbeta");
     }
     const Inputs in(one, dtype, 65, 770);
     const Tensor dgamma = one.zeros({770}, accumulator_of(dtype));
     const Tensor dbeta = one.zeros({770}, accumulator_of(dtype));
     layer_norm_backward(one, in.dy, in.x, in.gamma, want.mean, want.rstd, in.residual, in.residual, dgamma,
                         dbeta);
-    EXPECT_EQ(bytes_of(in.residual), bytes_of(want.dx)) << "dx in place of residual";
+    expect_same_bits(in.residual, want.dx, "dx in place of residual");
     layer_norm_backward(one, in.dy, in.x, in.gamma, want.mean, want.rstd,
                         random_tensor(one, dtype, {65, 770}, 5), in.dy, dgamma, dbeta);
-    EXPECT_EQ(bytes_of(in.dy), bytes_of(want.dx)) << "dx in place of dy";
+    expect_same_bits(in.dy, want.dx, "dx in place of dy");
   }
 }
 

@@ -156,6 +156,10 @@ inline std::vector<uint8_t> bytes_of(const Tensor& tensor) {
   return std::vector<uint8_t>(bytes, bytes + tensor.nbytes());
 }
 
+inline void expect_same_bits(const Tensor& got, const Tensor& want, const std::string& what) {
+  EXPECT_TRUE(bytes_of(got) == bytes_of(want)) << what << " differs";
+}
+
 inline std::string name_of_case(DType dtype, int64_t rows, int64_t columns) {
   return std::string(name_of(dtype)) + " " + std::to_string(rows) + "x" + std::to_string(columns);
 }
