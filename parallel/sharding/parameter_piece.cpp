@@ -15,7 +15,7 @@ struct RemotePiece {
   Rectangle part;
   Range range;
 };
-struct LogicalTensor {
+struct Assembly {
   Shape shape;
   std::vector<RemotePiece> pieces;
 };
@@ -32,8 +32,8 @@ std::string describe(std::span<const ParameterPiece> pieces) {
   return text.str();
 }
 
-std::map<std::string, LogicalTensor> read_descriptions(const std::vector<std::string>& texts) {
-  std::map<std::string, LogicalTensor> tensors;
+std::map<std::string, Assembly> read_descriptions(const std::vector<std::string>& texts) {
+  std::map<std::string, Assembly> tensors;
   for (size_t rank = 0; rank < texts.size(); ++rank) {
     std::istringstream text(texts[rank]);
     std::string name;
@@ -42,7 +42,7 @@ std::map<std::string, LogicalTensor> read_descriptions(const std::vector<std::st
     Rectangle& r = piece.part;
     while (text >> name >> dimensions >> r.rows.begin >> r.rows.end >> r.columns.begin >> r.columns.end >>
            r.global_rows >> r.global_columns >> piece.range.begin >> piece.range.end) {
-      LogicalTensor& tensor = tensors[name];
+      Assembly& tensor = tensors[name];
       tensor.shape = dimensions == 1 ? Shape{r.global_rows} : Shape{r.global_rows, r.global_columns};
       tensor.pieces.push_back(piece);
     }
@@ -65,6 +65,14 @@ void scatter_piece(const Rectangle& part, Range range, const Tensor& values, con
     std::memcpy(to + place * item, from + (at - range.begin) * item, static_cast<size_t>(run * item));
     at += run;
   }
+}
+
+std::vector<LogicalTensor> list_logical(const Group& group, std::span<const ParameterPiece> mine) {
+  std::vector<LogicalTensor> listed;
+  for (const auto& [name, tensor] : read_descriptions(group.all_gather_text(describe(mine)))) {
+    listed.push_back({name, tensor.shape});
+  }
+  return listed;
 }
 
 void gather_logical(Context& context, const Group& group, std::span<const ParameterPiece> mine, DType dtype,

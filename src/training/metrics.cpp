@@ -127,11 +127,11 @@ void StatusLine::clear_live_line() {
 }
 
 void StatusLine::show_step(const TrainingCounters& counters, const StepReport& report, const Speed& speed) {
-  const std::string text =
-      fmt::format("update {}/{}  loss {:.4f}  grad norm {:.3f}  lr {:.3g}  {}tok/s  {}FLOP/s  {} left{}",
-                  counters.updates, updates_, report.loss, report.gradient_norm, report.lr,
-                  with_prefix(speed.tokens_per_second), with_prefix(speed.flops_per_second),
-                  duration_text(speed.seconds_left), report.skipped ? "  SKIPPED: gradient not finite" : "");
+  const std::string text = fmt::format(
+      "update {}/{}  loss {:.4f}  grad norm {:.3f}  lr {:.3g}  {}  {}  {} left{}", counters.updates, updates_,
+      report.loss, report.gradient_norm, report.lr, with_prefix(speed.tokens_per_second, "tok/s"),
+      with_prefix(speed.flops_per_second, "FLOP/s"), duration_text(speed.seconds_left),
+      report.skipped ? "  SKIPPED: gradient not finite" : "");
   const bool is_last = counters.updates >= updates_;
   if (!is_terminal_) {
     if (counters.updates % every_ == 0 || is_last || report.skipped) std::puts(text.c_str());
@@ -156,14 +156,15 @@ void StatusLine::show_message(const std::string& message) {
   std::fflush(stdout);
 }
 
-std::string with_prefix(double value) {
+std::string with_prefix(double value, std::string_view unit) {
   constexpr std::array<const char*, 6> kPrefixes = {"", "k", "M", "G", "T", "P"};
   size_t i = 0;
   while (std::abs(value) >= 999.5 && i + 1 < kPrefixes.size()) {
     value /= 1000.0;
     ++i;
   }
-  return fmt::format("{:.3g} {}", value, kPrefixes[i]);
+  const std::string suffix = std::string(kPrefixes[i]) + std::string(unit);
+  return fmt::format("{:.3g}{}{}", value, suffix.empty() ? "" : " ", suffix);
 }
 
 std::string duration_text(double seconds) {

@@ -4,15 +4,13 @@
 #include <fstream>
 #include <optional>
 
-#include <fmt/ranges.h>
-
-#include "normformer/checkpoints/safetensors.h"
 #include "normformer/core/log.h"
-#include "normformer/data/bpe_tokenizer.h"
-#include "normformer/data/manifest.h"
+#include "normformer/ops/matmul.h"
 #include "normformer/training/agreement.h"
+#include "normformer/training/gathered_file.h"
 #include "normformer/training/metrics.h"
 #include "normformer/training/run_checkpoint.h"
+#include "normformer/training/run_data.h"
 #include "normformer/training/stop_signal.h"
 #include "normformer/training/trainer.h"
 
@@ -30,7 +28,7 @@ class TrainingRun {
   void open_data();
   void prepare_folder();
   void print_banner();
-  bool restore();
+  void restore();
   void dump_gradients();
   void step();
   void validate();
@@ -73,13 +71,10 @@ void TrainingRun::say(const std::string& message) {
 
 void TrainingRun::open_data() {
   run_agreed(world_, [&] {
-    if (config_.data.train.empty())
-      throw ConfigError("data.train names no corpus: make one with `normformer prepare`");
-    tokenizer_ = load_tokenizer(config_);
-    train_data_.emplace(dataset_options(config_, config_.data.train, SampleSequence::shuffled, *tokenizer_));
+    tokenizer_ = find_tokenizer(config_);
+    train_data_.emplace(open_dataset(config_, config_.data.train, SampleSequence::shuffled, tokenizer_));
     if (!config_.data.valid.empty()) {
-      valid_data_.emplace(
-          dataset_options(config_, config_.data.valid, SampleSequence::sequential, *tokenizer_));
+      valid_data_.emplace(open_dataset(config_, config_.data.valid, SampleSequence::sequential, tokenizer_));
     }
   });
 }
@@ -103,7 +98,7 @@ void TrainingRun::prepare_folder() {
     file << to_toml(config_);
     if (!file.flush())
       throw IoError(fmt::format("cannot write {}: {}", folder_.config().string(), system_reason()));
-    tokenizer_->save(folder_.tokenizer());
+    if (tokenizer_) tokenizer_->save(folder_.tokenizer());
     open_log_file(folder_.log().string());
   });
 }
@@ -113,11 +108,11 @@ void TrainingRun::print_banner() {
   const Mesh& mesh = model_->mesh();
   if (!is_root()) return;
   say(to_toml(config_));
-  say(fmt::format("{}parameters, {} ranks = tensor {} x pipeline {} x data {}, {} threads each, {} in {}",
+  say(fmt::format("{} parameters, {} ranks = tensor {} x pipeline {} x data {}, {} threads each, {} in {}",
                   with_prefix(static_cast<double>(parameters)), world_.size(), mesh.tensor().size(),
                   mesh.pipeline().size(), mesh.data().size(), context_.threads().size(),
                   ops::describe_matmul(), name_of(model_->store().dtype())));
-  say(fmt::format("{}tokens to train on, {}to validate on; the run's folder is {}",
+  say(fmt::format("{} tokens to train on, {} to validate on; the run's folder is {}",
                   with_prefix(static_cast<double>(train_data_->num_tokens())),
                   with_prefix(valid_data_ ? static_cast<double>(valid_data_->num_tokens()) : 0.0),
                   folder_.root.string()));
@@ -132,14 +127,13 @@ void TrainingRun::print_banner() {
     say("SIGUSR1 to mpirun stops the run cleanly (kill -USR1); Ctrl-C ends it at once");
 }
 
-bool TrainingRun::restore() {
+void TrainingRun::restore() {
   if (options_.resume && checkpoints_->load_newest(*trainer_)) {
     saved_at_ = trainer_->counters().batch_index;
     say(fmt::format("resumed after update {}", trainer_->counters().updates));
-    return true;
+  } else {
+    trainer_->initialise();
   }
-  trainer_->initialise();
-  return false;
 }
 
 void TrainingRun::dump_gradients() {
@@ -235,11 +229,6 @@ ExitCode TrainingRun::run() {
 }
 
 }  // namespace
-
-RunConfig with_vocabulary(RunConfig config) {
-  if (config.model.vocab == 0) config.model.vocab = load_tokenizer(config).vocab_size();
-  return config;
-}
 
 ExitCode run_training(const RunConfig& config, const RunOptions& options, Context& context,
                       const Group& world) {

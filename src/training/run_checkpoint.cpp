@@ -24,16 +24,6 @@ Role role_of(StateRole role) {
   return Role::master;
 }
 
-std::vector<TensorPiece> pieces_of(Trainer& trainer, bool owned_only) {
-  std::vector<TensorPiece> pieces;
-  for (const StatePiece& state : trainer.optimizer().state()) {
-    const ParameterSpec& spec = state.piece.parameter->spec;
-    if (owned_only && !spec.owned) continue;
-    pieces.push_back({spec.name, role_of(state.role), spec.part, state.piece.range, state.piece.values});
-  }
-  return pieces;
-}
-
 // "section.key" to its value as written.
 std::map<std::string, std::string> keys_of(const RunConfig& config) {
   std::map<std::string, std::string> keys;
@@ -72,6 +62,16 @@ TrainingCounters counters_of(const CheckpointInfo& info) {
 
 }  // namespace
 
+std::vector<TensorPiece> checkpoint_pieces(const ShardedOptimizer& optimizer, bool owned_only) {
+  std::vector<TensorPiece> pieces;
+  for (const StatePiece& state : optimizer.state()) {
+    const ParameterSpec& spec = state.piece.parameter->spec;
+    if (owned_only && !spec.owned) continue;
+    pieces.push_back({spec.name, role_of(state.role), spec.part, state.piece.range, state.piece.values});
+  }
+  return pieces;
+}
+
 RunCheckpoints::RunCheckpoints(std::filesystem::path folder, const RunConfig& config,
                                std::string tokenizer_hash)
     : files_(make_system_files()),
@@ -97,19 +97,20 @@ std::string RunCheckpoints::save(Trainer& trainer) {
                             .layout = {{"tensor", mesh.tensor().size()},
                                        {"pipeline", mesh.pipeline().size()},
                                        {"data", mesh.data().size()}}};
-  const std::vector<TensorPiece> pieces = pieces_of(trainer, true);
+  const std::vector<TensorPiece> pieces = checkpoint_pieces(trainer.optimizer(), true);
   const SaveResult result =
       save_checkpoint(mesh.world(), *files_, folder_, info, pieces, config_.checkpoint.keep);
   return result.reason;
 }
 
 bool RunCheckpoints::load_newest(Trainer& trainer) {
-  const std::vector<TensorPiece> pieces = pieces_of(trainer, false);
+  const std::vector<TensorPiece> pieces = checkpoint_pieces(trainer.optimizer(), false);
   const auto use = [&](const CheckpointReader& reader) {
     const CheckpointInfo& info = reader.info();
     const std::string name = reader.folder().string();
     compare_configurations(parse_run_config(info.config_toml, name, {}), config_, name);
-    if (info.tokenizer_hash != tokenizer_hash_) {
+    // Imported weights come without a tokenizer.
+    if (!info.tokenizer_hash.empty() && info.tokenizer_hash != tokenizer_hash_) {
       throw DataError(fmt::format("{} was trained with another tokenizer than the corpus now has", name));
     }
     reader.read(pieces);

@@ -17,7 +17,7 @@ struct GenerationOptions {
   int64_t top_k = 0;         ///< only the k likeliest tokens; 0 means all
   double top_p = 1.0;        ///< only the likeliest tokens that together reach this probability
   uint64_t seed = 1;
-  std::optional<int32_t> stop;  ///< ends the text; not part of it
+  std::optional<int32_t> stop = std::nullopt;  ///< ends the text; not part of it
 };
 
 /// Draws one token from logits: temperature, then top_k, then top_p (Holtzman et al. 2020), with the random

@@ -83,8 +83,8 @@ class StatusLine {
   std::chrono::steady_clock::time_point last_drawn_;
 };
 
-/// "1.23 G", "45.6 M", "789": three digits and a prefix.
-std::string with_prefix(double value);
+/// "1.23 GFLOP/s", "45.6 M", "789": three digits, a prefix and the unit.
+std::string with_prefix(double value, std::string_view unit = {});
 
 /// "3 h 12 min", "4 min 5 s", "12 s".
 std::string duration_text(double seconds);

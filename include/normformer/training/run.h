@@ -29,10 +29,6 @@ struct RunFolder {
   std::filesystem::path checkpoints() const { return root / "checkpoints"; }
 };
 
-/// The vocabulary that the run's first corpus was made with, from the manifest beside it; the configuration
-/// with model.vocab filled in. Throws ConfigError or DataError.
-RunConfig with_vocabulary(RunConfig config);
-
 /// Trains as configured: from start or newest checkpoint to the last update, with validation, metrics and
 /// checkpoints, or until a stop signal. Returns ExitCode::success, or ExitCode::stopped after a signal.
 /// Throws AgreedError for what the user has to mend. Collective over `world`.

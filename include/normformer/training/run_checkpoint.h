@@ -4,12 +4,18 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
+#include "normformer/checkpoints/checkpoint.h"
 #include "normformer/config/run_config.h"
 #include "normformer/core/file_system.h"
 #include "normformer/training/trainer.h"
 
 namespace normformer {
+
+/// This rank's optimizer state as a checkpoint names it; only what this rank owns, or copies too. Shares
+/// memory.
+std::vector<TensorPiece> checkpoint_pieces(const ShardedOptimizer& optimizer, bool owned_only);
 
 /// The checkpoints of one run's folder, in terms of its trainer. Holds no tensors.
 class RunCheckpoints {

@@ -65,9 +65,9 @@ TEST_F(Metrics, AFolderThatIsMissingIsNamed) {
 }
 
 TEST(Texts, PrefixesAndDurations) {
-  EXPECT_EQ(with_prefix(789.0), "789 ");
+  EXPECT_EQ(with_prefix(789.0), "789");
   EXPECT_EQ(with_prefix(12345.0), "12.3 k");
-  EXPECT_EQ(with_prefix(1.5e12), "1.5 T");
+  EXPECT_EQ(with_prefix(1.5e12, "FLOP/s"), "1.5 TFLOP/s");
   EXPECT_EQ(duration_text(12.4), "12 s");
   EXPECT_EQ(duration_text(245), "4 min 5 s");
   EXPECT_EQ(duration_text(11520), "3 h 12 min");

@@ -1,0 +1,173 @@
+#include <cstdio>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "normformer/checkpoints/checkpoint.h"
+#include "normformer/checkpoints/safetensors.h"
+#include "normformer/model/model_instance.h"
+#include "normformer/sharding/sharded_optimizer.h"
+#include "normformer/training/run.h"
+#include "normformer/training/run_checkpoint.h"
+
+#include "commands.h"
+#include "ranks.h"
+
+namespace normformer {
+
+namespace {
+
+bool is_checkpoint(const std::filesystem::path& folder) {
+  return folder.filename().string().starts_with("step-");
+}
+
+// A run's newest checkpoint, or the checkpoint itself.
+CheckpointReader open_checkpoint(FileSystem& files, const std::filesystem::path& where) {
+  if (is_checkpoint(where)) return CheckpointReader(files, where);
+  const std::filesystem::path folder = RunFolder{where}.checkpoints();
+  auto reader = open_newest_checkpoint(make_self_world(), files, folder, [](const CheckpointReader&) {});
+  if (!reader) throw DataError(fmt::format("{} holds no checkpoint", folder.string()));
+  return *reader;
+}
+
+Rectangle whole(const StoredTensorInfo& tensor) {
+  return {{0, tensor.rows}, {0, tensor.columns}, tensor.rows, tensor.columns};
+}
+
+Shape shape_of(const StoredTensorInfo& tensor) {
+  return tensor.columns == 1 ? Shape{tensor.rows} : Shape{tensor.rows, tensor.columns};
+}
+
+int inspect(const std::filesystem::path& where) {
+  const auto files = make_system_files();
+  const CheckpointReader reader = open_checkpoint(*files, where);
+  const CheckpointInfo& info = reader.info();
+  fmt::print("{}: after {} updates and {} batches, {} tokens seen, seed {}\n", reader.folder().string(),
+             info.update_count, info.batch_index, info.tokens_seen, info.seed);
+  for (const auto& [axis, degree] : info.layout) fmt::print("written under {} {}\n", axis, degree);
+  int64_t scalars = 0;
+  for (const StoredTensorInfo& tensor : reader.tensors()) {
+    if (tensor.role != Role::master) continue;
+    fmt::print("{:<60} {} {}\n", tensor.name, name_of(tensor.dtype), to_string(shape_of(tensor)));
+    scalars += tensor.rows * tensor.columns;
+  }
+  fmt::print("{} parameters\n", scalars);
+  return 0;
+}
+
+int verify(const std::filesystem::path& where) {
+  const auto files = make_system_files();
+  const CheckpointReader reader = open_checkpoint(*files, where);
+  const std::vector<std::string> damage = reader.find_damage();
+  for (const std::string& sentence : damage) fmt::print("{}\n", sentence);
+  if (damage.empty()) fmt::print("{}: every byte is as written\n", reader.folder().string());
+  return damage.empty() ? 0 : static_cast<int>(ExitCode::bad_data);
+}
+
+int export_weights(const std::filesystem::path& where, const std::filesystem::path& output, DType dtype) {
+  const auto files = make_system_files();
+  const CheckpointReader reader = open_checkpoint(*files, where);
+  std::map<std::string, StoredTensorInfo> masters;
+  std::vector<SafetensorsPlan> plan;
+  for (const StoredTensorInfo& tensor : reader.tensors()) {
+    if (tensor.role != Role::master) continue;
+    masters[tensor.name] = tensor;
+    plan.push_back({tensor.name, dtype, shape_of(tensor)});
+  }
+  Context context(DeviceKind::cpu);
+  SafetensorsWriter writer(*files, output, plan);
+  for (const SafetensorsPlan& next : writer.order()) {
+    const StoredTensorInfo& tensor = masters.at(next.name);
+    const Rectangle part = whole(tensor);
+    const TensorPiece piece{
+        tensor.name, Role::master, part, {0, part.numel()}, context.empty({part.numel()}, tensor.dtype)};
+    reader.read({&piece, 1});
+    writer.write(next.name, piece.data);
+  }
+  writer.finish();
+  fmt::print("wrote {} tensors of {} to {}\n", plan.size(), reader.folder().string(), output.string());
+  return 0;
+}
+
+// Weights from elsewhere become a run's checkpoint after 0 updates, with the moments of a fresh optimizer.
+int import_weights(const std::filesystem::path& input, const std::filesystem::path& config_path,
+                   const std::vector<std::string>& overrides) {
+  const auto files = make_system_files();
+  const SafetensorsReader weights(*files, input);
+  RunConfig config = load_run_config(config_path.string(), overrides);
+  if (config.model.vocab == 0) config.model.vocab = weights.tensor("decoder.embed_tokens.weight").shape[0];
+  config.parallel = {.tensor = 1, .pipeline = 1, .data = 1};
+  config = resolve_layout(config, 1);
+  Context context(DeviceKind::cpu);
+  const Group world = make_self_world();
+  ModelInstance model(context, Mesh(world, {}), config, true);
+  const ShardedOptimizer optimizer(model.store(), world, Group(), world);
+  const std::vector<TensorPiece> pieces = checkpoint_pieces(optimizer, true);
+  for (const TensorPiece& piece : pieces) {
+    if (piece.role == Role::master) weights.read(piece.name, piece.rectangle, piece.data);
+  }
+  CheckpointInfo info;
+  info.config_toml = to_toml(config);
+  info.seed = config.train.seed;
+  const RunFolder folder{config.checkpoint.folder};
+  make_folders(*files, folder.root);
+  const SaveResult result =
+      save_checkpoint(world, *files, folder.checkpoints(), info, pieces, config.checkpoint.keep);
+  if (!result) throw IoError(result.reason);
+  write_durably(*files, folder.config(), to_toml(config));
+  fmt::print("wrote {}; train on with `normformer train {} --resume`\n", result.folder.string(),
+             config_path.string());
+  return 0;
+}
+
+}  // namespace
+
+void add_checkpoint_command(CLI::App& app, Command& chosen) {
+  struct Options {
+    std::filesystem::path from;
+    std::filesystem::path to;
+    std::filesystem::path config;
+    std::vector<std::string> overrides;
+    DType dtype = DType::f32;
+  };
+  auto options = std::make_shared<Options>();
+  CLI::App* group = app.add_subcommand("checkpoint", "Look at, verify, import and export checkpoints");
+  group->require_subcommand(1);
+  const auto choose = [&chosen](CLI::App* command, std::function<int()> body) {
+    command->callback([body, &chosen] {
+      chosen = [body](int*, char***) {
+        require_single_process("checkpoint");
+        return body();
+      };
+    });
+  };
+  const std::string where = "A run's folder (its newest checkpoint is taken) or one of its checkpoints";
+
+  CLI::App* command = group->add_subcommand("inspect", "What a checkpoint holds");
+  command->add_option("checkpoint", options->from, where)->required();
+  choose(command, [options] { return inspect(options->from); });
+
+  command = group->add_subcommand("verify", "Read every byte and compare it with its checksum");
+  command->add_option("checkpoint", options->from, where)->required();
+  choose(command, [options] { return verify(options->from); });
+
+  command = group->add_subcommand("export", "Write the weights as one safetensors file");
+  command->add_option("checkpoint", options->from, where)->required();
+  command->add_option("output", options->to, "The safetensors file")->required();
+  command->add_option("--dtype", options->dtype, "f32, bf16 or f64")
+      ->transform(CLI::CheckedTransformer(
+          std::map<std::string, DType>{{"f32", DType::f32}, {"bf16", DType::bf16}, {"f64", DType::f64}}));
+  choose(command, [options] { return export_weights(options->from, options->to, options->dtype); });
+
+  command = group->add_subcommand("import", "Make a safetensors file the first checkpoint of a run");
+  command->add_option("input", options->from, "A safetensors file with fairseq's names")->required();
+  command->add_option("config", options->config, "The run's configuration; its checkpoint.folder receives it")
+      ->required();
+  command->add_option("--set", options->overrides, "Replace one key of the configuration: section.key=value")
+      ->take_all()
+      ->allow_extra_args(false);
+  choose(command, [options] { return import_weights(options->from, options->config, options->overrides); });
+}
+
+}  // namespace normformer

@@ -1,0 +1,91 @@
+#include <cmath>
+#include <cstdio>
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <string>
+
+#include <nlohmann/json.hpp>
+
+#include "normformer/data/unicode.h"
+#include "normformer/evaluation/perplexity.h"
+#include "normformer/training/agreement.h"
+
+#include "commands.h"
+#include "trained_model.h"
+
+namespace normformer {
+
+namespace {
+
+struct EvalOptions {
+  TrainedModelOptions model;
+  std::filesystem::path text;
+  std::filesystem::path nll;
+};
+
+std::string read_text(const std::filesystem::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  if (!file) throw IoError(fmt::format("cannot read {}: {}", path.string(), system_reason()));
+  if (text.empty()) throw DataError(fmt::format("{} is empty: there is nothing to evaluate", path.string()));
+  return text;
+}
+
+// One object a token: its id, its text as bytes would print it, and its negative log-likelihood.
+void write_nll(const std::filesystem::path& path, const BpeTokenizer& tokenizer,
+               const std::vector<int32_t>& tokens, const std::vector<double>& nll) {
+  std::ofstream file(path, std::ios::trunc);
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    nlohmann::ordered_json line;
+    line["token"] = tokens[i];
+    line["text"] = tokenizer.token(tokens[i]);
+    line["nll"] = nll[i];
+    file << line.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace) << '\n';
+  }
+  if (!file.flush()) throw IoError(fmt::format("cannot write {}: {}", path.string(), system_reason()));
+}
+
+int eval_text(const EvalOptions& options, const RankProcess& process) {
+  TrainedModel loaded = load_trained_model(options.model, process);
+  std::string text;
+  std::vector<int32_t> tokens;
+  int32_t before = 0;
+  run_agreed(process.world, [&] {
+    const BpeTokenizer& tokenizer = loaded.require_tokenizer();
+    text = read_text(options.text);
+    tokens = tokenizer.encode(text);
+    before = tokenizer.end_of_text().value_or(tokens.front());
+  });
+  const TextScore score = score_tokens(*loaded.model, loaded.config, tokens, before, !options.nll.empty());
+  run_agreed(process.world, [&] {
+    if (process.world.rank() == 0 && !options.nll.empty()) {
+      write_nll(options.nll, *loaded.tokenizer, tokens, score.nll);
+    }
+  });
+  if (process.world.rank() != 0) return 0;
+  const double mean = score.nll_sum / static_cast<double>(score.tokens);
+  fmt::print("{} on {}: {} tokens, loss {:.6f}, perplexity {:.4f}, {:.4f} bits a byte\n", loaded.checkpoint,
+             options.text.string(), score.tokens, mean, std::exp(mean),
+             score.nll_sum / std::log(2.0) / static_cast<double>(text.size()));
+  return 0;
+}
+
+}  // namespace
+
+void add_eval_command(CLI::App& app, Command& chosen) {
+  auto options = std::make_shared<EvalOptions>();
+  CLI::App* command = app.add_subcommand("eval", "Perplexity of a trained model over a text");
+  options->model.add_to(*command);
+  command->add_option("text", options->text, "A text file")->required();
+  command->add_option("--nll", options->nll,
+                      "Also write every token's negative log-likelihood here, as JSON lines");
+  command->callback([options, &chosen] {
+    chosen = [options](int* argc, char*** argv) {
+      return run_on_ranks(argc, argv,
+                          [&](const RankProcess& process) { return eval_text(*options, process); });
+    };
+  });
+}
+
+}  // namespace normformer

@@ -1,0 +1,57 @@
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "normformer/training/agreement.h"
+#include "normformer/training/run.h"
+#include "normformer/training/run_data.h"
+
+#include "commands.h"
+#include "ranks.h"
+
+namespace normformer {
+
+namespace {
+
+struct TrainOptions {
+  std::string config;
+  std::vector<std::string> overrides;
+  RunOptions run;
+};
+
+int train(const TrainOptions& options, const RankProcess& process) {
+  RunConfig config;
+  run_agreed(process.world, [&] {
+    config = with_vocabulary(load_run_config(options.config, options.overrides));
+    config = resolve_layout(config, process.world.size());
+  });
+  Context context(DeviceKind::cpu, process.threads(config.device));
+  RunOptions run = options.run;
+  // mpirun gives its ranks no time on Ctrl-C; a process on its own can take its time.
+  run.stop_on_terminal_signals = std::getenv("OMPI_COMM_WORLD_SIZE") == nullptr;
+  return static_cast<int>(run_training(config, run, context, process.world));
+}
+
+}  // namespace
+
+void add_train_command(CLI::App& app, Command& chosen) {
+  auto options = std::make_shared<TrainOptions>();
+  CLI::App* command = app.add_subcommand("train", "Train a model: mpirun -n N normformer train CONFIG.toml");
+  command->add_option("config", options->config, "The run's configuration, a TOML file")->required();
+  command->add_option("--set", options->overrides, "Replace one key of the configuration: section.key=value")
+      ->take_all()
+      ->allow_extra_args(false);
+  command->add_flag("--resume", options->run.resume,
+                    "Go on from the newest checkpoint of the run's folder, or start where there is none");
+  command->add_option("--dump-gradients", options->run.dump_gradients,
+                      "Write the next step's gradients, gathered, as a safetensors file, and end");
+  command->callback([options, &chosen] {
+    chosen = [options](int* argc, char*** argv) {
+      return run_on_ranks(argc, argv, [&](const RankProcess& process) { return train(*options, process); });
+    };
+  });
+}
+
+}  // namespace normformer

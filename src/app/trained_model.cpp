@@ -1,0 +1,83 @@
+#include "trained_model.h"
+
+#include "normformer/checkpoints/checkpoint.h"
+#include "normformer/training/agreement.h"
+#include "normformer/training/run.h"
+
+namespace normformer {
+
+namespace {
+
+bool is_checkpoint(const std::filesystem::path& folder) {
+  return folder.filename().string().starts_with("step-");
+}
+
+// Weights alone: the masters, rounded to the model's type.
+std::vector<TensorPiece> weight_pieces(ModelInstance& model, Context& context) {
+  std::vector<TensorPiece> pieces;
+  for (const Parameter& p : model.store().parameters()) {
+    pieces.push_back(
+        {p.spec.name,
+         Role::master,
+         p.spec.part,
+         {0, p.numel()},
+         context.empty({p.numel()}, accumulator_of(model.store().dtype()), MemoryUse::workspace)});
+  }
+  return pieces;
+}
+
+void read_weights(const CheckpointReader& reader, ModelInstance& model, Context& context) {
+  const std::vector<TensorPiece> pieces = weight_pieces(model, context);
+  reader.read(pieces);
+  size_t i = 0;
+  for (const Parameter& p : model.store().parameters()) copy(context, pieces[i++].data, p.value);
+}
+
+}  // namespace
+
+void TrainedModelOptions::add_to(CLI::App& command) {
+  command.add_option("run", run, "A run's folder (its newest checkpoint is taken) or one of its checkpoints")
+      ->required();
+  command
+      .add_option("--set", overrides, "Replace one key of the run's configuration, such as parallel.tensor=2")
+      ->take_all()
+      ->allow_extra_args(false);
+}
+
+const BpeTokenizer& TrainedModel::require_tokenizer() const {
+  if (!tokenizer) throw DataError("the run's folder has no tokenizer: its corpus came without one");
+  return *tokenizer;
+}
+
+TrainedModel load_trained_model(const TrainedModelOptions& options, const RankProcess& process) {
+  TrainedModel loaded;
+  const auto files = make_system_files();
+  const RunFolder folder{is_checkpoint(options.run) ? options.run.parent_path().parent_path() : options.run};
+  run_agreed(process.world, [&] {
+    const std::string path = folder.config().string();
+    loaded.config = load_run_config(path, options.overrides);
+    loaded.config = resolve_layout(loaded.config, process.world.size());
+    if (std::filesystem::exists(folder.tokenizer()))
+      loaded.tokenizer = BpeTokenizer::load(folder.tokenizer());
+  });
+  loaded.context = std::make_unique<Context>(DeviceKind::cpu, process.threads(loaded.config.device));
+  const Mesh mesh(process.world, {.tensor = loaded.config.parallel.tensor,
+                                  .context = 1,
+                                  .data = loaded.config.parallel.data,
+                                  .pipeline = loaded.config.parallel.pipeline});
+  loaded.model = std::make_unique<ModelInstance>(*loaded.context, mesh, loaded.config, false);
+  const auto use = [&](const CheckpointReader& reader) {
+    read_weights(reader, *loaded.model, *loaded.context);
+    loaded.checkpoint = reader.folder().filename().string();
+  };
+  if (is_checkpoint(options.run)) {
+    run_agreed(process.world, [&] { use(CheckpointReader(*files, options.run)); });
+  } else if (!open_newest_checkpoint(process.world, *files, folder.checkpoints(), use)) {
+    throw AgreedError(ExitCode::bad_data,
+                      fmt::format("{} holds no checkpoint", folder.checkpoints().string()));
+  }
+  loaded.model->stage().prepare();
+  return loaded;
+}
+
+}  // namespace normformer
