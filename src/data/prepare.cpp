@@ -173,6 +173,7 @@ void Preparation::encode(const std::vector<fs::path>& files, const BpeTokenizer&
     std::vector<int64_t> bytes(batch.chunks.size());
     parallel_for(threads_, static_cast<int64_t>(batch.chunks.size()), [&](int thread, int64_t i) {
       const ChunkText chunk(batch.chunks[i], options_.json_key, options_.invalid_utf8);
+      ids[i].reserve(chunk.text().size() / 3);
       encoders[thread].encode(chunk.text(), ids[i]);
       bytes[i] = static_cast<int64_t>(chunk.text().size());
       replaced_ += chunk.replaced();

@@ -148,7 +148,7 @@ TEST_F(Prepare, TheManifestSaysWhatWasMade) {
 TEST_F(Prepare, TheOutputDoesNotDependOnThreads) {
   std::mt19937 random(31);
   std::string text;
-  while (text.size() < 5000000) text += random_text(random, 1000) + (random() % 30 == 0 ? "\n\n" : " ");
+  while (text.size() < 2500000) text += random_text(random, 1000) + (random() % 30 == 0 ? "\n\n" : " ");
   std::string lines;
   for (int i = 0; i < 500; ++i) lines += nlohmann::json{{"text", random_text(random, 50)}}.dump() + "\n";
   input("texts/long.txt", text);
