@@ -1,0 +1,153 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "normformer/comm/group.h"
+#include "normformer/core/error.h"
+#include "normformer/core/file_system.h"
+#include "normformer/tensor/rectangle.h"
+#include "normformer/tensor/tensor.h"
+
+namespace normformer {
+
+/// What values of a parameter a checkpoint's tensor holds.
+enum class Role {
+  parameter,  ///< in the type that the model computes in
+  master,     ///< the optimizer's copy in the accumulator type
+  moment1,    ///< Adam's first moment
+  moment2,    ///< Adam's second moment
+};
+
+/// "parameter", "master", ...
+std::string_view name_of(Role role);
+
+/// A run of elements of one logical tensor: what a rank owns when saving, or wants when reading. The logical
+/// tensor is named by name and role together.
+struct TensorPiece {
+  std::string name;
+  Role role = Role::parameter;
+  Rectangle rectangle;  ///< a part of the logical matrix
+  Range range;          ///< the elements of that part, flattened row by row, that this piece is
+  Tensor data;          ///< range.size() elements on the CPU, of the logical tensor's type
+};
+
+/// What a checkpoint knows of its run beside tensors.
+struct CheckpointInfo {
+  std::string run_id;            ///< the same for all checkpoints of one run
+  int64_t update_count = 0;      ///< updates made: schedules and Adam go on from here; names the checkpoint
+  int64_t batch_index = 0;       ///< global batches taken: data and dropout go on from here
+  int64_t skipped_in_a_row = 0;  ///< batches since the last update
+  int64_t tokens_seen = 0;       ///< targets that counted
+  int64_t consumed_samples = 0;  ///< sequences taken from the training set
+  uint64_t seed = 0;             ///< of every random number
+  std::string config_toml;       ///< the resolved configuration
+  std::string tokenizer_hash;    ///< of the tokenizer that the tokens are of
+  std::map<std::string, double> metrics;  ///< "loss", ... when it was saved
+  std::map<std::string, int64_t> layout;  ///< "tensor", "pipeline", ...: for people; reading needs none
+  bool operator==(const CheckpointInfo&) const = default;
+};
+
+/// One logical tensor of a checkpoint.
+struct StoredTensorInfo {
+  std::string name;
+  Role role = Role::parameter;
+  DType dtype = DType::f32;
+  int64_t rows = 0;
+  int64_t columns = 1;  ///< 1 for a vector
+};
+
+/// A checkpoint whose files are not what was written: missing, torn, or changed. Another one may be tried.
+class DamagedCheckpoint : public DataError {
+ public:
+  using DataError::DataError;
+};
+
+/// What became of a save, the same on every rank.
+struct SaveResult {
+  bool saved = false;
+  std::string reason;  ///< why not, in one sentence that names the first rank that failed; "" if saved
+  std::filesystem::path folder;  ///< the checkpoint
+  int64_t bytes = 0;             ///< of its data files
+  explicit operator bool() const { return saved; }
+};
+
+/// Writes a checkpoint into a new folder "step-<updates>" of `folder` (made where absent). Each rank writes
+/// one data file with the pieces that it owns; each scalar of a logical tensor must be in one rank's pieces
+/// exactly, or LogicError is thrown on all ranks. `info` is rank 0's.
+///
+/// The checkpoint appears under its name only when every byte of it is on the disk, so a crash at any moment
+/// leaves the older checkpoints as they were and at most a ".tmp-" folder, which the next save removes. Where
+/// any rank's file operation fails, nothing is left behind, and all ranks return the reason: training may go
+/// on. A checkpoint of the same number of updates is replaced by "step-<updates>-<n>" (n = 2, 3, ...), which
+/// readers prefer.
+///
+/// Then the newest `keep` (>= 1) checkpoints stay and older ones are removed. Those of more updates, left by
+/// a run that went back, are renamed to "set-aside-step-...", which nothing reads or removes. Failures of
+/// this clean-up are logged and do not fail the save.
+///
+/// Every `block_bytes` bytes (a multiple of 8, at most 64 MiB) of a piece have a checksum: what a reader must
+/// read to have one element of them, and the size of its buffer. Collective over `world`.
+SaveResult save_checkpoint(const Group& world, FileSystem& files, const std::filesystem::path& folder,
+                           const CheckpointInfo& info, std::span<const TensorPiece> mine, int64_t keep,
+                           int64_t block_bytes = int64_t{4} << 20);
+
+/// A checkpoint open for reading under any layout. A cheap value; reads are not collective.
+class CheckpointReader {
+ public:
+  /// Reads and checks the manifest in the checkpoint's folder ("step-..."), and that its data files are there
+  /// in their full lengths. Throws DamagedCheckpoint; DataError where a newer version of this program is
+  /// needed; IoError. `files` must outlive the reader.
+  CheckpointReader(FileSystem& files, const std::filesystem::path& folder);
+
+  const std::filesystem::path& folder() const { return folder_; }
+  const CheckpointInfo& info() const;
+
+  /// Every logical tensor, by name, then role.
+  const std::vector<StoredTensorInfo>& tensors() const;
+
+  /// Fills each piece's data. Blocks of the files that hold wanted elements are read whole and verified
+  /// before anything of them is used, through one fixed buffer. Throws DataError where the checkpoint has no
+  /// such tensor or has it with another shape or type, DamagedCheckpoint naming file and tensor, and IoError;
+  /// the pieces' contents are undefined then.
+  void read(std::span<const TensorPiece> wanted) const;
+
+  /// Reads and verifies every byte; one sentence for each thing that is damaged, none for a good checkpoint.
+  std::vector<std::string> find_damage() const;
+
+ private:
+  struct Contents;
+  friend std::optional<CheckpointReader> open_newest_checkpoint(
+      const Group&, FileSystem&, const std::filesystem::path&,
+      const std::function<void(const CheckpointReader&)>&);
+
+  CheckpointReader(FileSystem& files, const std::filesystem::path& folder, std::string_view manifest);
+  void check_files() const;
+
+  FileSystem* files_;
+  std::filesystem::path folder_;
+  std::shared_ptr<const Contents> contents_;
+};
+
+/// The names of the checkpoints in a run's folder, newest first; none where the folder is absent.
+std::vector<std::string> list_checkpoints(FileSystem& files, const std::filesystem::path& folder);
+
+/// Opens the newest good checkpoint of those that save_checkpoint wrote into `folder` and calls `use` with
+/// it, which checks the info and reads what its rank needs; it must not communicate. Where the checkpoint is
+/// damaged for any rank (DamagedCheckpoint or IoError), that is logged and all ranks go on with the next
+/// older one. Any other Error of `use` on any rank becomes one of the same text and exit code on every rank.
+/// None where there is no checkpoint at all; DataError, never none, where there are and all are damaged.
+/// Collective over `world`.
+std::optional<CheckpointReader> open_newest_checkpoint(
+    const Group& world, FileSystem& files, const std::filesystem::path& folder,
+    const std::function<void(const CheckpointReader&)>& use);
+
+}  // namespace normformer
