@@ -4,6 +4,8 @@
 #include <sstream>
 #include <vector>
 
+#include <fmt/ranges.h>
+
 #include "normformer/checkpoints/checkpoint.h"
 #include "normformer/core/log.h"
 #include "normformer/training/agreement.h"
@@ -37,20 +39,27 @@ std::map<std::string, std::string> keys_of(const RunConfig& config) {
   return keys;
 }
 
+bool makes_another_model(const std::string& key) {
+  return key.starts_with("model.") && key != "model.ffn_norm_form" && !key.ends_with("_dropout");
+}
+
 // A run may go on with other settings, said aloud, but not with another model.
 void compare_configurations(const RunConfig& saved, const RunConfig& now, const std::string& folder) {
   const auto before = keys_of(saved);
+  std::vector<std::string> refused;
   for (const auto& [key, value] : keys_of(now)) {
     const auto old = before.find(key);
     if (old == before.end() || old->second == value) continue;
-    if (key.starts_with("model.") && key != "model.ffn_norm_form" && !key.ends_with("_dropout")) {
-      throw DataError(
-          fmt::format("{} is of another model: {} was {} and is {} now; change it back or choose another "
-                      "checkpoint.folder",
-                      folder, key, old->second, value));
-    }
-    log_root(LogLevel::warning, "resuming with another {}: it was {} and is {} now", key, old->second, value);
+    const std::string change = fmt::format("{} was {} and is {} now", key, old->second, value);
+    if (makes_another_model(key))
+      refused.push_back(change);
+    else
+      log_root(LogLevel::warning, "resuming with another setting: {}", change);
   }
+  if (refused.empty()) return;
+  throw DataError(
+      fmt::format("{} is of another model: {}; change it back or choose another checkpoint.folder", folder,
+                  fmt::join(refused, ", ")));
 }
 
 TrainingCounters counters_of(const CheckpointInfo& info) {
@@ -115,7 +124,12 @@ bool RunCheckpoints::load_newest(Trainer& trainer) {
     }
     reader.read(pieces);
   };
-  const auto reader = open_newest_checkpoint(trainer.model().mesh().world(), *files_, folder_, use);
+  std::optional<CheckpointReader> reader;
+  try {
+    reader = open_newest_checkpoint(trainer.model().mesh().world(), *files_, folder_, use);
+  } catch (const DataError& e) {
+    throw AgreedError(e.exit_code(), e.what());  // thrown on every rank alike
+  }
   if (!reader) return false;
   trainer.set_counters(counters_of(reader->info()));
   trainer.weights_changed();

@@ -2,8 +2,6 @@
 // computed, on ranks as threads.
 #include "oracle.h"
 
-#include <mutex>
-
 #include <fmt/ranges.h>
 #include <gtest/gtest.h>
 
@@ -11,22 +9,13 @@ namespace normformer::testing_support {
 namespace {
 
 std::vector<std::string> run_on(const OracleFixture& fixture, const OracleLayout& layout, double tolerance) {
-  const auto ranks = static_cast<int>(layout.degrees.tensor * layout.degrees.pipeline * layout.degrees.data);
+  const auto ranks = static_cast<int>(num_ranks(layout.degrees));
   std::vector<std::string> failures;
   run_local_world(ranks, [&](const Group& world) {
     auto mine = compare_with_oracle(fixture, layout, world, tolerance);
     if (world.rank() == 0) failures = std::move(mine);
   });
   return failures;
-}
-
-std::vector<MeshDegrees> layouts() {
-  const auto degrees = [](int64_t tp, int64_t pp, int64_t dp) {
-    return MeshDegrees{.tensor = tp, .context = 1, .data = dp, .pipeline = pp};
-  };
-  return {degrees(1, 1, 1), degrees(2, 1, 1), degrees(1, 2, 1), degrees(1, 1, 2),
-          degrees(2, 2, 1), degrees(2, 1, 2), degrees(1, 2, 2), degrees(2, 2, 2),
-          degrees(3, 1, 1), degrees(1, 3, 1), degrees(1, 1, 3)};
 }
 
 class Oracle : public testing::TestWithParam<std::string> {};
@@ -51,7 +40,7 @@ TEST_P(Oracle, OneRankFp32) {
 
 TEST_P(Oracle, EveryLayoutFp64) {
   const OracleFixture fixture = load_oracle_fixture(GetParam());
-  for (const MeshDegrees& degrees : layouts()) {
+  for (const MeshDegrees& degrees : oracle_degrees()) {
     for (const FfnNormForm form : {FfnNormForm::folded, FfnNormForm::plain}) {
       if (form == FfnNormForm::plain && !fixture.config.model.ffn_norm) continue;
       const OracleLayout layout{.degrees = degrees, .form = form};
@@ -62,25 +51,26 @@ TEST_P(Oracle, EveryLayoutFp64) {
 
 TEST_P(Oracle, EveryLayoutFp32) {
   const OracleFixture fixture = load_oracle_fixture(GetParam());
-  for (const MeshDegrees& degrees : layouts()) {
+  for (const MeshDegrees& degrees : oracle_degrees()) {
     const OracleLayout layout{.degrees = degrees, .precision = Precision::fp32};
     EXPECT_EQ(run_on(fixture, layout, 1e-5), std::vector<std::string>{}) << to_string(layout);
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Fixtures, Oracle, testing::ValuesIn(oracle_fixture_names()), [](const auto& fixture) {
-  std::string name = fixture.param;
-  std::replace(name.begin(), name.end(), '-', '_');
-  return name;
-});
+INSTANTIATE_TEST_SUITE_P(Fixtures, Oracle, testing::ValuesIn(oracle_fixture_names()),
+                         [](const auto& fixture) {
+                           std::string name = fixture.param;
+                           std::replace(name.begin(), name.end(), '-', '_');
+                           return name;
+                         });
 
 TEST(DropoutAcrossLayouts, LossesEqualOneProcess) {
   constexpr int64_t kSteps = 50;
   for (const std::string name : {"normformer-resscale", "normformer-fairseq"}) {
     const OracleFixture fixture = load_oracle_fixture(name);
     std::vector<double> expected;
-    for (const MeshDegrees& degrees : layouts()) {
-      const auto ranks = static_cast<int>(degrees.tensor * degrees.pipeline * degrees.data);
+    for (const MeshDegrees& degrees : oracle_degrees()) {
+      const auto ranks = static_cast<int>(num_ranks(degrees));
       std::vector<double> losses;
       run_local_world(ranks, [&](const Group& world) {
         auto mine = dropout_losses(fixture, {.degrees = degrees}, world, kSteps);

@@ -197,6 +197,15 @@ OracleFixture load_oracle_fixture(const std::string& name) {
   return fixture;
 }
 
+std::vector<MeshDegrees> oracle_degrees() {
+  const auto degrees = [](int64_t tp, int64_t pp, int64_t dp) {
+    return MeshDegrees{.tensor = tp, .context = 1, .data = dp, .pipeline = pp};
+  };
+  return {degrees(1, 1, 1), degrees(2, 1, 1), degrees(1, 2, 1), degrees(1, 1, 2),
+          degrees(2, 2, 1), degrees(2, 1, 2), degrees(1, 2, 2), degrees(2, 2, 2),
+          degrees(3, 1, 1), degrees(1, 3, 1), degrees(1, 1, 3)};
+}
+
 std::string to_string(const OracleLayout& layout) {
   return fmt::format("tp{} pp{} dp{} {} micro-batch {}", layout.degrees.tensor, layout.degrees.pipeline,
                      layout.degrees.data, layout.form == FfnNormForm::plain ? "plain" : "folded",

@@ -34,6 +34,10 @@ struct OracleLayout {
   int64_t micro_batch = 1;
 };
 
+/// The degrees that every fixture is held to: alone and combined, up to 8 ranks, with sizes that do not
+/// divide.
+std::vector<MeshDegrees> oracle_degrees();
+
 /// "tp2 pp1 dp3 plain"
 std::string to_string(const OracleLayout& layout);
 

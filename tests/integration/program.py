@@ -1,0 +1,93 @@
+"""What the tests of the whole program share: running it, over ranks too, and small corpora."""
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PROGRAM = os.environ["NORMFORMER_PROGRAM"]
+
+MODEL = {
+    "model.layers": 3, "model.width": 24, "model.heads": 3, "model.length": 16, "model.head_scale": '"paper"',
+    "model.post_attention_norm": "true", "model.ffn_norm": "true", "model.residual_scale": "true",
+    "model.residual_dropout": 0.1, "model.attention_dropout": 0.1, "model.embedding_dropout": 0.1,
+    "train.global_batch": 5, "train.micro_batch": 2, "train.updates": 12, "train.valid_sequences": 8,
+    "optimizer.lr": 0.003, "optimizer.warmup_updates": 4, "optimizer.clip_norm": 1.0, "train.log_every": 100,
+}
+
+
+class Folder:
+    """A temporary folder with a corpus in it, removed at the end."""
+
+    def __enter__(self):
+        self.path = pathlib.Path(tempfile.mkdtemp(prefix="normformer_test_"))
+        text = "".join((ROOT / "docs" / name).read_text() for name in sorted(os.listdir(ROOT / "docs"))
+                       if name.endswith(".md"))
+        (self.path / "text.txt").write_text(text)
+        run(["prepare", self.path / "text.txt", "--documents", "blank-lines", "--output", self.path / "corpus",
+             "--train-vocab", 300, "--valid-fraction", 0.1], expect=0)
+        return self
+
+    def __exit__(self, *_):
+        shutil.rmtree(self.path)
+
+    def config(self, name, **changes):
+        """Writes a configuration whose run's folder is `name`; keys are section__key."""
+        keys = dict(MODEL)
+        keys["data.train"] = f'"{self.path}/corpus_train"'
+        keys["data.valid"] = f'"{self.path}/corpus_valid"'
+        keys["checkpoint.folder"] = f'"{self.path}/{name}"'
+        keys["device.threads"] = 1
+        keys.update({key.replace("__", "."): value for key, value in changes.items()})
+        sections = {}
+        for key, value in keys.items():
+            section, field = key.split(".")
+            sections.setdefault(section, []).append(f"{field} = {value}")
+        path = self.path / f"{name}.toml"
+        path.write_text("\n".join(f"[{s}]\n" + "\n".join(lines) + "\n" for s, lines in sections.items()))
+        return path
+
+
+def environment():
+    if os.getuid() == 0:
+        return dict(os.environ, OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
+    return dict(os.environ)
+
+
+def command(arguments, ranks=1):
+    start = []
+    if ranks > 1:
+        start = ["mpirun", "--oversubscribe", "--bind-to", "none", "-n", str(ranks)]
+    return [*start, PROGRAM, *map(str, arguments)]
+
+
+class Outcome:
+    def __init__(self, process):
+        self.code, self.out, self.err = process.returncode, process.stdout, process.stderr
+
+    def sentences(self):
+        """What the program itself said on stderr, without mpirun's own epilogue."""
+        return [line for line in self.err.splitlines() if line.startswith(("normformer:", "[rank"))]
+
+
+def run(arguments, ranks=1, expect=None, timeout=120, **options):
+    outcome = Outcome(subprocess.run(command(arguments, ranks), capture_output=True, text=True, timeout=timeout,
+                                     env=environment(), **options))
+    if expect is not None and outcome.code != expect:
+        raise AssertionError(f"exit {outcome.code}, not {expect}: {arguments} on {ranks}\n{outcome.out}\n{outcome.err}")
+    return outcome
+
+
+def metrics(folder):
+    path = pathlib.Path(folder) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def losses(folder):
+    """Everything of a run's metrics that must have the same bits in two runs."""
+    keys = ("kind", "batch", "update", "tokens", "loss", "gradient_norm", "lr", "skipped", "perplexity")
+    return [{key: line.get(key) for key in keys} for line in metrics(folder)]

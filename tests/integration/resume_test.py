@@ -1,0 +1,68 @@
+#!/usr/bin/env python3
+"""A run stopped at a random step and resumed has the same bits in every later loss and in the final weights."""
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import unittest
+
+from program import Folder, command, environment, losses, metrics, run
+
+LAYOUTS = [(1, 1, 1), (2, 2, 1), (1, 1, 3), (2, 1, 2), (3, 1, 1)]
+
+
+def layout(tensor, pipeline, data):
+    return dict(parallel__tensor=tensor, parallel__pipeline=pipeline, parallel__data=data)
+
+
+def stop_at(config, ranks, folder, update):
+    """Starts a run, stops it cleanly once its metrics show `update`, and returns its exit code."""
+    process = subprocess.Popen(command(["train", config], ranks), env=environment(), stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 100
+    while process.poll() is None and time.monotonic() < deadline:
+        if any(line["update"] >= update for line in metrics(folder)):
+            process.send_signal(signal.SIGUSR1)
+            break
+        time.sleep(0.005)
+    return process.wait(timeout=100)
+
+
+class Resume(unittest.TestCase):
+    def check(self, folder, degrees, precision, updates, rng):
+        ranks = degrees[0] * degrees[1] * degrees[2]
+        settings = dict(layout(*degrees), train__precision=f'"{precision}"', train__updates=updates)
+        straight = folder.config("straight", **settings)
+        run(["train", straight], ranks, expect=0)
+        stopped = folder.config("stopped", **settings)
+        wanted = rng.randrange(1, updates - 1)
+        code = stop_at(stopped, ranks, folder.path / "stopped", wanted)
+        with self.subTest(layout=degrees, precision=precision, stopped=wanted):
+            self.assertEqual(code, 75)
+            self.assertLess(metrics(folder.path / "stopped")[-1]["update"], updates)
+            run(["train", stopped, "--resume"], ranks, expect=0)
+            self.assertEqual(losses(folder.path / "straight"), losses(folder.path / "stopped"))
+            for name in ("straight", "stopped"):
+                run(["checkpoint", "export", folder.path / name, folder.path / f"{name}.safetensors", "--dtype",
+                     "f64" if precision == "fp64" else "f32"], expect=0)
+            self.assertEqual((folder.path / "straight.safetensors").read_bytes(),
+                             (folder.path / "stopped.safetensors").read_bytes())
+        for name in ("straight", "stopped"):
+            subprocess.run(["rm", "-rf", folder.path / name], check=True)
+
+    def test_same_bits(self):
+        soak = os.environ.get("NORMFORMER_SOAK") == "1"
+        seed = random.randrange(1 << 30) if soak else 7
+        print("seed", seed)
+        rng = random.Random(seed)
+        with Folder() as folder:
+            for degrees in LAYOUTS:
+                for precision in ("fp32", "bf16", "fp64") if soak else (rng.choice(["fp32", "bf16"]),):
+                    for _ in range(5 if soak else 1):
+                        self.check(folder, degrees, precision, 60, rng)
+
+
+if __name__ == "__main__":
+    sys.exit(unittest.main(verbosity=2))

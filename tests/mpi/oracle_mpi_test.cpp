@@ -1,0 +1,66 @@
+// The same as tests/integration/oracle_test.cpp with ranks as processes: every layout that this world's size
+// allows.
+#include <fmt/ranges.h>
+#include <gtest/gtest.h>
+
+#include "support/mpi_world.h"
+#include "support/oracle.h"
+
+namespace normformer::testing_support {
+namespace {
+
+using testing::mpi_world;
+
+// What disagreed, of all fixtures and layouts; the same on every rank, so that no rank leaves a collective
+// early.
+std::vector<std::string> disagreements(Precision precision, double tolerance) {
+  std::vector<std::string> failures;
+  for (const std::string& name : oracle_fixture_names()) {
+    const OracleFixture fixture = load_oracle_fixture(name);
+    for (const MeshDegrees& degrees : oracle_degrees()) {
+      if (num_ranks(degrees) != mpi_world().size()) continue;
+      for (const FfnNormForm form : {FfnNormForm::folded, FfnNormForm::plain}) {
+        if (form == FfnNormForm::plain && !fixture.config.model.ffn_norm) continue;
+        const OracleLayout layout{.degrees = degrees, .precision = precision, .form = form};
+        for (const std::string& line : compare_with_oracle(fixture, layout, mpi_world(), tolerance)) {
+          failures.push_back(fmt::format("{} {}: {}", name, to_string(layout), line));
+        }
+      }
+    }
+  }
+  return failures;
+}
+
+TEST(OracleOverMpi, Fp64) { EXPECT_EQ(disagreements(Precision::fp64, 1e-9), std::vector<std::string>{}); }
+
+TEST(OracleOverMpi, Fp32) { EXPECT_EQ(disagreements(Precision::fp32, 1e-5), std::vector<std::string>{}); }
+
+TEST(OracleOverMpi, GPipeGivesTheSame) {
+  const OracleFixture fixture = load_oracle_fixture("normformer");
+  for (const MeshDegrees& degrees : oracle_degrees()) {
+    if (num_ranks(degrees) != mpi_world().size()) continue;
+    const OracleLayout layout{.degrees = degrees, .schedule = PipelineSchedule::gpipe};
+    EXPECT_EQ(compare_with_oracle(fixture, layout, mpi_world(), 1e-9), std::vector<std::string>{});
+  }
+}
+
+// Processes and threads run the same sums in the same order: not a bit differs.
+TEST(OracleOverMpi, ProcessesAndThreadsGiveTheSameBits) {
+  const OracleFixture fixture = load_oracle_fixture("normformer-resscale");
+  for (const MeshDegrees& degrees : oracle_degrees()) {
+    if (num_ranks(degrees) != mpi_world().size()) continue;
+    for (const Precision precision : {Precision::fp32, Precision::bf16}) {
+      const OracleLayout layout{.degrees = degrees, .precision = precision};
+      const std::vector<double> processes = dropout_losses(fixture, layout, mpi_world(), 5);
+      std::vector<double> threads;
+      run_local_world(mpi_world().size(), [&](const Group& world) {
+        auto mine = dropout_losses(fixture, layout, world, 5);
+        if (world.rank() == 0) threads = std::move(mine);
+      });
+      EXPECT_EQ(processes, threads) << to_string(layout);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace normformer::testing_support
