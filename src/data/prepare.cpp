@@ -37,7 +37,9 @@ void require_valid(const PrepareOptions& options) {
                     options.output.string(), options.output.string()));
   }
   if (options.tokenizer.empty() == (options.train_vocab_size == 0)) {
-    throw ConfigError("give either a tokenizer or the size of a vocabulary to train, and not both");
+    throw ConfigError(
+        "give either a tokenizer (--tokenizer) or the size of a vocabulary to train (--train-vocab), and not "
+        "both");
   }
   const double fraction = options.valid_fraction;
   if (!(fraction >= 0 && fraction < 1)) {
@@ -45,7 +47,9 @@ void require_valid(const PrepareOptions& options) {
         fmt::format("a validation share of {} is impossible; give one from 0 to below 1", fraction));
   }
   if (fraction > 0 && !options.valid_inputs.empty()) {
-    throw ConfigError("give either files for validation or a share of the documents, and not both");
+    throw ConfigError(
+        "give either files for validation (--valid) or a share of the documents (--valid-fraction), and not "
+        "both");
   }
   if ((options.documents == DocumentRule::separator) == options.separator.empty()) {
     throw ConfigError("a separator line belongs to documents that are divided by one, and only to those");
@@ -226,7 +230,7 @@ CorpusManifest Preparation::run() {
     if (!end_of_document_) {
       throw ConfigError(
           fmt::format("the tokenizer {} has no token <|endoftext|> to end documents with; prepare "
-                      "without end-of-document tokens (--no-eod)",
+                      "without end-of-document tokens (--no-end-of-document)",
                       options_.tokenizer.string()));
     }
   }

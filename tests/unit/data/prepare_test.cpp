@@ -314,8 +314,8 @@ TEST_F(Prepare, SaysWhatIsWrongWithItsInputsAndOptions) {
   };
   EXPECT_THAT(refused([](auto& o) { o.inputs.clear(); }), HasSubstr("no input"));
   EXPECT_THAT(refused([](auto& o) { o.output = "folder/"; }), HasSubstr("folder/corpus"));
-  EXPECT_THAT(refused([](auto& o) { o.tokenizer.clear(); }), HasSubstr("either a tokenizer or"));
-  EXPECT_THAT(refused([](auto& o) { o.train_vocab_size = 300; }), HasSubstr("either a tokenizer or"));
+  EXPECT_THAT(refused([](auto& o) { o.tokenizer.clear(); }), HasSubstr("either a tokenizer"));
+  EXPECT_THAT(refused([](auto& o) { o.train_vocab_size = 300; }), HasSubstr("either a tokenizer"));
   EXPECT_THAT(refused([](auto& o) { o.valid_fraction = 1; }), HasSubstr("share of 1"));
   EXPECT_THAT(refused([](auto& o) { o.valid_fraction = -0.1; }), HasSubstr("share of -0.1"));
   EXPECT_THAT(refused([&](auto& o) {
