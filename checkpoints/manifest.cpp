@@ -30,7 +30,6 @@ constexpr size_t kTailBytes = 16;  // checksum of the payload, tail
 constexpr int64_t kMaxFiles = 1'000'000;
 constexpr int64_t kMaxTensors = 1'000'000;
 constexpr int64_t kMaxItems = 4'000'000;  // messages and texts in all; each takes far more memory than bytes
-constexpr int64_t kMaxBlockBytes = int64_t{64} << 20;
 constexpr size_t kMaxNameBytes = 512;
 
 constexpr std::array<std::pair<DType, format::ElementType>, 6> kTypes{{{DType::f64, format::F64},
@@ -374,8 +373,7 @@ Manifest take_manifest(const format::Manifest& m) {
   Manifest manifest;
   manifest.info = take_info(m.run());
   manifest.block_bytes = to_count(m.block_bytes(), "the size of a block");
-  require(manifest.block_bytes > 0 && manifest.block_bytes <= kMaxBlockBytes && manifest.block_bytes % 8 == 0,
-          "a block has {} bytes", manifest.block_bytes);
+  require(is_block_size(manifest.block_bytes), "a block has {} bytes", manifest.block_bytes);
   for (const format::DataFile& f : m.files()) manifest.files.push_back(take_file(f));
   for (const format::LogicalTensor& t : m.tensors()) manifest.tensors.push_back(take_tensor(t));
   check_files(manifest.files);

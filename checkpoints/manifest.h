@@ -19,6 +19,11 @@ inline constexpr uint32_t kFormatVersion = 1;
 /// The largest MANIFEST that is accepted.
 inline constexpr int64_t kMaxManifestBytes = int64_t{64} << 20;
 
+/// Whether a format may have blocks of this size.
+constexpr bool is_block_size(int64_t bytes) {
+  return bytes > 0 && bytes <= int64_t{64} << 20 && bytes % 8 == 0;
+}
+
 inline constexpr const char* kManifestName = "MANIFEST";
 
 /// XXH3-64 of some bytes, with seed 0.

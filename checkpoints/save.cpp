@@ -130,7 +130,7 @@ SaveResult save_checkpoint(const Group& world, FileSystem& files, const fs::path
                            const CheckpointInfo& info, std::span<const TensorPiece> mine, int64_t keep,
                            int64_t block_bytes) {
   NF_CHECK(keep >= 1, "{} checkpoints to keep", keep);
-  NF_CHECK(block_bytes > 0 && block_bytes % 8 == 0, "blocks of {} bytes", block_bytes);
+  NF_CHECK(is_block_size(block_bytes), "blocks of {} bytes", block_bytes);
   for (const TensorPiece& piece : mine) check_piece(piece);
   Save save(world, files, folder, info.update_count);
   SaveResult result;

@@ -82,7 +82,8 @@ struct SaveResult {
 
 /// Writes a checkpoint into a new folder "step-<updates>" of `folder` (made where absent). Each rank writes
 /// one data file with the pieces that it owns; each scalar of a logical tensor must be in one rank's pieces
-/// exactly, or LogicError is thrown on all ranks. `info` is rank 0's.
+/// exactly, or LogicError is thrown on all ranks. `info` is rank 0's. One run at a time may write into a
+/// folder.
 ///
 /// The checkpoint appears under its name only when every byte of it is on the disk, so a crash at any moment
 /// leaves the older checkpoints as they were and at most a ".tmp-" folder, which the next save removes. Where
