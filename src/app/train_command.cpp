@@ -40,6 +40,13 @@ void add_train_command(CLI::App& app, Command& chosen) {
   auto options = std::make_shared<TrainOptions>();
   CLI::App* command = app.add_subcommand("train", "Train a model: mpirun -n N normformer train CONFIG.toml");
   command->add_option("config", options->config, "The run's configuration, a TOML file")->required();
+  command->add_flag_callback(
+      "--keys",
+      [] {
+        std::fputs(describe_config_keys().c_str(), stdout);
+        throw CLI::Success();
+      },
+      "List every key of the configuration with its meaning, and end");
   command->add_option("--set", options->overrides, "Replace one key of the configuration: section.key=value")
       ->take_all()
       ->allow_extra_args(false);
