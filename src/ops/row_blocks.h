@@ -24,7 +24,7 @@ struct RowBlocks {
 
 /// Rows of a loop without sums over rows that one thread takes at a time.
 inline int64_t row_grain(int64_t columns) {
-  constexpr int64_t kElements = 1 << 14;
+  constexpr int64_t kElements = 1 << 16;
   return std::max<int64_t>(1, kElements / std::max<int64_t>(1, columns));
 }
 

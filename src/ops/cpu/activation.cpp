@@ -56,7 +56,7 @@ void forward_row(int64_t columns, const T* z, const T* bias, const A* multiplier
   auto sum = zero<A>();
   auto squares = zero<A>();
   for_columns<A>(columns, [&](int64_t c, auto use) HWY_ATTR {
-    auto h = evaluate<kKind, A>(hn::Add(load(z + c, use), load(bias + c, use))).value;
+    auto h = evaluate<kKind, A>(hn::Add(load_ahead(z + c, use), load(bias + c, use))).value;
     if (multipliers != nullptr) h = hn::Mul(h, load(multipliers + c, use));
     const auto used = only_used(h, use);
     sum = hn::Add(sum, used);
@@ -111,8 +111,8 @@ template <ActivationKind kKind, class T, class A = Accumulator<T>>
 void backward_row(int64_t columns, const T* d, const T* z, const T* bias, const A* multipliers, T* dz,
                   A* dbias) {
   for_columns<A>(columns, [&](int64_t c, auto use) HWY_ATTR {
-    const auto point = evaluate<kKind, A>(hn::Add(load(z + c, use), load(bias + c, use)));
-    auto gradient = hn::Mul(load(d + c, use), point.slope);
+    const auto point = evaluate<kKind, A>(hn::Add(load_ahead(z + c, use), load(bias + c, use)));
+    auto gradient = hn::Mul(load_ahead(d + c, use), point.slope);
     if (multipliers != nullptr) gradient = hn::Mul(gradient, load(multipliers + c, use));
     add_to(dbias + c, gradient, use);
     store(gradient, dz + c, use);
@@ -127,10 +127,10 @@ void backward_row_of_norm(int64_t columns, const T* d, const T* z, const T* bias
   const auto mean_g = set<A>(norm.mean_g);
   const auto mean_gx = set<A>(norm.mean_gx);
   for_columns<A>(columns, [&](int64_t c, auto use) HWY_ATTR {
-    const auto point = evaluate<kKind, A>(hn::Add(load(z + c, use), load(bias + c, use)));
+    const auto point = evaluate<kKind, A>(hn::Add(load_ahead(z + c, use), load(bias + c, use)));
     const auto multiplier = multipliers == nullptr ? set<A>(A(1)) : load(multipliers + c, use);
     const auto normed = hn::Mul(rstd, hn::Sub(hn::Mul(point.value, multiplier), mean));
-    const auto d_lanes = load(d + c, use);
+    const auto d_lanes = load_ahead(d + c, use);
     const auto g = hn::Mul(load(gamma + c, use), d_lanes);
     const auto dh = hn::Mul(rstd, hn::NegMulAdd(normed, mean_gx, hn::Sub(g, mean_g)));
     const auto gradient = hn::Mul(hn::Mul(dh, multiplier), point.slope);

@@ -56,7 +56,7 @@ void logits_sums_rows(const Tensor& logits, const Tensor& maxima, const Tensor& 
       const auto maximum_lanes = set<A>(maximum);
       A* out = sums.data<A>() + 2 * r;
       out[0] = sum_columns<A>(columns, [&](int64_t c, auto use) HWY_ATTR {
-        return only_used(exp_nonpositive(hn::Sub(load(row + c, use), maximum_lanes)), use);
+        return only_used(exp_nonpositive(hn::Sub(load_ahead(row + c, use), maximum_lanes)), use);
       });
       const int64_t target = targets.data<int32_t>()[r] - first_row;
       out[1] = target >= 0 && target < columns ? static_cast<A>(row[target]) - maximum : A(0);
@@ -70,7 +70,7 @@ void backward_row(int64_t columns, T* row, A maximum, A sum, int64_t target, A w
   const auto maximum_lanes = set<A>(maximum);
   const auto scale = set<A>(weight / sum);
   const auto gradient = [&](int64_t c, auto use) HWY_ATTR {
-    return hn::Mul(exp_nonpositive(hn::Sub(load(row + c, use), maximum_lanes)), scale);
+    return hn::Mul(exp_nonpositive(hn::Sub(load_ahead(row + c, use), maximum_lanes)), scale);
   };
   // Before the row is overwritten, so that the target's gradient is rounded only once.
   const bool here = target >= 0 && target < columns;

@@ -16,6 +16,8 @@ namespace normformer::ops::cpu::HWY_NAMESPACE {
 
 #if HWY_TARGET == HWY_SCALAR
 
+inline constexpr int64_t kMostBlocks = 1;
+
 HWY_INLINE int64_t blocks_at_once() { return 1; }
 
 /// The multipliers of the elements of one block.
@@ -31,7 +33,13 @@ HWY_INLINE void store_blocks(RandomStream stream, int64_t sample, int64_t block,
 using Words = Tag<uint32_t>;
 using Counters = hn::Repartition<uint64_t, Words>;
 
-HWY_INLINE int64_t blocks_at_once() { return static_cast<int64_t>(hn::Lanes(Words())); }
+// Vectors of counters in flight: a round is a chain of a multiplication and two xors, and one alone would
+// wait.
+inline constexpr size_t kVectors = HWY_TARGET == HWY_AVX3 ? 4 : 2;
+
+inline constexpr int64_t kMostBlocks = kVectors * HWY_MAX_BYTES / sizeof(uint64_t);
+
+HWY_INLINE int64_t blocks_at_once() { return static_cast<int64_t>(kVectors * hn::Lanes(Counters())); }
 
 HWY_INLINE void store_multipliers(hn::Vec<Words> words, uint32_t threshold, float scale, float* to) {
   const Tag<float> tag;
@@ -55,10 +63,10 @@ struct Blocks {
 /// Lane 2 j takes block j and lane 2 j + 1 block n / 2 + j of n, which interleaving brings into order.
 HWY_INLINE Blocks counters_from(uint64_t block, uint64_t sample) {
   const Counters tag;
-  const size_t n = hn::Lanes(tag);
-  HWY_ALIGN uint64_t first[HWY_MAX_BYTES / sizeof(uint64_t)];
-  for (size_t i = 0; i < n; ++i) first[i] = block + (i % 2) * (n / 2) + i / 2;
-  const auto w0 = hn::Load(tag, first);
+  const auto lane = hn::Iota(tag, 0);
+  const auto odd = hn::Sub(hn::Zero(tag), hn::And(lane, hn::Set(tag, 1)));  // all ones where the lane is odd
+  const auto half = hn::And(odd, hn::Set(tag, hn::Lanes(tag) / 2));
+  const auto w0 = hn::Add(hn::Set(tag, block), hn::Add(half, hn::ShiftRight<1>(lane)));
   return {w0, hn::ShiftRight<32>(w0), hn::Set(tag, sample), hn::Set(tag, sample >> 32)};
 }
 
@@ -92,21 +100,19 @@ HWY_INLINE void store_blocks(RandomStream stream, int64_t sample, int64_t block,
                              A* to) {
   const Counters tag;
   const size_t n = hn::Lanes(tag);
-  // Two vectors of counters at once: a round is a chain of a multiplication and two xors.
-  Blocks a = counters_from(static_cast<uint64_t>(block), static_cast<uint64_t>(sample));
-  Blocks b = counters_from(static_cast<uint64_t>(block) + n, static_cast<uint64_t>(sample));
+  Blocks blocks[kVectors];
+  for (size_t i = 0; i < kVectors; ++i)
+    blocks[i] = counters_from(static_cast<uint64_t>(block) + i * n, static_cast<uint64_t>(sample));
   auto k0 = static_cast<uint32_t>(stream.key);
   auto k1 = static_cast<uint32_t>(stream.key >> 32);
   for (int round = 0; round < 10; ++round) {
     const auto key0 = hn::Set(tag, uint64_t{k0});
     const auto key1 = hn::Set(tag, uint64_t{k1});
-    a = next_round(a, key0, key1);
-    b = next_round(b, key0, key1);
+    for (Blocks& b : blocks) b = next_round(b, key0, key1);
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  store_in_order(a, threshold, scale, to);
-  store_in_order(b, threshold, scale, to + 4 * n);
+  for (size_t i = 0; i < kVectors; ++i) store_in_order(blocks[i], threshold, scale, to + 4 * i * n);
 }
 
 #endif
@@ -122,7 +128,7 @@ void fill(RandomStream stream, int64_t sample, int64_t first, int64_t count, uin
       store_blocks(stream, sample, block, threshold, scale, out + done);
       continue;
     }
-    HWY_ALIGN A local[4 * HWY_MAX_BYTES / sizeof(uint32_t)];
+    HWY_ALIGN A local[kMostBlocks * 4];
     store_blocks(stream, sample, block, threshold, scale, local);
     const int64_t begin = std::max<int64_t>(done, 0);
     const int64_t end = std::min(done + step, count);

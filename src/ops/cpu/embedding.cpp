@@ -31,7 +31,7 @@ void embedding_backward_columns(const Tensor& tokens, const Tensor& dout, double
       const T* from = dout.data<T>() + n * width + columns.begin;
       A* to = dweight.data<A>() + row * width + columns.begin;
       for_columns<A>(columns.size(), [&](int64_t c, auto use) HWY_ATTR {
-        store(hn::MulAdd(factor_lanes, load(from + c, use), load(to + c, use)), to + c, use);
+        store(hn::MulAdd(factor_lanes, load_ahead(from + c, use), load(to + c, use)), to + c, use);
       });
     }
   });
@@ -51,7 +51,7 @@ void add_positions_rows(const Tensor& embedded, double factor, const Tensor& pos
       const T* position = positions.data<T>() + (r % positions.dim(0)) * columns;
       T* to = out.data<T>() + r * columns;
       for_columns<A>(columns, [&](int64_t c, auto use) HWY_ATTR {
-        auto sum = hn::MulAdd(factor_lanes, load(token + c, use), load(position + c, use));
+        auto sum = hn::MulAdd(factor_lanes, load_ahead(token + c, use), load_ahead(position + c, use));
         if (multipliers != nullptr) sum = hn::Mul(sum, load(multipliers + c, use));
         store(sum, to + c, use);
       });
@@ -66,25 +66,21 @@ void add_positions_backward_at(const Tensor& dout, int64_t length, const Dropout
   dispatch_floating(dout.dtype(), [&]<class T>() {
     using A = Accumulator<T>;
     std::vector<A> drawn(static_cast<size_t>(dropout.active() ? columns : 0));
-    std::vector<A> sums(static_cast<size_t>(columns));
     const A* multipliers = dropout.active() ? drawn.data() : nullptr;
-    A* sum = sums.data();
-    for (int64_t position = at.begin; position < at.end; ++position) {
-      std::fill(sums.begin(), sums.end(), A{0});
-      for (int64_t r = position; r < dout.dim(0); r += length) {
-        if (dropout.active()) dropout_row(dropout, r, columns, drawn.data());
-        const T* from = dout.data<T>() + r * columns;
-        T* to = dsum.data<T>() + r * columns;
+    for (int64_t first = 0; first < dout.dim(0); first += length) {
+      for (int64_t position = at.begin; position < at.end && first + position < dout.dim(0); ++position) {
+        const int64_t row = first + position;
+        if (dropout.active()) dropout_row(dropout, row, columns, drawn.data());
+        const T* from = dout.data<T>() + row * columns;
+        T* to = dsum.data<T>() + row * columns;
+        A* sum = dpositions ? dpositions.data<A>() + position * columns : nullptr;
         for_columns<A>(columns, [&](int64_t c, auto use) HWY_ATTR {
-          auto d = load(from + c, use);
+          auto d = load_ahead(from + c, use);
           if (multipliers != nullptr) d = hn::Mul(d, load(multipliers + c, use));
-          add_to(sum + c, d, use);
+          if (sum != nullptr) add_to(sum + c, d, use);
           store(d, to + c, use);
         });
       }
-      if (!dpositions) continue;
-      A* total = dpositions.data<A>() + position * columns;
-      for (int64_t c = 0; c < columns; ++c) total[c] += sum[c];
     }
   });
 }
@@ -131,8 +127,9 @@ void embedding_backward(Context& context, const Tensor& tokens, const Tensor& do
                         int64_t first_row, const Tensor& dweight) {
   check_tokens(tokens);
   // Shared by channels: each thread goes through all tokens, so that rows are added in their order.
-  constexpr int64_t kColumns = 128;
-  context.threads().parallel_for(dout.dim(1), kColumns, [&](int64_t begin, int64_t end) {
+  constexpr int64_t kLeastColumns = 64;
+  const int64_t columns = round_up(ceil_div(dout.dim(1), context.threads().size()), kLeastColumns);
+  context.threads().parallel_for(dout.dim(1), columns, [&](int64_t begin, int64_t end) {
     HWY_DYNAMIC_DISPATCH(embedding_backward_columns)
     (tokens, dout, factor, first_row, dweight, Range{begin, end});
   });

@@ -41,7 +41,7 @@ void unfold_row(int64_t columns, const T* z, A mean, A rstd, const A* c, const A
   for_columns<A>(columns, [&](int64_t i, auto use) HWY_ATTR {
     const auto e = hn::Add(load(w_beta + i, use), load(b2 + i, use));
     const auto rest = hn::NegMulAdd(shift, load(c + i, use), e);
-    store(hn::MulAdd(scale, load(z + i, use), rest), y + i, use);
+    store(hn::MulAdd(scale, load_ahead(z + i, use), rest), y + i, use);
   });
 }
 
@@ -73,10 +73,10 @@ void fold_backward_row(int64_t columns, const T* dy, const T* y, A mean, A rstd,
   auto sum_g = zero<A>();
   auto sum_gx = zero<A>();
   for_columns<A>(columns, [&](int64_t i, auto use) HWY_ATTR {
-    const auto d = load(dy + i, use);
+    const auto d = load_ahead(dy + i, use);
     const auto e = hn::Add(load(fold.w_beta + i, use), load(fold.b2 + i, use));
     sum_g = hn::MulAdd(d, load(fold.c + i, use), sum_g);
-    sum_gx = hn::MulAdd(d, hn::Sub(load(y + i, use), e), sum_gx);
+    sum_gx = hn::MulAdd(d, hn::Sub(load_ahead(y + i, use), e), sum_gx);
     store(hn::MulAdd(shift, d, load(u + i, use)), u + i, use);
     add_to(s + i, d, use);
     store(hn::Mul(scale, d), dy_scaled + i, use);
@@ -116,7 +116,7 @@ void fold_correction_rows(const Tensor& u, const Tensor& gamma, const Tensor& s,
       const auto u_lanes = set<A>(u.data<A>()[r]);
       const auto s_lanes = set<A>(s.data<A>()[r]);
       for_columns<A>(columns, [&](int64_t i, auto use) HWY_ATTR {
-        const auto correction = hn::NegMulAdd(u_lanes, load(gammas + i, use), load(row + i, use));
+        const auto correction = hn::NegMulAdd(u_lanes, load(gammas + i, use), load_ahead(row + i, use));
         store(hn::MulAdd(s_lanes, load(betas + i, use), correction), row + i, use);
       });
     }
@@ -128,7 +128,7 @@ void normalise_row(int64_t columns, const T* h, A mean, A rstd, const T* gamma, 
   const auto mean_lanes = set<A>(mean);
   const auto rstd_lanes = set<A>(rstd);
   for_columns<A>(columns, [&](int64_t i, auto use) HWY_ATTR {
-    const auto normed = hn::Mul(rstd_lanes, hn::Sub(load(h + i, use), mean_lanes));
+    const auto normed = hn::Mul(rstd_lanes, hn::Sub(load_ahead(h + i, use), mean_lanes));
     store(hn::MulAdd(load(gamma + i, use), normed, load(beta + i, use)), out + i, use);
   });
 }
@@ -152,9 +152,9 @@ void backward_sums_row(int64_t columns, const T* d, const T* h, A mean, A rstd, 
   auto sum_g = zero<A>();
   auto sum_gx = zero<A>();
   for_columns<A>(columns, [&](int64_t i, auto use) HWY_ATTR {
-    const auto g = hn::Mul(load(gamma + i, use), load(d + i, use));
+    const auto g = hn::Mul(load(gamma + i, use), load_ahead(d + i, use));
     sum_g = hn::Add(sum_g, g);
-    sum_gx = hn::MulAdd(g, hn::Mul(rstd_lanes, hn::Sub(load(h + i, use), mean_lanes)), sum_gx);
+    sum_gx = hn::MulAdd(g, hn::Mul(rstd_lanes, hn::Sub(load_ahead(h + i, use), mean_lanes)), sum_gx);
   });
   sums[0] = sum_lanes<A>(sum_g);
   sums[1] = sum_lanes<A>(sum_gx);

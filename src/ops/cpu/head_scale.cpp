@@ -25,7 +25,7 @@ void head_scale_forward_rows(const Tensor& x, const Tensor& scales, const Tensor
       const T* in = x.data<T>() + r * columns;
       T* out = y.data<T>() + r * columns;
       for_columns<A>(columns, [&](int64_t c, auto use) HWY_ATTR {
-        store(hn::Mul(load(in + c, use), load(factor + c, use)), out + c, use);
+        store(hn::Mul(load_ahead(in + c, use), load(factor + c, use)), out + c, use);
       });
     }
   });
@@ -45,8 +45,8 @@ void head_scale_backward_rows(const Tensor& dy, const Tensor& x, const Tensor& s
       const T* in = x.data<T>() + r * columns;
       T* out = dx.data<T>() + r * columns;
       for_columns<A>(columns, [&](int64_t c, auto use) HWY_ATTR {
-        const auto d = load(gradient + c, use);
-        store(hn::MulAdd(d, load(in + c, use), load(sums + c, use)), sums + c, use);
+        const auto d = load_ahead(gradient + c, use);
+        store(hn::MulAdd(d, load_ahead(in + c, use), load(sums + c, use)), sums + c, use);
         store(hn::Mul(d, load(factor + c, use)), out + c, use);
       });
     }

@@ -9,6 +9,7 @@
 
 #include <cstring>
 
+#include <hwy/cache_control.h>
 #include <hwy/highway.h>
 
 #include "normformer/tensor/dtype.h"
@@ -79,6 +80,15 @@ HWY_INLINE void store(Lanes<Accumulator<T>> v, T* to, Part part) {
   alignas(HWY_MAX_BYTES) T local[kMaxLanes<Accumulator<T>>];
   store(v, local, Whole{});
   std::memcpy(to, local, static_cast<size_t>(part.count) * sizeof(T));
+}
+
+/// As load, of a matrix that is gone through once: asks for what lies some way ahead, since the processor
+/// itself stops at the end of each page.
+template <class T, class Use>
+HWY_INLINE auto load_ahead(const T* from, Use use) {
+  constexpr int64_t kBytesAhead = 2048;
+  hwy::Prefetch(reinterpret_cast<const char*>(from) + kBytesAhead);
+  return load(from, use);
 }
 
 /// to[] += v.

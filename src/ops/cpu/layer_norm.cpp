@@ -18,8 +18,8 @@ namespace normformer::ops::cpu::HWY_NAMESPACE {
 template <class T, class A = Accumulator<T>>
 void forward_row(int64_t columns, const T* x, const T* gamma, const T* beta, double eps, T* y, A* mean,
                  A* rstd) {
-  const A m =
-      sum_columns<A>(columns, [&](int64_t c, auto use) HWY_ATTR { return load(x + c, use); }) / A(columns);
+  const A m = sum_columns<A>(columns, [&](int64_t c, auto use) HWY_ATTR { return load_ahead(x + c, use); }) /
+              A(columns);
   const auto mean_lanes = set<A>(m);
   const A squares = sum_columns<A>(columns, [&](int64_t c, auto use) HWY_ATTR {
     const auto centred = only_used(hn::Sub(load(x + c, use), mean_lanes), use);
@@ -55,8 +55,8 @@ void backward_row(int64_t columns, const T* dy, const T* x, const T* gamma, A me
   auto sum_g = zero<A>();
   auto sum_gx = zero<A>();
   for_columns<A>(columns, [&](int64_t c, auto use) HWY_ATTR {
-    const auto dy_lanes = load(dy + c, use);
-    const auto normed = hn::Mul(hn::Sub(load(x + c, use), mean_lanes), rstd_lanes);
+    const auto dy_lanes = load_ahead(dy + c, use);
+    const auto normed = hn::Mul(hn::Sub(load_ahead(x + c, use), mean_lanes), rstd_lanes);
     const auto g = hn::Mul(load(gamma + c, use), dy_lanes);
     sum_g = hn::Add(sum_g, g);
     sum_gx = hn::MulAdd(g, normed, sum_gx);
@@ -69,7 +69,7 @@ void backward_row(int64_t columns, const T* dy, const T* x, const T* gamma, A me
     const auto normed = hn::Mul(hn::Sub(load(x + c, use), mean_lanes), rstd_lanes);
     const auto g = hn::Mul(load(gamma + c, use), load(dy + c, use));
     const auto inner = hn::NegMulAdd(normed, mean_gx, hn::Sub(g, mean_g));
-    const auto around = residual == nullptr ? zero<A>() : load(residual + c, use);
+    const auto around = residual == nullptr ? zero<A>() : load_ahead(residual + c, use);
     store(hn::MulAdd(rstd_lanes, inner, around), dx + c, use);
   });
 }

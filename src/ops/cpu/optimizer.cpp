@@ -54,11 +54,11 @@ void adamw_run(int64_t n, const Scalars<A>& s, const A* gradient, A* master, A* 
   const auto spread = set<A>(s.spread);
   const auto eps = set<A>(s.eps);
   for_columns<A>(n, [&](int64_t i, auto use) HWY_ATTR {
-    const auto g = hn::Mul(load(gradient + i, use), factor);
-    const auto m = hn::MulAdd(beta1, load(moment1 + i, use), hn::Mul(rest1, g));
-    const auto v = hn::MulAdd(beta2, load(moment2 + i, use), hn::Mul(rest2, hn::Mul(g, g)));
+    const auto g = hn::Mul(load_ahead(gradient + i, use), factor);
+    const auto m = hn::MulAdd(beta1, load_ahead(moment1 + i, use), hn::Mul(rest1, g));
+    const auto v = hn::MulAdd(beta2, load_ahead(moment2 + i, use), hn::Mul(rest2, hn::Mul(g, g)));
     const auto update = hn::Div(m, hn::MulAdd(hn::Sqrt(v), spread, eps));
-    const auto p = hn::NegMulAdd(rate, update, hn::Mul(keep, load(master + i, use)));
+    const auto p = hn::NegMulAdd(rate, update, hn::Mul(keep, load_ahead(master + i, use)));
     store(m, moment1 + i, use);
     store(v, moment2 + i, use);
     store(p, master + i, use);
@@ -76,27 +76,17 @@ void adamw_range(const AdamW& step, const Tensor& gradient, const Tensor& master
   });
 }
 
-/// Bits of |x| in the order of |x|: a NaN is above infinity.
-template <class A>
-auto magnitude_bits(Lanes<A> v) {
-  const hn::RebindToUnsigned<Tag<A>> bits;
-  return hn::BitCast(bits, hn::Abs(v));
-}
-
 /// The largest |x|, or a NaN where there is one.
 double absolute_max_range(const Tensor& x, Range range) {
   double result = 0.0;
   dispatch_floating(x.dtype(), [&]<class T>() {
     using A = Accumulator<T>;
-    const hn::RebindToUnsigned<Tag<A>> bits;
+    // As integers the bits of |x| have the order of |x|, a NaN above infinity.
+    const hn::RebindToSigned<Tag<A>> bits;
     const T* in = x.data<T>() + range.begin;
     auto largest = hn::Zero(bits);
     for_columns<A>(range.size(), [&](int64_t i, auto use) HWY_ATTR {
-      const auto magnitude = magnitude_bits<A>(load(in + i, use));
-      // Through signed numbers, which lanes of 64 bits can compare everywhere; the sign bit is clear.
-      const hn::RebindToSigned<Tag<A>> signed_bits;
-      const auto above = hn::Gt(hn::BitCast(signed_bits, magnitude), hn::BitCast(signed_bits, largest));
-      largest = hn::IfThenElse(hn::RebindMask(bits, above), magnitude, largest);
+      largest = hn::Max(largest, hn::BitCast(bits, hn::Abs(load_ahead(in + i, use))));
     });
     alignas(HWY_MAX_BYTES) A lanes[kMaxLanes<A>];
     store(hn::BitCast(Tag<A>(), largest), lanes, Whole{});

@@ -14,9 +14,10 @@ std::vector<Accumulator<T>> scales_by_channel(const Tensor& scales, int64_t colu
   std::vector<Accumulator<T>> by_channel;
   if (!scales) return by_channel;
   const T* values = scales.data<T>();
-  const int64_t size = columns / scales.numel();
+  const auto size = static_cast<size_t>(columns / scales.numel());
   by_channel.reserve(static_cast<size_t>(columns));
-  for (int64_t c = 0; c < columns; ++c) by_channel.push_back(static_cast<Accumulator<T>>(values[c / size]));
+  for (int64_t head = 0; head < scales.numel(); ++head)
+    by_channel.insert(by_channel.end(), size, static_cast<Accumulator<T>>(values[head]));
   return by_channel;
 }
 

@@ -39,7 +39,7 @@ Vectors<T> vectors_of(const SublayerOutput& parts, const std::vector<A>& head_sc
 /// branch + bias: what the head scale multiplies.
 template <class T, class Use>
 HWY_INLINE auto biased(const T* branch, const T* bias, int64_t c, Use use) {
-  const auto x = load(branch + c, use);
+  const auto x = load_ahead(branch + c, use);
   return bias == nullptr ? x : hn::Add(x, load(bias + c, use));
 }
 
@@ -81,7 +81,7 @@ void forward_row(int64_t columns, const T* branch, const T* residual, const Vect
       added = scaled(branch, v, c, use);
     }
     if (multipliers != nullptr) added = hn::Mul(added, load(multipliers + c, use));
-    auto around = load(residual + c, use);
+    auto around = load_ahead(residual + c, use);
     if (v.residual_scale != nullptr) around = hn::Mul(around, load(v.residual_scale + c, use));
     store(hn::Add(around, added), out + c, use);
   });
@@ -130,7 +130,7 @@ struct BackwardRow {
 /// The gradient of what was dropped: dout * multipliers.
 template <class T, class A, class Use>
 HWY_INLINE auto undropped(const T* dout, const A* multipliers, int64_t c, Use use) {
-  const auto d = load(dout + c, use);
+  const auto d = load_ahead(dout + c, use);
   return multipliers == nullptr ? d : hn::Mul(d, load(multipliers + c, use));
 }
 
@@ -155,7 +155,7 @@ void backward_row(int64_t columns, const BackwardRow<T>& row, const Vectors<T, A
   const auto mean_g = set<A>(sum_lanes<A>(sum_g) / A(columns));
   const auto mean_gx = set<A>(sum_lanes<A>(sum_gx) / A(columns));
   for_columns<A>(columns, [&](int64_t c, auto use) HWY_ATTR {
-    const auto dout = load(row.dout + c, use);
+    const auto dout = load_ahead(row.dout + c, use);
     auto d = undropped(row.dout, multipliers, c, use);
     if (v.gamma != nullptr) {
       const auto normed = hn::Mul(hn::Sub(scaled(row.branch, v, c, use), mean_lanes), rstd_lanes);
@@ -169,7 +169,7 @@ void backward_row(int64_t columns, const BackwardRow<T>& row, const Vectors<T, A
     if (v.bias != nullptr) add_to(sums.bias + c, d, use);
     auto around = dout;
     if (v.residual_scale != nullptr) {
-      add_to(sums.residual_scale + c, hn::Mul(dout, load(row.residual + c, use)), use);
+      add_to(sums.residual_scale + c, hn::Mul(dout, load_ahead(row.residual + c, use)), use);
       around = hn::Mul(dout, load(v.residual_scale + c, use));
     }
     if (row.dresidual != nullptr) store(around, row.dresidual + c, use);
