@@ -2,6 +2,8 @@
 // computed, on ranks as threads.
 #include "oracle.h"
 
+#include <cmath>
+
 #include <fmt/ranges.h>
 #include <gtest/gtest.h>
 
@@ -35,6 +37,17 @@ TEST_P(Oracle, OneRankFp32) {
   for (const FfnNormForm form : {FfnNormForm::folded, FfnNormForm::plain}) {
     const OracleLayout layout{.degrees = {1, 1, 1, 1}, .precision = Precision::fp32, .form = form};
     EXPECT_EQ(run_on(fixture, layout, 1e-5), std::vector<std::string>{}) << to_string(layout);
+  }
+}
+
+// 16 bits: the bound of arXiv 2506.09280, theorem 5.3, for the first of L layers: k C^L eps with k = 4, C
+// = 1.03.
+TEST_P(Oracle, OneRankBf16) {
+  const OracleFixture fixture = load_oracle_fixture(GetParam());
+  const double bound = 4.0 * std::pow(1.03, fixture.config.model.layers) * 0x1p-7;
+  for (const FfnNormForm form : {FfnNormForm::folded, FfnNormForm::plain}) {
+    const OracleLayout layout{.degrees = {1, 1, 1, 1}, .precision = Precision::bf16, .form = form};
+    EXPECT_EQ(run_on(fixture, layout, bound), std::vector<std::string>{}) << to_string(layout);
   }
 }
 

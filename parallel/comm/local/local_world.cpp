@@ -99,9 +99,9 @@ class LocalWorld {
   }
 
   // Every rank's wait ends now. Keeps the first failure.
-  void fail(int rank, std::exception_ptr failure, const std::string& what) {
+  void fail(int rank, const std::exception_ptr& failure, const std::string& what) {
     const std::lock_guard lock(mutex_);
-    fail_locked(std::move(failure), fmt::format("rank {} failed: {}", rank, what));
+    fail_locked(failure, fmt::format("rank {} failed: {}", rank, what));
   }
 
   // A rank's body has ended; nobody will hear from it again.
@@ -122,9 +122,9 @@ class LocalWorld {
     std::function<std::string()> what;
   };
 
-  void fail_locked(std::exception_ptr failure, const std::string& why) {
+  void fail_locked(const std::exception_ptr& failure, const std::string& why) {
     if (failure_) return;
-    failure_ = std::move(failure);
+    failure_ = failure;
     why_ = why;
     for (auto& wake : wake_) wake.notify_all();
   }
@@ -199,7 +199,12 @@ class LocalSend final : public SendRequest::Impl {
  public:
   LocalSend(std::shared_ptr<LocalWorld> world, const Address& address, std::shared_ptr<Message> message)
       : world_(std::move(world)), address_(address), message_(std::move(message)) {}
-  void wait() override { world_->await_copied(address_, *message_); }
+  void wait() override {
+    world_->await_copied(address_, *message_);
+    // The receiver may hold the message a little longer: its tensor goes here, on the sender's own thread, so
+    // that what memory a rank holds does not depend on timing.
+    message_->keep_alive = {};
+  }
 
  private:
   std::shared_ptr<LocalWorld> world_;

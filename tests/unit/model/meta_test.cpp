@@ -1,0 +1,89 @@
+// The meta device foretells memory, costs and traffic of the same code on the CPU, to the byte.
+#include <map>
+#include <mutex>
+
+#include <gtest/gtest.h>
+
+#include "small_model.h"
+
+namespace normformer::testing_support {
+namespace {
+
+struct Account {
+  MemoryReport memory;
+  std::map<std::string, OperationCost, std::less<>> costs;
+  std::vector<TrafficRecord> traffic;
+};
+
+Account account_of_two_steps(const RunConfig& config, DeviceKind device, const Group& world,
+                             const MeshDegrees& degrees) {
+  SmallModel small(config, device, world, degrees);
+  for (int i = 0; i < 2; ++i) small.trainer.step();
+  return {small.context.memory().report(), small.context.costs().operations(), world.ledger().records()};
+}
+
+void expect_alike(const Account& real, const Account& meta) {
+  EXPECT_EQ(real.memory.peak_live, meta.memory.peak_live);
+  EXPECT_EQ(real.memory.peak_reserved, meta.memory.peak_reserved);
+  EXPECT_EQ(real.memory.at_peak_by_use, meta.memory.at_peak_by_use);
+  ASSERT_EQ(real.costs.size(), meta.costs.size());
+  for (const auto& [name, cost] : real.costs) {
+    EXPECT_EQ(cost.calls, meta.costs.at(name).calls) << name;
+    EXPECT_EQ(cost.flops, meta.costs.at(name).flops) << name;
+    EXPECT_EQ(cost.bytes, meta.costs.at(name).bytes) << name;
+  }
+  EXPECT_EQ(real.traffic, meta.traffic);
+}
+
+TEST(Meta, ForetellsEveryRankOfALayout) {
+  for (const Precision precision : {Precision::fp32, Precision::bf16}) {
+    for (const MeshDegrees& degrees : {MeshDegrees{}, MeshDegrees{.tensor = 2}, MeshDegrees{.data = 2},
+                                       MeshDegrees{.tensor = 2, .context = 1, .data = 2, .pipeline = 2}}) {
+      const RunConfig config = small_config(precision);
+      const auto ranks = static_cast<int>(num_ranks(degrees));
+      std::vector<Account> real(static_cast<size_t>(ranks));
+      run_local_world(ranks, [&](const Group& world) {
+        real[static_cast<size_t>(world.rank())] =
+            account_of_two_steps(config, DeviceKind::cpu, world, degrees);
+      });
+      for (int rank = 0; rank < ranks; ++rank) {
+        SCOPED_TRACE(to_string(degrees) + ", rank " + std::to_string(rank));
+        expect_alike(real[static_cast<size_t>(rank)],
+                     account_of_two_steps(config, DeviceKind::meta, make_meta_world(rank, ranks), degrees));
+      }
+    }
+  }
+}
+
+// Shapes and counts of the paper's models (arXiv 2110.09456, Table 1; a vocabulary of 51,200 rows).
+TEST(Meta, ThePapersModelsHaveThePapersParameters) {
+  struct Size {
+    int64_t layers, width, heads, baseline, normformer, with_residual_scale;
+  };
+  for (const Size& size : {Size{12, 768, 12, 124377600, 124469904, 124479120},
+                           Size{24, 1024, 16, 354740224, 354986368, 355010944},
+                           Size{24, 2048, 32, 1313460224, 1313952512, 1314001664},
+                           Size{32, 2560, 32, 2648724480, 2649544704, 2649626624}}) {
+    RunConfig config;
+    config.model.layers = size.layers;
+    config.model.width = size.width;
+    config.model.heads = size.heads;
+    config.model.ffn = 4 * size.width;
+    config.model.vocab = 51200;
+    config.model.length = 2048;
+    const auto count = [&] {
+      Context context(DeviceKind::meta);
+      return ModelInstance(context, Mesh(make_self_world(), {}), config, true).count_parameters();
+    };
+    EXPECT_EQ(count(), size.baseline);
+    config.model.head_scale = HeadScale::paper;
+    config.model.post_attention_norm = true;
+    config.model.ffn_norm = true;
+    EXPECT_EQ(count(), size.normformer);
+    config.model.residual_scale = true;
+    EXPECT_EQ(count(), size.with_residual_scale);
+  }
+}
+
+}  // namespace
+}  // namespace normformer::testing_support

@@ -1,0 +1,64 @@
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "normformer/training/trainer.h"
+
+namespace normformer::testing_support {
+
+/// A NormFormer with every switch on and sizes that nothing divides.
+inline RunConfig small_config(Precision precision) {
+  RunConfig c;
+  c.model.layers = 3;
+  c.model.width = 20;
+  c.model.heads = 5;
+  c.model.ffn = 33;
+  c.model.vocab = 41;
+  c.model.length = 12;
+  c.model.head_scale = HeadScale::paper;
+  c.model.post_attention_norm = true;
+  c.model.ffn_norm = true;
+  c.model.residual_scale = true;
+  c.model.residual_dropout = 0.1;
+  c.model.attention_dropout = 0.1;
+  c.train.global_batch = 5;
+  c.train.micro_batch = 2;
+  c.train.precision = precision;
+  c.parallel.data = 1;
+  return c;
+}
+
+/// Tokens that depend on their place alone.
+inline Batch counted_batch(const RunConfig& config, int64_t first, int64_t count) {
+  Batch batch{.sequences = count,
+              .seq_len = config.model.length,
+              .inputs = {},
+              .targets = {},
+              .document_start = {},
+              .loss_mask = {}};
+  for (int64_t i = 0; i < count * config.model.length; ++i) {
+    const int64_t at = first * config.model.length + i;
+    batch.inputs.push_back(static_cast<int32_t>(at * 7 % config.model.vocab));
+    batch.targets.push_back(static_cast<int32_t>((at + 1) * 7 % config.model.vocab));
+  }
+  return batch;
+}
+
+/// A model on one rank of a world, with its trainer.
+struct SmallModel {
+  SmallModel(const RunConfig& c, DeviceKind device, const Group& world, const MeshDegrees& degrees = {})
+      : config(c),
+        context(device),
+        model(context, Mesh(world, degrees), config, true),
+        trainer(model, config, [this](int64_t f, int64_t n) { return counted_batch(config, f, n); }) {
+    trainer.initialise();
+  }
+
+  RunConfig config;
+  Context context;
+  ModelInstance model;
+  Trainer trainer;
+};
+
+}  // namespace normformer::testing_support
