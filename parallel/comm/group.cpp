@@ -273,12 +273,26 @@ void Group::broadcast(Context& context, const Tensor& tensor, int root) const {
   impl_->broadcast(static_cast<std::byte*>(tensor.raw()), tensor.nbytes(), root);
 }
 
+namespace {
+
+// A message on the meta device: it holds the tensor as long as a real one would.
+class AccountedSend final : public SendRequest::Impl {
+ public:
+  explicit AccountedSend(Tensor tensor) : tensor_(std::move(tensor)) {}
+  void wait() override { tensor_ = {}; }
+
+ private:
+  Tensor tensor_;
+};
+
+}  // namespace
+
 SendRequest Group::send(Context& context, const Tensor& tensor, int to, int tag) const {
   check(context, tensor);
   NF_CHECK(to >= 0 && to < size() && tag >= 0 && tag <= kMaxTag, "rank {} and tag {} in group {} of {} ranks",
            to, tag, name(), size());
   record("send", tensor.nbytes(), to, tag);
-  if (context.is_meta()) return {};
+  if (context.is_meta()) return SendRequest(std::make_unique<AccountedSend>(tensor));
   return SendRequest(impl_->send(tensor, to, tag));
 }
 
