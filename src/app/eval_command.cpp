@@ -32,16 +32,19 @@ std::string read_text(const std::filesystem::path& path) {
   return text;
 }
 
-// One object a token: its id, its text as bytes would print it, and its negative log-likelihood.
+// One object a token: its id, which bytes of the text it is (a token need not be whole characters), and its
+// negative log-likelihood.
 void write_nll(const std::filesystem::path& path, const BpeTokenizer& tokenizer,
                const std::vector<int32_t>& tokens, const std::vector<double>& nll) {
   std::ofstream file(path, std::ios::trunc);
+  size_t begin = 0;
   for (size_t i = 0; i < tokens.size(); ++i) {
     nlohmann::ordered_json line;
     line["token"] = tokens[i];
-    line["text"] = tokenizer.token(tokens[i]);
+    line["begin"] = begin;
+    line["end"] = begin += tokenizer.token(tokens[i]).size();
     line["nll"] = nll[i];
-    file << line.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace) << '\n';
+    file << line.dump() << '\n';
   }
   if (!file.flush()) throw IoError(fmt::format("cannot write {}: {}", path.string(), system_reason()));
 }

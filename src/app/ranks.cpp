@@ -1,6 +1,7 @@
 #include "ranks.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -28,7 +29,11 @@ int run_on_ranks(int* argc, char*** argv, const std::function<int(const RankProc
   } catch (...) {
     std::fprintf(stderr, "%s\n", describe_current_exception().c_str());
     const auto code = static_cast<int>(current_exception_exit_code());
-    if (process.world.size() > 1) MpiSession::abort(code);
+    if (process.world.size() > 1) {
+      // mpirun drops what a rank has written and it has not read when the job is aborted.
+      std::this_thread::sleep_for(std::chrono::milliseconds(200));
+      MpiSession::abort(code);
+    }
     return code;
   }
 }

@@ -159,7 +159,10 @@ BpeTokenizer Preparation::make_tokenizer() {
     progress.advance(batch.bytes);
   });
   for (std::size_t i = 1; i < counts.size(); ++i) counts[0].add(counts[i]);
-  if (counts[0].empty()) throw DataError("the corpus has no text to train a vocabulary on");
+  if (counts[0].empty()) {
+    throw DataError(fmt::format("the corpus is empty: there is no text in {} to train a vocabulary on",
+                                options_.inputs[0].string()));
+  }
   BpeTokenizer tokenizer = train_bpe(counts[0], {.vocab_size = options_.train_vocab_size});
   if (tokenizer.vocab_size() < options_.train_vocab_size) {
     log_root(LogLevel::warning, "the corpus gives a vocabulary of {} tokens only, not {}",

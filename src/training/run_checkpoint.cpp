@@ -127,8 +127,12 @@ bool RunCheckpoints::load_newest(Trainer& trainer) {
   std::optional<CheckpointReader> reader;
   try {
     reader = open_newest_checkpoint(trainer.model().mesh().world(), *files_, folder_, use);
-  } catch (const DataError& e) {
-    throw AgreedError(e.exit_code(), e.what());  // thrown on every rank alike
+  } catch (const CommError&) {
+    throw;
+  } catch (const LogicError&) {
+    throw;
+  } catch (const Error& e) {
+    throw AgreedError(e.exit_code(), e.what());  // open_newest_checkpoint throws it on every rank alike
   }
   if (!reader) return false;
   trainer.set_counters(counters_of(reader->info()));

@@ -6,6 +6,7 @@
 #include "normformer/mesh/layout.h"
 #include "normformer/pipeline/checker.h"
 #include "normformer/pipeline/executor.h"
+#include "normformer/training/agreement.h"
 #include "normformer/training/learning_rate.h"
 
 namespace normformer {
@@ -99,7 +100,8 @@ std::vector<MicroBatch> Trainer::next_micro_batches() const {
 StepReport Trainer::compute_gradients() {
   LanguageModelStage& stage = model_.stage();
   const Group& world = model_.mesh().world();
-  std::vector<MicroBatch> batches = next_micro_batches();
+  std::vector<MicroBatch> batches;
+  run_agreed(world, [&] { batches = next_micro_batches(); });
   StepReport report;
   report.tokens = world.all_reduce_sum(counted_targets(model_, batches));
 
@@ -156,10 +158,12 @@ EvaluationResult evaluate(ModelInstance& model, const RunConfig& config, const B
     const size_t end = std::min(samples.size(), begin + window);
     std::vector<Batch> read;
     std::vector<MicroBatch> batches;
-    for (size_t i = begin; i < end; ++i) {
-      read.push_back(source(samples[i].begin, samples[i].size()));
-      batches.push_back(make_micro_batch(model, read.back(), samples[i].begin, 0, Purpose::evaluation));
-    }
+    run_agreed(model.mesh().world(), [&] {
+      for (size_t i = begin; i < end; ++i) {
+        read.push_back(source(samples[i].begin, samples[i].size()));
+        batches.push_back(make_micro_batch(model, read.back(), samples[i].begin, 0, Purpose::evaluation));
+      }
+    });
     const int64_t targets = counted_targets(model, batches);
     stage.set_micro_batches(std::move(batches));
     run_forward(model.context(), model.mesh().pipeline(), static_cast<int64_t>(end - begin), forward_only);

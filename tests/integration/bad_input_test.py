@@ -78,14 +78,13 @@ class BadInput(unittest.TestCase):
             tokens = prefix.with_suffix(".bin")
             tokens.write_bytes(struct.pack("<H", 299) * (tokens.stat().st_size // 2))
         prefix = self.damaged_corpus("beyond", spoil)
-        outcome = run(self.train("run_beyond", data__train=f'"{prefix}"', model__vocab=200, data__valid="[]"), 2)
-        self.assertEqual(outcome.code, 65, outcome.err)
-        self.assertIn("299", outcome.err)
+        config = self.folder.config("run_beyond", data__train=f'"{prefix}"', model__vocab=200, data__valid="[]")
+        self.refused(["train", config], 65, "299", "beyond", ranks=2)
 
     def test_empty_corpus(self):
         (self.folder.path / "empty.txt").write_text("")
         self.refused(["prepare", self.folder.path / "empty.txt", "--output", self.folder.path / "empty",
-                      "--train-vocab", 300], 65, "empty")
+                      "--train-vocab", 300], 65, "empty.txt")
 
     def test_missing_corpus(self):
         self.refused(self.train("run_missing", data__train='"/nowhere/corpus"', model__vocab=300), 74, "/nowhere/corpus",

@@ -73,7 +73,8 @@ class Outcome:
 
 
 def run(arguments, ranks=1, expect=None, timeout=120, **options):
-    outcome = Outcome(subprocess.run(command(arguments, ranks), capture_output=True, text=True, timeout=timeout,
+    outcome = Outcome(subprocess.run(command(arguments, ranks), capture_output=True, text=True, errors="replace",
+                                     timeout=timeout,
                                      env=environment(), **options))
     if expect is not None and outcome.code != expect:
         raise AssertionError(f"exit {outcome.code}, not {expect}: {arguments} on {ranks}\n{outcome.out}\n{outcome.err}")

@@ -46,7 +46,8 @@ class Trainer {
   /// Draws initial weights from the seed. Collective over the world.
   void initialise();
 
-  /// One update on the next global batch. Collective over the world.
+  /// One update on the next global batch. Throws AgreedError where a rank cannot read it. Collective over the
+  /// world.
   StepReport step();
 
   /// The first half of step: gradients of the next batch, summed over the world and undivided, in the store;

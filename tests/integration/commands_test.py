@@ -1,0 +1,133 @@
+#!/usr/bin/env python3
+"""Commands that read what training wrote, under other layouts than it was written with, and weights from elsewhere."""
+import json
+import math
+import struct
+import sys
+import unittest
+
+from program import ROOT, Folder, metrics, run
+
+FIXTURE = ROOT / "tests" / "fixtures" / "oracle" / "normformer"
+ORACLE_MODEL = {
+    "model__layers": 4, "model__width": 32, "model__heads": 8, "model__ffn": 128, "model__vocab": 320,
+    "model__length": 32, "model__residual_scale": "false", "model__residual_dropout": 0.0,
+    "model__attention_dropout": 0.0, "model__embedding_dropout": 0.0,
+}
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 3, 1), (2, 1, 2), (3, 1, 1)]
+
+
+def read_safetensors(path):
+    """Names to (type, shape, bytes): a reader of the format that is not the program's own."""
+    raw = path.read_bytes()
+    (size,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8:8 + size])
+    header.pop("__metadata__", None)
+    data = raw[8 + size:]
+    return {name: (t["dtype"], t["shape"], data[slice(*t["data_offsets"])]) for name, t in header.items()}
+
+
+def numbers(tensor):
+    dtype, _, raw = tensor
+    return struct.unpack(f"<{len(raw) // {'F32': 4, 'F64': 8}[dtype]}{'f' if dtype == 'F32' else 'd'}", raw)
+
+
+def layout_flags(degrees):
+    flags = []
+    for key, value in zip(("tensor", "pipeline", "data"), degrees):
+        flags += ["--set", f"parallel.{key}={value}"]
+    return flags
+
+
+class Commands(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = Folder().__enter__()
+        cls.run_folder = cls.folder.path / "trained"
+        run(["train", cls.folder.config("trained", train__updates=40)], expect=0)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.folder.__exit__()
+
+    def over_layouts(self, arguments):
+        """The command's output under every layout of the trained run."""
+        for degrees in LAYOUTS:
+            ranks = math.prod(degrees)
+            yield degrees, run([*arguments, *layout_flags(degrees)], ranks, expect=0).out
+
+    def test_training_learns(self):
+        losses = [line["loss"] for line in metrics(self.run_folder) if line["kind"] == "step"]
+        self.assertLess(losses[-1], losses[0] - 0.5)
+
+    def test_weights_come_back_as_they_were_imported(self):
+        config = self.folder.config("imported", **ORACLE_MODEL)
+        run(["checkpoint", "import", FIXTURE / "weights.safetensors", config], expect=0)
+        out = self.folder.path / "back.safetensors"
+        run(["checkpoint", "export", self.folder.path / "imported", out], expect=0)
+        self.assertEqual(read_safetensors(out), read_safetensors(FIXTURE / "weights.safetensors"))
+
+    def test_imported_weights_train_on(self):
+        config = self.folder.config("goes_on", **ORACLE_MODEL)
+        run(["checkpoint", "import", FIXTURE / "weights.safetensors", config], expect=0)
+        run(["train", config, "--resume", "--set", "train.updates=3"], 2, expect=0)
+        self.assertEqual(metrics(self.folder.path / "goes_on")[-1]["update"], 3)
+
+    def test_import_of_another_model_names_tensor_and_shapes(self):
+        config = self.folder.config("wrong", **dict(ORACLE_MODEL, model__ffn=64))
+        outcome = run(["checkpoint", "import", FIXTURE / "weights.safetensors", config])
+        self.assertEqual(outcome.code, 65, outcome.err)
+        self.assertEqual(len(outcome.sentences()), 1, outcome.err)
+        self.assertIn("fc1", outcome.err)
+
+    def test_dumped_gradients_agree_between_layouts(self):
+        expected = None
+        for degrees in [(1, 1, 1), (2, 2, 1), (1, 1, 3)]:
+            config = self.folder.config("gradients", train__precision='"fp64"')
+            out = self.folder.path / "gradients.safetensors"
+            run(["train", config, "--dump-gradients", out, *layout_flags(degrees)], math.prod(degrees), expect=0)
+            found = read_safetensors(out)
+            expected = expected or found
+            self.assertEqual(found.keys(), expected.keys())
+            for name, tensor in found.items():
+                ours, theirs = numbers(tensor), numbers(expected[name])
+                difference = math.sqrt(sum((a - b) ** 2 for a, b in zip(ours, theirs)))
+                scale = math.sqrt(sum(b * b for b in theirs)) or 1.0
+                self.assertLess(difference, 1e-11 * max(scale, 1e-3), name)
+
+    def test_perplexity_is_the_same_under_every_layout(self):
+        text = self.folder.path / "text.txt"
+        expected = None
+        for degrees, _ in self.over_layouts(["eval", self.run_folder, text, "--nll", self.folder.path / "nll.jsonl"]):
+            lines = [json.loads(line) for line in (self.folder.path / "nll.jsonl").read_text().splitlines()]
+            expected = expected or lines
+            self.assertEqual([line["token"] for line in lines], [line["token"] for line in expected])
+            for mine, theirs in zip(lines, expected):
+                self.assertAlmostEqual(mine["nll"], theirs["nll"], delta=1e-4, msg=str(degrees))
+        ends = [0] + [line["end"] for line in expected]
+        self.assertEqual(ends[:-1], [line["begin"] for line in expected])
+        self.assertEqual(ends[-1], len(text.read_bytes()))
+
+    def test_perplexity_is_the_exponential_of_the_mean(self):
+        nll = self.folder.path / "mean.jsonl"
+        out = run(["eval", self.run_folder, self.folder.path / "text.txt", "--nll", nll], expect=0).out
+        values = [json.loads(line)["nll"] for line in nll.read_text().splitlines()]
+        self.assertIn(f"{len(values)} tokens, loss {sum(values) / len(values):.6f}", out)
+        self.assertIn(f"perplexity {math.exp(sum(values) / len(values)):.4f}", out)
+
+    def test_generation_is_the_same_under_every_layout(self):
+        for options in (["--temperature", 0], ["--temperature", 0.8, "--top-p", 0.9, "--seed", 5]):
+            texts = {out for _, out in self.over_layouts(
+                ["generate", self.run_folder, "--prompt", "The ", "--max-tokens", 30, *options])}
+            self.assertEqual(len(texts), 1, texts)
+            self.assertTrue(texts.pop().startswith("The "))
+
+    def test_inspect_names_every_tensor(self):
+        out = run(["checkpoint", "inspect", self.run_folder], expect=0).out
+        for name in ("decoder.embed_tokens.weight", "decoder.layers.2.ffn_layernorm.bias", "decoder.layers.0.c_attn"):
+            self.assertIn(name, out)
+        self.assertIn("after 40 updates", out)
+
+
+if __name__ == "__main__":
+    sys.exit(unittest.main(verbosity=2))
