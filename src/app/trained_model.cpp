@@ -3,6 +3,7 @@
 #include "normformer/checkpoints/checkpoint.h"
 #include "normformer/training/agreement.h"
 #include "normformer/training/run.h"
+#include "normformer/training/run_checkpoint.h"
 
 namespace normformer {
 
@@ -72,7 +73,7 @@ TrainedModel load_trained_model(const TrainedModelOptions& options, const RankPr
   };
   if (is_checkpoint(options.run)) {
     run_agreed(process.world, [&] { use(CheckpointReader(*files, options.run)); });
-  } else if (!open_newest_checkpoint(process.world, *files, folder.checkpoints(), use)) {
+  } else if (!open_newest_agreed(process.world, *files, folder.checkpoints(), use)) {
     throw AgreedError(ExitCode::bad_data,
                       fmt::format("{} holds no checkpoint", folder.checkpoints().string()));
   }

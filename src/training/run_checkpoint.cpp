@@ -81,6 +81,20 @@ std::vector<TensorPiece> checkpoint_pieces(const ShardedOptimizer& optimizer, bo
   return pieces;
 }
 
+std::optional<CheckpointReader> open_newest_agreed(const Group& world, FileSystem& files,
+                                                   const std::filesystem::path& folder,
+                                                   const std::function<void(const CheckpointReader&)>& use) {
+  try {
+    return open_newest_checkpoint(world, files, folder, use);
+  } catch (const CommError&) {
+    throw;
+  } catch (const LogicError&) {
+    throw;
+  } catch (const Error& e) {
+    throw AgreedError(e.exit_code(), e.what());
+  }
+}
+
 RunCheckpoints::RunCheckpoints(std::filesystem::path folder, const RunConfig& config,
                                std::string tokenizer_hash)
     : files_(make_system_files()),
@@ -124,16 +138,7 @@ bool RunCheckpoints::load_newest(Trainer& trainer) {
     }
     reader.read(pieces);
   };
-  std::optional<CheckpointReader> reader;
-  try {
-    reader = open_newest_checkpoint(trainer.model().mesh().world(), *files_, folder_, use);
-  } catch (const CommError&) {
-    throw;
-  } catch (const LogicError&) {
-    throw;
-  } catch (const Error& e) {
-    throw AgreedError(e.exit_code(), e.what());  // open_newest_checkpoint throws it on every rank alike
-  }
+  const auto reader = open_newest_agreed(trainer.model().mesh().world(), *files_, folder_, use);
   if (!reader) return false;
   trainer.set_counters(counters_of(reader->info()));
   trainer.weights_changed();

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -16,6 +17,12 @@ namespace normformer {
 /// This rank's optimizer state as a checkpoint names it; only what this rank owns, or copies too. Shares
 /// memory.
 std::vector<TensorPiece> checkpoint_pieces(const ShardedOptimizer& optimizer, bool owned_only);
+
+/// open_newest_checkpoint, which fails on every rank alike, with its failures as AgreedError. Collective over
+/// `world`.
+std::optional<CheckpointReader> open_newest_agreed(const Group& world, FileSystem& files,
+                                                   const std::filesystem::path& folder,
+                                                   const std::function<void(const CheckpointReader&)>& use);
 
 /// The checkpoints of one run's folder, in terms of its trainer. Holds no tensors.
 class RunCheckpoints {
