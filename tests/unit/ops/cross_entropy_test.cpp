@@ -145,6 +145,14 @@ TEST(CrossEntropy, ExtremesOfLogits) {
   }
 }
 
+TEST(CrossEntropy, TheTargetsGradientIsRoundedOnce) {
+  Context context(DeviceKind::cpu);
+  // bf16(1/3) - 1 rounds to -0.664; -2/3 itself to -0.668.
+  const Tensor logits = context.zeros({1, 3}, DType::bf16);
+  const Outputs out = run(context, logits, {1}, {{0, 3}}, Tensor(), 1.0);
+  EXPECT_EQ(to_host(out.gradients[0])[1], static_cast<float>(bf16(-2.0f / 3.0f)));
+}
+
 TEST(CrossEntropy, TokensThatDoNotCountHaveNoGradientWhateverTheirLogits) {
   Context context(DeviceKind::cpu);
   const Tensor logits = tensor_of(context, DType::bf16, {1, 3}, {std::nan(""), 0, 1});

@@ -42,6 +42,18 @@ TEST(DropoutMask, CountersBeyond32BitsAreNotCut) {
   }
 }
 
+TEST(DropoutMask, AWordBelowTheProbabilityByHalfIsDropped) {
+  const RandomStream stream = RandomStream{}.with(5);
+  for (uint64_t i = 0; i < 4; ++i) {
+    const double word = stream.words(0)[i];
+    double multiplier = -1.0;
+    cpu::dropout_multipliers(stream, 0, static_cast<int64_t>(i), 1, (word + 0.5) * 0x1p-32, &multiplier);
+    EXPECT_EQ(multiplier, 0.0);
+    cpu::dropout_multipliers(stream, 0, static_cast<int64_t>(i), 1, word * 0x1p-32, &multiplier);
+    EXPECT_EQ(multiplier, 1.0 / (1.0 - word * 0x1p-32));
+  }
+}
+
 TEST(DropoutMask, KeepsTheShareThatItShould) {
   constexpr int64_t kCount = 1 << 20;
   std::vector<float> multipliers(kCount);
