@@ -32,7 +32,8 @@ HWY_INLINE Lanes<float> exp_nonpositive(Lanes<float> x) {
   const auto shifted = hn::MulAdd(x, hn::Set(tag, 1.44269504f), shift);
   const auto n = hn::Sub(shifted, shift);
   // ln 2 in two pieces: n times the first is exact.
-  const auto r = hn::NegMulAdd(n, hn::Set(tag, -2.12194440e-4f), hn::NegMulAdd(n, hn::Set(tag, 0.693359375f), x));
+  const auto r =
+      hn::NegMulAdd(n, hn::Set(tag, -2.12194440e-4f), hn::NegMulAdd(n, hn::Set(tag, 0.693359375f), x));
   // In pairs of coefficients, so that the processor has several to work on.
   const auto r2 = hn::Mul(r, r);
   const auto p01 = hn::Add(r, hn::Set(tag, 1.0f));
@@ -56,8 +57,8 @@ struct Normal {
   V density;
 };
 
-/// Absolute error of `cumulative` below 1e-7. For x < 0 it is exp(-x^2 / 2) times a polynomial in |x|: minimax
-/// under that weight, with an error of 1.7e-8.
+/// Absolute error of `cumulative` below 1e-7. For x < 0 it is exp(-x^2 / 2) times a polynomial in |x|:
+/// minimax under that weight, with an error of 1.7e-8.
 HWY_INLINE Normal<Lanes<float>> normal(Lanes<float> x) {
   const Tag<float> tag;
   const auto density = exp_nonpositive(hn::Mul(hn::Mul(x, x), hn::Set(tag, -0.5f)));
