@@ -27,7 +27,7 @@ struct Run {
   Run(const OracleFixture& f, const OracleLayout& layout, const Group& world)
       : fixture(f),
         config(configure(f, layout, world)),
-        context(DeviceKind::cpu, 1),
+        context(DeviceKind::cpu, layout.threads),
         model(context, Mesh(world, layout.degrees), config, true),
         expected(f.folder / "expected.safetensors"),
         tokens(expected.read(context, "tokens")),

@@ -32,6 +32,7 @@ struct OracleLayout {
   FfnNormForm form = FfnNormForm::folded;
   PipelineSchedule schedule = PipelineSchedule::one_f_one_b;
   int64_t micro_batch = 1;
+  int threads = 1;  ///< of each rank
 };
 
 /// The degrees that every fixture is held to: alone and combined, up to 8 ranks, with sizes that do not
