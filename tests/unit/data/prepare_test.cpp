@@ -288,7 +288,7 @@ TEST_F(Prepare, SaysThatThereIsNoText) {
   auto trained = blank;
   trained.tokenizer.clear();
   trained.train_vocab_size = 300;
-  EXPECT_THAT(NF_SENTENCE_OF(DataError, prepare_corpus(trained)), HasSubstr("no text to train"));
+  EXPECT_THAT(NF_SENTENCE_OF(DataError, prepare_corpus(trained)), HasSubstr("there is no text in"));
   auto valid = options({input("c.txt", "c")});
   valid.valid_inputs = {folder_ / "a.txt"};
   EXPECT_THAT(NF_SENTENCE_OF(DataError, prepare_corpus(valid)), HasSubstr("validation corpus is empty"));
