@@ -5,6 +5,7 @@
 
 #include "ops/checks.h"
 #include "ops/cpu/matmul.h"
+#include "ops/cpu/onednn.h"
 
 namespace normformer::ops {
 
@@ -29,7 +30,7 @@ void linear_forward(Context& context, const Tensor& x, const Tensor& w, const Te
   const cpu::GemmShape shape{.m = n, .n = m, .k = k, .lda = k, .ldb = k, .ldc = m, .transpose_b = true};
   dispatch_floating(x.dtype(), [&]<class T>() {
     const T* added = bias ? bias.data<T>() : nullptr;
-    cpu::tiled_gemm(context.threads(), shape, x.data<T>(), w.data<T>(), added, y.data<T>());
+    cpu::gemm(context.threads(), shape, x.data<T>(), w.data<T>(), added, y.data<T>());
   });
 }
 
@@ -47,7 +48,7 @@ void linear_backward_input(Context& context, const Tensor& dy, const Tensor& w, 
   const cpu::GemmShape shape{.m = n, .n = k, .k = m, .lda = m, .ldb = k, .ldc = k};
   dispatch_floating(dy.dtype(), [&]<class T>() {
     const T* no_bias = nullptr;
-    cpu::tiled_gemm(context.threads(), shape, dy.data<T>(), w.data<T>(), no_bias, dx.data<T>());
+    cpu::gemm(context.threads(), shape, dy.data<T>(), w.data<T>(), no_bias, dx.data<T>());
   });
 }
 
@@ -66,7 +67,7 @@ void linear_backward_weight(Context& context, const Tensor& dy, const Tensor& x,
       .m = m, .n = k, .k = n, .lda = m, .ldb = k, .ldc = k, .transpose_a = true, .accumulate = true};
   dispatch_floating(dy.dtype(), [&]<class T>() {
     const Accumulator<T>* no_bias = nullptr;
-    cpu::tiled_gemm(context.threads(), shape, dy.data<T>(), x.data<T>(), no_bias, dw.data<Accumulator<T>>());
+    cpu::gemm(context.threads(), shape, dy.data<T>(), x.data<T>(), no_bias, dw.data<Accumulator<T>>());
   });
 }
 
@@ -84,8 +85,12 @@ void add_column_sums(Context& context, const Tensor& x, const Tensor& out) {
   });
 }
 
-std::string describe_matmul() { return cpu::describe_gemm(); }
+std::string describe_matmul() {
+  const std::string own =
+      "own kernels, " + cpu::gemm_instructions() + (cpu::gemm_has_native_bf16() ? " with bf16" : "");
+  return cpu::onednn::is_better_for_bf16() ? own + "; bf16 over " + cpu::onednn::describe() : own;
+}
 
-bool has_native_bf16() { return cpu::gemm_has_native_bf16(); }
+bool has_native_bf16() { return cpu::gemm_has_native_bf16() || cpu::onednn::is_better_for_bf16(); }
 
 }  // namespace normformer::ops

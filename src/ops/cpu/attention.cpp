@@ -17,6 +17,11 @@ namespace {
 constexpr int64_t kBlock = 128;      // queries and keys of a block of scores
 constexpr int64_t kLeastTasks = 16;  // fewer heads than this are cut into groups of key blocks
 
+template <class In, class Out>
+void gemm(const GemmShape& shape, const In* a, const In* b, const Out* bias, Out* c) {
+  gemm_part(shape, {0, shape.m}, {0, shape.n}, a, b, bias, c);
+}
+
 // One head of one sequence: where its rows are and what masks and drops its scores.
 template <class T>
 class Head {

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <string>
 
+#include "normformer/core/checked.h"
 #include "normformer/tensor/dtype.h"
 
 namespace normformer::ops::cpu {
@@ -17,24 +18,26 @@ struct GemmShape {
   int64_t ldc = 0;
   bool transpose_a = false;  ///< a is stored as [k, m]
   bool transpose_b = false;  ///< b is stored as [n, k]
-  bool accumulate = false;   ///< c += instead of c =
+  bool accumulate = false;   ///< c += instead of c =; never with c of bf16
   bool operator==(const GemmShape&) const = default;
 };
 
-// Each runs on the calling thread alone, so that the threads of a rank's pool are the only ones; its bits
-// depend on the shape only. `bias`, where not null, is added to every row before the one rounding.
+/// The part rows x columns of a product, on the calling thread; k > 0. `bias` is a whole row, added before
+/// the one rounding, or null. Whatever the part, an element has the same bits: they depend on its row of
+/// op(a), its column of op(b) and the instruction set alone. So neither the number of threads nor the number
+/// of tokens that are multiplied together shows in a result. For (In, Out): (double, double), (float, float),
+/// (bf16, bf16) and (bf16, float).
+template <class In, class Out>
+void gemm_part(const GemmShape& shape, Range rows, Range columns, const In* a, const In* b, const Out* bias,
+               Out* c);
 
-void gemm(const GemmShape& shape, const double* a, const double* b, const double* bias, double* c);
-void gemm(const GemmShape& shape, const float* a, const float* b, const float* bias, float* c);
+/// Columns of a part are best a multiple of this.
+inline constexpr int64_t kGemmPanel = 32;
 
-/// Products of bf16 are exact in fp32, where they are summed. Never accumulates.
-void gemm(const GemmShape& shape, const bf16* a, const bf16* b, const bf16* bias, bf16* c);
-void gemm(const GemmShape& shape, const bf16* a, const bf16* b, const float* bias, float* c);
+/// The instruction set that gemm_part() runs on: "AVX3", ...
+std::string gemm_instructions();
 
-/// What these run on.
-std::string describe_gemm();
-
-/// Whether bf16 runs on instructions for it.
+/// Whether gemm_part() has instructions for bf16.
 bool gemm_has_native_bf16();
 
 }  // namespace normformer::ops::cpu

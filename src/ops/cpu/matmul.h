@@ -6,11 +6,9 @@
 
 namespace normformer::ops::cpu {
 
-/// gemm() with c cut into tiles that the pool's threads share. The cut depends on the shape only and never
-/// divides k, so the bits do not depend on the number of threads.
+/// A whole product over the pool's threads, which share gemm_part(): see there. k may be 0.
 template <class In, class Out>
-void tiled_gemm(ThreadPool& threads, const GemmShape& shape, const In* a, const In* b, const Out* bias,
-                Out* c);
+void gemm(ThreadPool& threads, const GemmShape& shape, const In* a, const In* b, const Out* bias, Out* c);
 
 /// out[columns] += sums of the columns of x[rows, columns]; blocks of rows are summed first.
 template <class T>

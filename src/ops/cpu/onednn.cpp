@@ -181,15 +181,11 @@ void bf16_gemm(const GemmShape& shape, const bf16* a, const bf16* b, const float
 
 std::string describe() {
   const dnnl_version_t* version = dnnl_version();
-  const dnnl::cpu_isa isa = dnnl::get_effective_cpu_isa();
-  const char* name = "generic";
-  if (has_all(isa, dnnl::cpu_isa::sse41)) name = "sse41";
-  if (has_all(isa, dnnl::cpu_isa::avx2)) name = "avx2";
-  if (has_all(isa, dnnl::cpu_isa::avx512_core)) name = "avx512_core";
-  if (has_all(isa, dnnl::cpu_isa::avx512_core_bf16)) name = "avx512_core_bf16";
-  return fmt::format("oneDNN {}.{}.{}, {}", version->major, version->minor, version->patch, name);
+  return fmt::format("oneDNN {}.{}.{}", version->major, version->minor, version->patch);
 }
 
 bool has_native_bf16() { return has_all(dnnl::get_effective_cpu_isa(), dnnl::cpu_isa::avx512_core_bf16); }
+
+bool is_better_for_bf16() { return has_all(dnnl::get_effective_cpu_isa(), dnnl::cpu_isa::avx512_core_amx); }
 
 }  // namespace normformer::ops::cpu::onednn

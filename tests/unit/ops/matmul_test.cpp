@@ -15,10 +15,12 @@ struct Extents {
   int64_t m;
 };
 
-// Ones, odd numbers, nothing, the rows of a vocabulary, and more than one tile in every direction.
-const std::vector<Extents> kProducts{{1, 1, 1},     {3, 5, 7},     {0, 4, 5},       {5, 4, 0},
-                                     {3, 0, 5},     {17, 33, 65},  {130, 3, 1},     {1, 768, 3},
-                                     {2, 3, 50257}, {50257, 1, 3}, {600, 20, 1100}, {9, 1030, 5}};
+// Ones, odd numbers, nothing, the rows of a vocabulary, more than is packed at once in every direction, rows
+// of a power of two.
+const std::vector<Extents> kProducts{{1, 1, 1},      {3, 5, 7},      {0, 4, 5},       {5, 4, 0},
+                                     {3, 0, 5},      {17, 33, 65},   {130, 3, 1},     {1, 768, 3},
+                                     {2, 3, 50257},  {50257, 1, 3},  {600, 20, 1100}, {9, 1030, 5},
+                                     {3, 40000, 33}, {40000, 3, 33}, {14, 5, 1024},   {1024, 15, 2048}};
 
 std::string name_of_product(DType dtype, const Extents& e) {
   return std::string(name_of(dtype)) + " " + std::to_string(e.n) + "x" + std::to_string(e.k) + "x" +
@@ -165,6 +167,21 @@ TEST(Matmul, BitsDoNotDependOnTheNumberOfThreads) {
   }
 }
 
+// What a token gets does not depend on which others are in the batch with it.
+TEST(Matmul, BitsOfARowDoNotDependOnTheOtherRows) {
+  Context context(DeviceKind::cpu);
+  for (const DType dtype : kFloatingTypes) {
+    const Tensor x = random_tensor(context, dtype, {131, 1300}, 1);
+    const Tensor w = random_tensor(context, dtype, {77, 1300}, 2);
+    const Tensor bias = random_tensor(context, dtype, {77}, 3);
+    const Tensor y = context.empty({131, 77}, dtype);
+    const Tensor part = context.empty({8, 77}, dtype);
+    linear_forward(context, x, w, bias, y);
+    linear_forward(context, x.rows(120, 128), w, bias, part);
+    EXPECT_EQ(bytes_of(part), bytes_of(y.rows(120, 128))) << name_of(dtype);
+  }
+}
+
 TEST(Matmul, MetaRecordsTheSameCosts) {
   for (const DType dtype : kFloatingTypes) {
     expect_same_costs_on_meta([&](Context& context) {
@@ -200,7 +217,8 @@ TEST(Matmul, ArgumentsThatDoNotFitAreRefused) {
 }
 
 TEST(Matmul, SaysWhatItRunsOn) {
-  EXPECT_THAT(describe_matmul(), ::testing::AnyOf(::testing::StartsWith("oneDNN "), "plain loops"));
+  EXPECT_THAT(describe_matmul(), ::testing::StartsWith("own kernels, "));
+  EXPECT_EQ(has_native_bf16(), describe_matmul().find("bf16") != std::string::npos);
 }
 
 }  // namespace
