@@ -6,18 +6,16 @@
 #include <cstdlib>
 #include <vector>
 
-#include <omp.h>
-
 #include "normformer/ops/matmul.h"
 
 #include "best_time.h"
-#include "ops/cpu/onednn.h"
+#include "library_gemm.h"
 
 namespace {
 
 using namespace normformer;
 using benchmarks::best_times;
-using ops::cpu::GemmShape;
+using benchmarks::library_gemm;
 
 struct Bench {
   int threads;
@@ -26,21 +24,6 @@ struct Bench {
     return threads == 1 ? benchmarks::Clock::thread : benchmarks::Clock::wall;
   }
 };
-
-// One call, shared by the library among threads of its own as nowhere else in this program.
-void library_gemm(const Bench& bench, const GemmShape& s, const Tensor& a, const Tensor& b, const Tensor& c) {
-  omp_set_num_threads(bench.threads);
-  if (a.dtype() == DType::f32) {
-    ops::cpu::onednn::sgemm(s, a.data<float>(), b.data<float>(), c.data<float>());
-  } else if (c.dtype() == DType::f32) {
-    const float* none = nullptr;
-    ops::cpu::onednn::bf16_gemm(s, a.data<bf16>(), b.data<bf16>(), none, c.data<float>());
-  } else {
-    const bf16* none = nullptr;
-    ops::cpu::onednn::bf16_gemm(s, a.data<bf16>(), b.data<bf16>(), none, c.data<bf16>());
-  }
-  omp_set_num_threads(1);
-}
 
 void run(const Bench& bench, DType dtype, int64_t n, int64_t k, int64_t m) {
   Context context(DeviceKind::cpu, bench.threads);
@@ -55,22 +38,18 @@ void run(const Bench& bench, DType dtype, int64_t n, int64_t k, int64_t m) {
                 static_cast<long>(n), static_cast<long>(k), static_cast<long>(m), name,
                 flops / times.ours / 1e9, flops / times.ceiling / 1e9, times.ceiling / times.ours);
   };
-  const GemmShape forward{.m = n, .n = m, .k = k, .lda = k, .ldb = k, .ldc = m, .transpose_b = true};
   print("forward + bias",
         best_times(
             bench.clock(), bench.seconds, [&] { ops::linear_forward(context, x, w, bias, y); },
-            [&] { library_gemm(bench, forward, x, w, y); }));
-  const GemmShape input{.m = n, .n = k, .k = m, .lda = m, .ldb = k, .ldc = k};
+            [&] { library_gemm(bench.threads, benchmarks::forward_shape(n, k, m), x, w, y); }));
   print("backward input",
         best_times(
             bench.clock(), bench.seconds, [&] { ops::linear_backward_input(context, y, w, x); },
-            [&] { library_gemm(bench, input, y, w, x); }));
-  const GemmShape weight{
-      .m = m, .n = k, .k = n, .lda = m, .ldb = k, .ldc = k, .transpose_a = true, .accumulate = true};
+            [&] { library_gemm(bench.threads, benchmarks::backward_input_shape(n, k, m), y, w, x); }));
   print("backward weight",
         best_times(
             bench.clock(), bench.seconds, [&] { ops::linear_backward_weight(context, y, x, dw); },
-            [&] { library_gemm(bench, weight, y, x, dw); }));
+            [&] { library_gemm(bench.threads, benchmarks::backward_weight_shape(n, k, m), y, x, dw); }));
 }
 
 }  // namespace

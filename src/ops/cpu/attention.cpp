@@ -3,26 +3,30 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <vector>
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "ops/cpu/attention.cpp"
+#include <hwy/foreach_target.h>
+#include <hwy/highway.h>
 
 #include "normformer/core/checked.h"
 
 #include "ops/cpu/dropout_mask.h"
 #include "ops/cpu/gemm.h"
+#include "ops/cpu/math-inl.h"
+#include "ops/cpu/pack-inl.h"
+#include "ops/cpu/scratch.h"
 
-namespace normformer::ops::cpu {
+HWY_BEFORE_NAMESPACE();
+namespace normformer::ops::cpu::HWY_NAMESPACE {
 
-namespace {
+// Blocks of scores, [queries, keys]: they stay in the second cache. Multiples of kStripRows and of any panel.
+inline constexpr int64_t kForwardQueries = 48;
+inline constexpr int64_t kForwardKeys = 256;
+inline constexpr int64_t kBackwardQueries = 96;
+inline constexpr int64_t kBackwardKeys = 128;
 
-constexpr int64_t kBlock = 128;      // queries and keys of a block of scores
-constexpr int64_t kLeastTasks = 16;  // fewer heads than this are cut into groups of key blocks
-
-template <class In, class Out>
-void gemm(const GemmShape& shape, const In* a, const In* b, const Out* bias, Out* c) {
-  gemm_part(shape, {0, shape.m}, {0, shape.n}, a, b, bias, c);
-}
-
-// One head of one sequence: where its rows are and what masks and drops its scores.
+/// One head of one sequence: where its rows are, and what masks and drops its scores.
 template <class T>
 class Head {
  public:
@@ -41,24 +45,30 @@ class Head {
   int64_t qkv_stride() const { return 3 * out_stride(); }
   A scale() const { return A{1} / std::sqrt(static_cast<A>(size())); }
 
-  // The first channel of a token's query (part 0), key (1) or value (2).
+  /// The first channel of a token's query (part 0), key (1) or value (2) in qkv.
   int64_t qkv_at(int part, int64_t token) const {
     return (sample_ * length() + token) * qkv_stride() + part * out_stride() + head_ * size();
   }
   int64_t out_at(int64_t token) const { return (sample_ * length() + token) * out_stride() + head_ * size(); }
   int64_t lse_at(int64_t token) const { return (sample_ * shape_.heads + head_) * length() + token; }
 
-  // The keys that a query attends to.
+  /// The keys that a query attends to.
   Range keys_of(int64_t query) const {
     return {starts_ == nullptr ? 0 : starts_[query], shape_.causal ? query + 1 : length()};
   }
 
-  bool any_pair(Range queries, Range keys) const {
+  /// The least range of keys in which lies what any of the queries attends to.
+  Range keys_of(Range queries) const {
+    Range keys = keys_of(queries.end - 1);
+    if (starts_ == nullptr) return keys;
     for (int64_t q = queries.begin; q < queries.end; ++q) {
-      if (!intersect(keys_of(q), keys).empty()) return true;
+      keys.begin = std::min<int64_t>(keys.begin, starts_[q]);
     }
-    return false;
+    return keys;
   }
+
+  /// The first query that may attend to a key.
+  int64_t first_query_of(int64_t key) const { return shape_.causal ? key : 0; }
 
   bool drops() const { return dropout_.active(); }
 
@@ -76,283 +86,580 @@ class Head {
   const int32_t* starts_;
 };
 
-Range block_at(int64_t length, int64_t block) {
-  return {block * kBlock, std::min(length, (block + 1) * kBlock)};
+/// What a thread works in.
+struct Workspace {
+  Scratch scores, probabilities, paired_probabilities, dscores, ds, paired_ds, multipliers, sums, statistics;
+  Scratch queries, keys, keys_by_channel, values, values_by_channel, douts, query_rows, dout_rows, dk, dv;
+};
+
+/// Rows of one matrix with the channels of one head, and how to pack them.
+template <class T>
+class Rows {
+ public:
+  Rows(const T* data, int64_t stride, int64_t size) : data_(data), stride_(stride), size_(size) {}
+
+  static int64_t panel() { return panel_columns<T>(); }
+  int64_t steps() const { return ceil_div(size_, kPerStep<T>); }
+  int64_t panels() const { return ceil_div(size_, panel()); }
+  int64_t padded_size() const { return panels() * panel(); }
+
+  /// Steps along the channels, panels of tokens: to[panel][step][token].
+  const T* pack_by_channel(Range tokens, Scratch& scratch) const {
+    const int64_t words = steps() * panel();
+    auto* to = scratch.take<Word<T>>(ceil_div(tokens.size(), panel()) * words);
+    for (int64_t first = 0; first < tokens.size(); first += panel()) {
+      pack_transposed(data_ + (tokens.begin + first) * stride_, stride_,
+                      std::min(panel(), tokens.size() - first), size_, {0, steps()}, panel(),
+                      to + first / panel() * words);
+    }
+    return reinterpret_cast<const T*>(to);
+  }
+
+  /// Steps along the tokens, panels of channels: to[panel][step][channel].
+  const T* pack_by_token(Range tokens, Scratch& scratch) const {
+    const int64_t token_steps = ceil_div(tokens.size(), kPerStep<T>);
+    auto* to = scratch.take<Word<T>>(panels() * token_steps * panel());
+    for (int64_t step = 0; step < token_steps; ++step) {
+      const int64_t token = tokens.begin + step * kPerStep<T>;
+      const T* first = data_ + token * stride_;
+      const T* second = token + 1 < tokens.end ? first + stride_ : nullptr;
+      for (int64_t p = 0; p < panels(); ++p) {
+        const int64_t c = p * panel();
+        pack_step(first + c, second == nullptr ? nullptr : second + c, std::min(panel(), size_ - c), panel(),
+                  to + (p * token_steps + step) * panel());
+      }
+    }
+    return reinterpret_cast<const T*>(to);
+  }
+
+  /// The same rows where every step is whole: copied if a step would reach beyond a row.
+  Rows with_whole_steps(int64_t tokens, Scratch& scratch) const {
+    if (size_ % kPerStep<T> == 0) return *this;
+    const int64_t padded = size_ + 1;
+    T* to = scratch.take<T>(tokens * padded);
+    for (int64_t t = 0; t < tokens; ++t) {
+      std::copy(data_ + t * stride_, data_ + t * stride_ + size_, to + t * padded);
+      to[t * padded + size_] = T{};
+    }
+    return Rows(to, padded, size_);
+  }
+
+  StripRows<T> strip(int64_t token) const { return {data_ + token * stride_, stride_, kPerStep<T>}; }
+
+ private:
+  const T* data_;
+  int64_t stride_;
+  int64_t size_;
+};
+
+/// Calls body(strip of queries, keys) for the strips of `queries`, with the part of the block `keys`, in
+/// whole panels from its begin, in which lies what the strip attends to; strips without any are left out.
+template <class T, class Body>
+HWY_INLINE void for_strips(const Head<T>& head, Range queries, Range keys, Body&& body) {
+  const int64_t panel = panel_columns<T>();
+  for (int64_t first = queries.begin; first < queries.end; first += kStripRows) {
+    const Range strip{first, std::min<int64_t>(queries.end, first + kStripRows)};
+    const Range seen = intersect(head.keys_of(strip), keys);
+    if (seen.empty()) continue;
+    body(strip, Range{(seen.begin - keys.begin) / panel * panel, round_up(seen.end - keys.begin, panel)});
+  }
+}
+
+/// scores[strip, columns] = rows of the strip times keys packed by channel.
+template <class Steps, class T = typename Steps::Element>
+HWY_INLINE void multiply_scores(const Rows<T>& rows, Range strip, Range columns, const T* packed,
+                                Accumulator<T>* scores, int64_t stride) {
+  const int64_t panel = panel_columns<T>();
+  const int64_t panel_elements = rows.steps() * panel * kPerStep<T>;
+  for (int64_t column = columns.begin; column < columns.end; column += panel) {
+    multiply_strip<Steps>(strip.size(), rows.steps(), rows.strip(strip.begin),
+                          packed + column / panel * panel_elements, panel * kPerStep<T>, nullptr,
+                          scores + column, stride, false);
+  }
+}
+
+/// sums[rows, channels] += a[rows, steps] times what is packed by token in panels of `panel_steps` steps,
+/// from step `first` on.
+template <class Steps, class T = typename Steps::Element>
+HWY_INLINE void add_products(int64_t rows, int64_t steps, const StripRows<T>& a, const T* packed,
+                             int64_t panel_steps, int64_t first, int64_t padded_size, Accumulator<T>* sums,
+                             int64_t stride) {
+  const int64_t panel = panel_columns<T>();
+  for (int64_t c = 0; c < padded_size; c += panel) {
+    const T* b = packed + (c / panel * panel_steps + first) * panel * kPerStep<T>;
+    multiply_strip<Steps>(rows, steps, a, b, panel * kPerStep<T>, nullptr, sums + c, stride, true);
+  }
+}
+
+template <class A>
+void fill_zero(A* from, A* to) {
+  std::fill(from, to, A{});
+}
+
+template <class A>
+HWY_INLINE void multiply_row(A* row, int64_t count, A factor) {
+  for_columns<A>(count, [&](int64_t j, auto use)
+                            HWY_ATTR { store(hn::Mul(load(row + j, use), set<A>(factor)), row + j, use); });
+}
+
+template <class T, class A>
+HWY_INLINE void write_row(const A* from, int64_t count, A factor, T* to) {
+  for_columns<A>(count, [&](int64_t j, auto use)
+                            HWY_ATTR { store(hn::Mul(load(from + j, use), set<A>(factor)), to + j, use); });
+}
+
+/// The forward of some blocks of queries of one head. After Dao, Fu, Ermon, Rudra, Re, "FlashAttention",
+/// 2022, algorithm 1, with softmax kept relative to the largest score so far (Milakov, Gimelshein, 2018).
+template <class Steps>
+class ForwardHead {
+ public:
+  using T = typename Steps::Element;
+  using A = Accumulator<T>;
+
+  ForwardHead(const AttentionInput<T>& input, int64_t pair, int64_t group, int64_t groups)
+      : head_(input, pair),
+        group_(group),
+        groups_(groups),
+        blocks_(ceil_div(head_.length(), kForwardQueries)),
+        queries_(rows(input, 0).with_whole_steps(head_.length(), workspace().queries)) {
+    const int64_t last_block = group + (blocks_ - 1 - group) / groups * groups;
+    tokens_ = head_.keys_of(block_at(last_block)).end;
+    keys_ = rows(input, 1).pack_by_channel({0, tokens_}, workspace().keys_by_channel);
+    values_ = rows(input, 2).pack_by_token({0, tokens_}, workspace().values);
+    scores_ = workspace().scores.template take<A>(kForwardQueries * kForwardKeys);
+    probabilities_ = workspace().probabilities.template take<T>(kForwardQueries * kForwardKeys);
+    multipliers_ = workspace().multipliers.template take<A>(kForwardKeys);
+    sums_ = workspace().sums.template take<A>(kForwardQueries * queries_.padded_size());
+    largest_ = workspace().statistics.template take<A>(2 * kForwardQueries);
+    total_ = largest_ + kForwardQueries;
+  }
+
+  void run(T* out, A* lse) {
+    for (int64_t b = group_; b < blocks_; b += groups_) {
+      const Range queries = block_at(b);
+      fill_zero(sums_, sums_ + kForwardQueries * queries_.padded_size());
+      std::fill(largest_, largest_ + kForwardQueries, -std::numeric_limits<A>::infinity());
+      fill_zero(total_, total_ + kForwardQueries);
+      const Range seen = head_.keys_of(queries);
+      for (int64_t k = seen.begin / kForwardKeys * kForwardKeys; k < seen.end; k += kForwardKeys) {
+        add_keys(queries, {k, std::min(seen.end, k + kForwardKeys)});
+      }
+      write(queries, out, lse);
+    }
+  }
+
+ private:
+  static Workspace& workspace() {
+    thread_local Workspace mine;
+    return mine;
+  }
+
+  Rows<T> rows(const AttentionInput<T>& input, int part) const {
+    return Rows<T>(input.qkv + head_.qkv_at(part, 0), head_.qkv_stride(), head_.size());
+  }
+
+  Range block_at(int64_t block) const {
+    return {block * kForwardQueries, std::min(head_.length(), (block + 1) * kForwardQueries)};
+  }
+
+  void add_keys(Range queries, Range keys) {
+    const T* packed =
+        keys_ + keys.begin / panel_columns<T>() * queries_.steps() * panel_columns<T>() * kPerStep<T>;
+    for_strips(head_, queries, keys, [&](Range strip, Range columns) HWY_ATTR {
+      const int64_t row = strip.begin - queries.begin;
+      multiply_scores<Steps>(queries_, strip, columns, packed, scores_ + row * kForwardKeys, kForwardKeys);
+      for (int64_t q = strip.begin; q < strip.end; ++q) add_row(q, q - queries.begin, keys, columns);
+      const Range used{columns.begin, std::min(columns.end, keys.size())};
+      const StripRows<T> a{probabilities_ + row * kForwardKeys + used.begin, kForwardKeys, kPerStep<T>};
+      add_products<Steps>(strip.size(), ceil_div(used.size(), kPerStep<T>), a, values_,
+                          ceil_div(tokens_, kPerStep<T>), (keys.begin + used.begin) / kPerStep<T>,
+                          queries_.padded_size(), sums_ + row * queries_.padded_size(),
+                          queries_.padded_size());
+    });
+  }
+
+  // Makes probabilities of a row of scores, relative to the largest so far, and rescales what was summed.
+  void add_row(int64_t query, int64_t i, Range keys, Range columns) {
+    const Range visible = intersect(head_.keys_of(query), keys);
+    T* p = probabilities_ + i * kForwardKeys;
+    if (visible.empty()) return fill_zero(p + columns.begin, p + columns.end);
+    const int64_t first = visible.begin - keys.begin;
+    const int64_t count = visible.size();
+    fill_zero(p + columns.begin, p + first);
+    fill_zero(p + first + count, p + columns.end);
+    A* s = scores_ + i * kForwardKeys + first;
+    const A largest = std::max(largest_[i], max_of(s, count));
+    if (largest_[i] != largest) {
+      const A correction = std::exp((largest_[i] - largest) * head_.scale());
+      total_[i] *= correction;
+      multiply_row(sums_ + i * queries_.padded_size(), queries_.padded_size(), correction);
+      largest_[i] = largest;
+    }
+    total_[i] += exponentiate(s, count, largest, p + first);
+    if (head_.drops()) drop(query, visible, s, p + first);
+  }
+
+  static A max_of(const A* s, int64_t count) {
+    const Tag<A> tag;
+    const auto lanes = static_cast<int64_t>(hn::Lanes(tag));
+    auto largest = set<A>(-std::numeric_limits<A>::infinity());
+    int64_t j = 0;
+    for (; j + lanes <= count; j += lanes) largest = hn::Max(largest, hn::LoadU(tag, s + j));
+    A result = hn::GetLane(hn::MaxOfLanes(tag, largest));
+    for (; j < count; ++j) result = std::max(result, s[j]);
+    return result;
+  }
+
+  // s and p become exp((s - largest) * scale); their sum.
+  A exponentiate(A* s, int64_t count, A largest, T* p) const {
+    const auto scale = set<A>(head_.scale());
+    return sum_columns<A>(count, [&](int64_t j, auto use) HWY_ATTR {
+      const auto e = exp_nonpositive(hn::Mul(hn::Sub(load(s + j, use), set<A>(largest)), scale));
+      if (head_.drops())
+        store(e, s + j, use);
+      else
+        store(e, p + j, use);
+      return only_used(e, use);
+    });
+  }
+
+  void drop(int64_t query, Range keys, const A* exponentials, T* p) {
+    head_.dropout_multipliers(query, keys, multipliers_);
+    for_columns<A>(keys.size(), [&](int64_t j, auto use) HWY_ATTR {
+      store(hn::Mul(load(exponentials + j, use), load(multipliers_ + j, use)), p + j, use);
+    });
+  }
+
+  void write(Range queries, T* out, A* lse) const {
+    for (int64_t q = queries.begin; q < queries.end; ++q) {
+      const int64_t i = q - queries.begin;
+      write_row(sums_ + i * queries_.padded_size(), head_.size(), A{1} / total_[i], out + head_.out_at(q));
+      lse[head_.lse_at(q)] = largest_[i] * head_.scale() + std::log(total_[i]);
+    }
+  }
+
+  const Head<T> head_;
+  const int64_t group_;
+  const int64_t groups_;
+  const int64_t blocks_;
+  const Rows<T> queries_;
+  int64_t tokens_;
+  const T* keys_;
+  const T* values_;
+  A* scores_;
+  T* probabilities_;
+  A* multipliers_;
+  A* sums_;
+  A* largest_;
+  A* total_;
+};
+
+/// The backward of some blocks of keys of one head: algorithm 4 of the same paper.
+template <class Steps>
+class BackwardHead {
+ public:
+  using T = typename Steps::Element;
+  using A = Accumulator<T>;
+
+  BackwardHead(const AttentionInput<T>& input, const AttentionSaved<T>& saved, int64_t pair)
+      : head_(input, pair),
+        lse_(saved.lse + head_.lse_at(0)),
+        keys_(input.qkv + head_.qkv_at(1, 0), head_.qkv_stride(), head_.size()),
+        values_(input.qkv + head_.qkv_at(2, 0), head_.qkv_stride(), head_.size()),
+        queries_(Rows<T>(input.qkv + head_.qkv_at(0, 0), head_.qkv_stride(), head_.size())
+                     .with_whole_steps(head_.length(), workspace().query_rows)),
+        douts_(Rows<T>(saved.dout + head_.out_at(0), head_.out_stride(), head_.size())
+                   .with_whole_steps(head_.length(), workspace().dout_rows)),
+        padded_(queries_.padded_size()),
+        dq_stride_(round_up(head_.size(), kGemmPanel)) {
+    constexpr int64_t kScores = kBackwardQueries * kBackwardKeys;
+    Workspace& mine = workspace();
+    packed_queries_ = queries_.pack_by_token({0, head_.length()}, mine.queries);
+    packed_douts_ = douts_.pack_by_token({0, head_.length()}, mine.douts);
+    scores_ = mine.scores.template take<A>(kScores);
+    dprobabilities_ = mine.dscores.template take<A>(kScores);
+    probabilities_ = mine.probabilities.template take<T>(kScores);
+    ds_ = mine.ds.template take<T>(kScores);
+    multipliers_ = mine.multipliers.template take<A>(kBackwardKeys);
+    dk_ = mine.dk.template take<A>(kBackwardKeys * padded_);
+    dv_ = mine.dv.template take<A>(kBackwardKeys * padded_);
+    delta_ = mine.statistics.template take<A>(head_.length());
+    for (int64_t q = 0; q < head_.length(); ++q) {
+      const T* dout = saved.dout + head_.out_at(q);
+      const T* out = saved.out + head_.out_at(q);
+      delta_[q] = sum_columns<A>(head_.size(), [&](int64_t j, auto use) HWY_ATTR {
+        return hn::Mul(load(dout + j, use), load(out + j, use));
+      });
+    }
+  }
+
+  // Blocks group, group + groups, ...; adds to dq[length, size in whole kGemmPanel], whose scale is left out.
+  void run(int64_t group, int64_t groups, A* dq, T* dqkv) {
+    for (int64_t k = group * kBackwardKeys; k < head_.length(); k += groups * kBackwardKeys) {
+      run_block({k, std::min(head_.length(), k + kBackwardKeys)}, dq, dqkv);
+    }
+  }
+
+ private:
+  static Workspace& workspace() {
+    thread_local Workspace mine;
+    return mine;
+  }
+
+  void run_block(Range keys, A* dq, T* dqkv) {
+    Workspace& mine = workspace();
+    block_keys_ = keys_.pack_by_token(keys, mine.keys);
+    block_keys_by_channel_ = keys_.pack_by_channel(keys, mine.keys_by_channel);
+    block_values_by_channel_ = values_.pack_by_channel(keys, mine.values_by_channel);
+    fill_zero(dk_, dk_ + kBackwardKeys * padded_);
+    fill_zero(dv_, dv_ + kBackwardKeys * padded_);
+    const int64_t first = head_.first_query_of(keys.begin) / kBackwardQueries * kBackwardQueries;
+    for (int64_t q = first; q < head_.length(); q += kBackwardQueries) {
+      const Range queries{q, std::min(head_.length(), q + kBackwardQueries)};
+      if (!intersect(head_.keys_of(queries), keys).empty()) add_queries(queries, keys, dq);
+    }
+    for (int64_t j = 0; j < keys.size(); ++j) {
+      write_row(dk_ + j * padded_, head_.size(), head_.scale(), dqkv + head_.qkv_at(1, keys.begin + j));
+      write_row(dv_ + j * padded_, head_.size(), A{1}, dqkv + head_.qkv_at(2, keys.begin + j));
+    }
+  }
+
+  void add_queries(Range queries, Range keys, A* dq) {
+    const int64_t width = round_up(keys.size(), panel_columns<T>());
+    const int64_t count = queries.size();
+    fill_zero(probabilities_, probabilities_ + count * kBackwardKeys);
+    fill_zero(ds_, ds_ + count * kBackwardKeys);
+    for_strips(head_, queries, keys, [&](Range strip, Range columns) HWY_ATTR {
+      const int64_t at = (strip.begin - queries.begin) * kBackwardKeys;
+      multiply_scores<Steps>(queries_, strip, columns, block_keys_by_channel_, scores_ + at, kBackwardKeys);
+      multiply_scores<Steps>(douts_, strip, columns, block_values_by_channel_, dprobabilities_ + at,
+                             kBackwardKeys);
+      for (int64_t q = strip.begin; q < strip.end; ++q) differentiate_row(q, q - queries.begin, keys);
+      const Range used{columns.begin, std::min(columns.end, keys.size())};
+      add_products<Steps>(strip.size(), ceil_div(used.size(), kPerStep<T>),
+                          {ds_ + at + used.begin, kBackwardKeys, kPerStep<T>}, block_keys_,
+                          ceil_div(keys.size(), kPerStep<T>), used.begin / kPerStep<T>, padded_,
+                          dq + strip.begin * dq_stride_, dq_stride_);
+    });
+    Workspace& mine = workspace();
+    const T* p = by_query(probabilities_, count, width, mine.paired_probabilities);
+    const T* ds = by_query(ds_, count, width, mine.paired_ds);
+    for (int64_t first = 0; first < keys.size(); first += kStripRows) {
+      const int64_t strip = std::min<int64_t>(kStripRows, keys.size() - first);
+      const int64_t skipped = std::max<int64_t>(0, head_.first_query_of(keys.begin + first) - queries.begin);
+      const int64_t step = skipped / kPerStep<T>;
+      const int64_t steps = ceil_div(count, kPerStep<T>) - step;
+      if (steps <= 0) continue;
+      const int64_t at = (step * kBackwardKeys + first) * kPerStep<T>;
+      const int64_t stride = kBackwardKeys * kPerStep<T>;
+      const int64_t total_steps = ceil_div(head_.length(), kPerStep<T>);
+      const int64_t first_step = queries.begin / kPerStep<T> + step;
+      add_products<Steps>(strip, steps, {p + at, kPerStep<T>, stride}, packed_douts_, total_steps, first_step,
+                          padded_, dv_ + first * padded_, padded_);
+      add_products<Steps>(strip, steps, {ds + at, kPerStep<T>, stride}, packed_queries_, total_steps,
+                          first_step, padded_, dk_ + first * padded_, padded_);
+    }
+  }
+
+  // Steps of queries side by side for each key; the matrix itself where a step is one element.
+  static const T* by_query(const T* matrix, int64_t queries, int64_t keys, Scratch& scratch) {
+    if constexpr (kPerStep<T> == 1) {
+      return matrix;
+    } else {
+      auto* to = scratch.take<Word<T>>(kBackwardQueries / kPerStep<T> * kBackwardKeys);
+      for (int64_t q = 0; q < queries; q += kPerStep<T>) {
+        const T* first = matrix + q * kBackwardKeys;
+        join_rows(keys, first, q + 1 < queries ? first + kBackwardKeys : nullptr,
+                  to + q / kPerStep<T> * kBackwardKeys);
+      }
+      return reinterpret_cast<const T*>(to);
+    }
+  }
+
+  // Probabilities after dropout, and gradients of scores but for their scale, of one row.
+  void differentiate_row(int64_t query, int64_t i, Range keys) {
+    const Range visible = intersect(head_.keys_of(query), keys);
+    if (visible.empty()) return;
+    const int64_t at = i * kBackwardKeys + visible.begin - keys.begin;
+    if (head_.drops()) head_.dropout_multipliers(query, visible, multipliers_);
+    const A* s = scores_ + at;
+    const A* dp = dprobabilities_ + at;
+    T* p = probabilities_ + at;
+    T* ds = ds_ + at;
+    const auto scale = set<A>(head_.scale());
+    const auto lse = set<A>(lse_[query]);
+    const auto delta = set<A>(delta_[query]);
+    const auto differentiate = [&](int64_t j, auto use, auto multiplier) HWY_ATTR {
+      const auto e = exp_nonpositive(hn::MulSub(load(s + j, use), scale, lse));
+      const auto dropped = hn::Mul(load(dp + j, use), multiplier);
+      store(hn::Mul(e, multiplier), p + j, use);
+      store(hn::Mul(e, hn::Sub(dropped, delta)), ds + j, use);
+    };
+    if (head_.drops()) {
+      for_columns<A>(visible.size(), [&](int64_t j, auto use)
+                                         HWY_ATTR { differentiate(j, use, load(multipliers_ + j, use)); });
+    } else {
+      for_columns<A>(visible.size(),
+                     [&](int64_t j, auto use) HWY_ATTR { differentiate(j, use, set<A>(A{1})); });
+    }
+  }
+
+  const Head<T> head_;
+  const A* lse_;
+  const Rows<T> keys_;
+  const Rows<T> values_;
+  const Rows<T> queries_;
+  const Rows<T> douts_;
+  const int64_t padded_;
+  const int64_t dq_stride_;
+  const T* packed_queries_;
+  const T* packed_douts_;
+  const T* block_keys_ = nullptr;
+  const T* block_keys_by_channel_ = nullptr;
+  const T* block_values_by_channel_ = nullptr;
+  A* scores_;
+  A* dprobabilities_;
+  T* probabilities_;
+  T* ds_;
+  A* multipliers_;
+  A* dk_;
+  A* dv_;
+  A* delta_;
+};
+
+/// Adds up the groups' gradients of queries, in order, and writes them.
+template <class T>
+void write_dq(const AttentionInput<T>& input, int64_t pair, int64_t groups, int64_t group_stride,
+              Accumulator<T>* parts, T* dqkv) {
+  using A = Accumulator<T>;
+  const Head<T> head(input, pair);
+  for (int64_t q = 0; q < head.length(); ++q) {
+    A* row = parts + q * round_up(head.size(), kGemmPanel);
+    for (int64_t g = 1; g < groups; ++g) {
+      for_columns<A>(head.size(), [&](int64_t j, auto use) HWY_ATTR {
+        add_to(row + j, load(row + g * group_stride + j, use), use);
+      });
+    }
+    write_row(row, head.size(), head.scale(), dqkv + head.qkv_at(0, q));
+  }
 }
 
 template <class T>
-class ForwardBlock {
- public:
-  using A = Accumulator<T>;
-
-  ForwardBlock(const AttentionInput<T>& input, const Head<T>& head, Range queries)
-      : input_(input),
-        head_(head),
-        queries_(queries),
-        scores_(kBlock * kBlock),
-        probabilities_(kBlock * kBlock),
-        multipliers_(kBlock),
-        sums_(static_cast<size_t>(queries.size() * head.size())),
-        largest_(kBlock, -std::numeric_limits<A>::infinity()),
-        total_(kBlock) {}
-
-  void add_keys(Range keys) {
-    const T* qkv = input_.qkv;
-    const int64_t ld = head_.qkv_stride();
-    gemm({.m = queries_.size(),
-          .n = keys.size(),
-          .k = head_.size(),
-          .lda = ld,
-          .ldb = ld,
-          .ldc = kBlock,
-          .transpose_b = true},
-         qkv + head_.qkv_at(0, queries_.begin), qkv + head_.qkv_at(1, keys.begin),
-         static_cast<const A*>(nullptr), scores_.data());
-    for (int64_t i = 0; i < queries_.size(); ++i) add_row(i, keys);
-    gemm({.m = queries_.size(),
-          .n = head_.size(),
-          .k = keys.size(),
-          .lda = kBlock,
-          .ldb = ld,
-          .ldc = head_.size(),
-          .accumulate = true},
-         probabilities_.data(), qkv + head_.qkv_at(2, keys.begin), static_cast<const A*>(nullptr),
-         sums_.data());
-  }
-
-  void finish(T* out, A* lse) const {
-    for (int64_t i = 0; i < queries_.size(); ++i) {
-      const auto row = static_cast<size_t>(i);
-      const A factor = A{1} / total_[row];
-      T* to = out + head_.out_at(queries_.begin + i);
-      const A* from = sums_.data() + i * head_.size();
-      for (int64_t c = 0; c < head_.size(); ++c) to[c] = static_cast<T>(from[c] * factor);
-      lse[head_.lse_at(queries_.begin + i)] = largest_[row] + std::log(total_[row]);
-    }
-  }
-
- private:
-  // Makes probabilities of a row of scores, relative to the largest so far, and rescales what was summed.
-  void add_row(int64_t i, Range keys) {
-    const int64_t query = queries_.begin + i;
-    const Range visible = intersect(head_.keys_of(query), keys);
-    T* p = probabilities_.data() + i * kBlock;
-    std::fill(p, p + keys.size(), T{});
-    if (visible.empty()) return;
-    const Range columns{visible.begin - keys.begin, visible.end - keys.begin};
-    A* s = scores_.data() + i * kBlock;
-    A& largest = largest_[static_cast<size_t>(i)];
-    A& total = total_[static_cast<size_t>(i)];
-    A new_largest = largest;
-    for (int64_t j = columns.begin; j < columns.end; ++j) {
-      s[j] *= head_.scale();
-      new_largest = std::max(new_largest, s[j]);
-    }
-    A sum = 0;
-    for (int64_t j = columns.begin; j < columns.end; ++j) {
-      s[j] = std::exp(s[j] - new_largest);
-      sum += s[j];
-    }
-    const A correction = std::exp(largest - new_largest);
-    total = total * correction + sum;
-    largest = new_largest;
-    A* row = sums_.data() + i * head_.size();
-    for (int64_t c = 0; c < head_.size(); ++c) row[c] *= correction;
-    if (head_.drops()) {
-      head_.dropout_multipliers(query, keys, multipliers_.data());
-      for (int64_t j = columns.begin; j < columns.end; ++j) s[j] *= multipliers_[static_cast<size_t>(j)];
-    }
-    for (int64_t j = columns.begin; j < columns.end; ++j) p[j] = static_cast<T>(s[j]);
-  }
-
-  const AttentionInput<T>& input_;
-  const Head<T>& head_;
-  Range queries_;
-  std::vector<A> scores_;
-  std::vector<T> probabilities_;
-  std::vector<A> multipliers_;
-  std::vector<A> sums_;
-  std::vector<A> largest_;
-  std::vector<A> total_;
+struct OwnSteps {
+  using Type = FusedSteps<T>;
+};
+template <>
+struct OwnSteps<bf16> {
+  using Type = WidenedSteps;
 };
 
-// The gradients from the pairs of some key blocks of one head.
+/// Calls body.operator()<Steps>() with how elements of T multiply on this processor.
+template <class T, class Body>
+void with_steps(Body&& body) {
+#if NORMFORMER_BF16_STEPS
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (gemm_has_native_bf16()) return body.template operator()<NativeSteps>();
+  }
+#endif
+  body.template operator()<typename OwnSteps<T>::Type>();
+}
+
 template <class T>
-class BackwardHead {
- public:
-  using A = Accumulator<T>;
+void forward_task(const AttentionInput<T>& input, int64_t pair, int64_t group, int64_t groups, T* out,
+                  Accumulator<T>* lse) {
+  with_steps<T>([&]<class Steps>() { ForwardHead<Steps>(input, pair, group, groups).run(out, lse); });
+}
 
-  BackwardHead(const AttentionInput<T>& input, const AttentionSaved<T>& saved, const Head<T>& head)
-      : input_(input),
-        saved_(saved),
-        head_(head),
-        delta_(static_cast<size_t>(head.length())),
-        scores_(kBlock * kBlock),
-        dp_(kBlock * kBlock),
-        dropped_(kBlock * kBlock),
-        ds_(kBlock * kBlock),
-        multipliers_(kBlock, A{1}),
-        dk_(static_cast<size_t>(kBlock * head.size())),
-        dv_(static_cast<size_t>(kBlock * head.size())) {
-    for (int64_t q = 0; q < head.length(); ++q) {
-      const T* a = saved.dout + head.out_at(q);
-      const T* b = saved.out + head.out_at(q);
-      A sum = 0;
-      for (int64_t c = 0; c < head.size(); ++c) sum += static_cast<A>(a[c]) * static_cast<A>(b[c]);
-      delta_[static_cast<size_t>(q)] = sum;
-    }
-  }
-
-  // Writes the gradients of the block's keys and values; adds to dq[length, head_size].
-  void run(Range keys, A* dq, T* dqkv) {
-    std::fill(dk_.begin(), dk_.end(), A{0});
-    std::fill(dv_.begin(), dv_.end(), A{0});
-    for (int64_t block = 0; block < ceil_div(head_.length(), kBlock); ++block) {
-      const Range queries = block_at(head_.length(), block);
-      if (head_.any_pair(queries, keys)) add_queries(queries, keys, dq);
-    }
-    for (int64_t j = 0; j < keys.size(); ++j) {
-      T* dk = dqkv + head_.qkv_at(1, keys.begin + j);
-      T* dv = dqkv + head_.qkv_at(2, keys.begin + j);
-      const auto row = static_cast<size_t>(j * head_.size());
-      for (int64_t c = 0; c < head_.size(); ++c) {
-        dk[c] = static_cast<T>(dk_[row + static_cast<size_t>(c)]);
-        dv[c] = static_cast<T>(dv_[row + static_cast<size_t>(c)]);
-      }
-    }
-  }
-
- private:
-  void add_queries(Range queries, Range keys, A* dq) {
-    const int64_t d = head_.size();
-    const int64_t ld = head_.qkv_stride();
-    const A* none = nullptr;
-    const T* q = input_.qkv + head_.qkv_at(0, queries.begin);
-    const T* k = input_.qkv + head_.qkv_at(1, keys.begin);
-    const T* v = input_.qkv + head_.qkv_at(2, keys.begin);
-    const T* dout = saved_.dout + head_.out_at(queries.begin);
-    const int64_t m = queries.size();
-    const int64_t n = keys.size();
-    gemm({.m = m, .n = n, .k = d, .lda = ld, .ldb = ld, .ldc = kBlock, .transpose_b = true}, q, k, none,
-         scores_.data());
-    gemm({.m = m, .n = n, .k = d, .lda = head_.out_stride(), .ldb = ld, .ldc = kBlock, .transpose_b = true},
-         dout, v, none, dp_.data());
-    for (int64_t i = 0; i < m; ++i) differentiate_row(i, queries.begin + i, keys);
-    gemm({.m = n,
-          .n = d,
-          .k = m,
-          .lda = kBlock,
-          .ldb = head_.out_stride(),
-          .ldc = d,
-          .transpose_a = true,
-          .accumulate = true},
-         dropped_.data(), dout, none, dv_.data());
-    gemm(
-        {.m = n, .n = d, .k = m, .lda = kBlock, .ldb = ld, .ldc = d, .transpose_a = true, .accumulate = true},
-        ds_.data(), q, none, dk_.data());
-    gemm({.m = m, .n = d, .k = n, .lda = kBlock, .ldb = ld, .ldc = d, .accumulate = true}, ds_.data(), k,
-         none, dq + queries.begin * d);
-  }
-
-  // Probabilities after dropout, and gradients of scores, of one row.
-  void differentiate_row(int64_t i, int64_t query, Range keys) {
-    T* dropped = dropped_.data() + i * kBlock;
-    T* ds = ds_.data() + i * kBlock;
-    std::fill(dropped, dropped + keys.size(), T{});
-    std::fill(ds, ds + keys.size(), T{});
-    const Range visible = intersect(head_.keys_of(query), keys);
-    if (visible.empty()) return;
-    if (head_.drops()) head_.dropout_multipliers(query, keys, multipliers_.data());
-    const A* s = scores_.data() + i * kBlock;
-    const A* dp = dp_.data() + i * kBlock;
-    const A lse = saved_.lse[head_.lse_at(query)];
-    const A delta = delta_[static_cast<size_t>(query)];
-    for (int64_t j = visible.begin - keys.begin; j < visible.end - keys.begin; ++j) {
-      const A multiplier = multipliers_[static_cast<size_t>(j)];
-      const A p = std::exp(s[j] * head_.scale() - lse);
-      dropped[j] = static_cast<T>(p * multiplier);
-      ds[j] = static_cast<T>(p * (dp[j] * multiplier - delta) * head_.scale());
-    }
-  }
-
-  const AttentionInput<T>& input_;
-  const AttentionSaved<T>& saved_;
-  const Head<T>& head_;
-  std::vector<A> delta_;
-  std::vector<A> scores_;
-  std::vector<A> dp_;
-  std::vector<T> dropped_;
-  std::vector<T> ds_;
-  std::vector<A> multipliers_;
-  std::vector<A> dk_;
-  std::vector<A> dv_;
-};
-
-// Adds up the groups' gradients of queries, in order.
 template <class T>
-void write_dq(const Head<T>& head, int64_t groups, int64_t group_stride, Accumulator<T>* parts, T* dqkv) {
-  const int64_t d = head.size();
-  for (int64_t g = 1; g < groups; ++g) {
-    const Accumulator<T>* other = parts + g * group_stride;
-    for (int64_t i = 0; i < head.length() * d; ++i) parts[i] += other[i];
-  }
-  for (int64_t q = 0; q < head.length(); ++q) {
-    T* to = dqkv + head.qkv_at(0, q);
-    for (int64_t c = 0; c < d; ++c) to[c] = static_cast<T>(parts[q * d + c]);
-  }
+void backward_task(const AttentionInput<T>& input, const AttentionSaved<T>& saved, int64_t pair,
+                   int64_t group, int64_t groups, Accumulator<T>* dq, T* dqkv) {
+  with_steps<T>([&]<class Steps>() { BackwardHead<Steps>(input, saved, pair).run(group, groups, dq, dqkv); });
+}
+
+/// The tasks of one element type, behind plain functions for the dispatch.
+template <class T>
+AttentionTasks<T> tasks() {
+  return {forward_task<T>, backward_task<T>, write_dq<T>};
+}
+
+AttentionTasks<double> tasks_f64() { return tasks<double>(); }
+AttentionTasks<float> tasks_f32() { return tasks<float>(); }
+AttentionTasks<bf16> tasks_bf16() { return tasks<bf16>(); }
+
+int64_t backward_blocks(int64_t length) { return ceil_div(length, kBackwardKeys); }
+
+int64_t forward_blocks(int64_t length) { return ceil_div(length, kForwardQueries); }
+
+}  // namespace normformer::ops::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace normformer::ops::cpu {
+
+HWY_EXPORT(tasks_f64);
+HWY_EXPORT(tasks_f32);
+HWY_EXPORT(tasks_bf16);
+HWY_EXPORT(forward_blocks);
+HWY_EXPORT(backward_blocks);
+
+namespace {
+
+constexpr int64_t kLeastTasks = 16;  // fewer heads than this are cut into groups of key blocks
+
+template <class T>
+AttentionTasks<T> chosen_tasks() {
+  if constexpr (std::is_same_v<T, double>)
+    return HWY_DYNAMIC_DISPATCH(tasks_f64)();
+  else if constexpr (std::is_same_v<T, float>)
+    return HWY_DYNAMIC_DISPATCH(tasks_f32)();
+  else
+    return HWY_DYNAMIC_DISPATCH(tasks_bf16)();
+}
+
+int64_t groups_of(int64_t pairs, int64_t wanted, int64_t blocks) {
+  return std::clamp<int64_t>(ceil_div(wanted, std::max<int64_t>(1, pairs)), 1, std::max<int64_t>(1, blocks));
 }
 
 }  // namespace
 
 template <class T>
 void attention_forward(ThreadPool& threads, const AttentionInput<T>& input, T* out, Accumulator<T>* lse) {
-  const AttentionShape& shape = input.shape;
-  const int64_t blocks = ceil_div(shape.length, kBlock);
-  threads.parallel_for(shape.batch * shape.heads * blocks, 1, [&](int64_t begin, int64_t end) {
+  const AttentionTasks<T> tasks = chosen_tasks<T>();
+  const int64_t pairs = input.shape.batch * input.shape.heads;
+  const int64_t blocks = HWY_DYNAMIC_DISPATCH(forward_blocks)(input.shape.length);
+  // A row's bits do not depend on the other rows, so this cut may follow the number of threads.
+  const int64_t groups = threads.size() == 1 ? 1 : groups_of(pairs, 4 * threads.size(), blocks);
+  threads.parallel_for(groups * pairs, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const Head<T> head(input, task / blocks);
-      const Range queries = block_at(shape.length, task % blocks);
-      ForwardBlock<T> block(input, head, queries);
-      for (int64_t b = 0; b < blocks; ++b) {
-        const Range keys = block_at(shape.length, b);
-        if (head.any_pair(queries, keys)) block.add_keys(keys);
-      }
-      block.finish(out, lse);
+      tasks.forward(input, task / groups, task % groups, groups, out, lse);
     }
   });
 }
 
 Shape attention_dq_parts(const AttentionShape& s) {
   const int64_t pairs = s.batch * s.heads;
-  const int64_t wanted = ceil_div(kLeastTasks, std::max<int64_t>(1, pairs));
-  const int64_t groups = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, ceil_div(s.length, kBlock)));
-  return {groups, pairs, s.length, s.head_size};
+  const int64_t groups = groups_of(pairs, kLeastTasks, HWY_DYNAMIC_DISPATCH(backward_blocks)(s.length));
+  return {groups, pairs, s.length, round_up(s.head_size, kGemmPanel)};
 }
 
 template <class T>
 void attention_backward(ThreadPool& threads, const AttentionInput<T>& input, const AttentionSaved<T>& saved,
                         Accumulator<T>* dq_parts, T* dqkv) {
-  using A = Accumulator<T>;
-  const AttentionShape& shape = input.shape;
-  const Shape parts = attention_dq_parts(shape);
+  const AttentionTasks<T> tasks = chosen_tasks<T>();
+  const Shape parts = attention_dq_parts(input.shape);
   const int64_t groups = parts[0];
   const int64_t pairs = parts[1];
-  const int64_t head_elements = shape.length * shape.head_size;
+  const int64_t head_elements = parts[2] * parts[3];
   threads.parallel_for(groups * pairs, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task / pairs;
-      const Head<T> head(input, task % pairs);
-      BackwardHead<T> backward(input, saved, head);
-      A* dq = dq_parts + task * head_elements;
-      std::fill(dq, dq + head_elements, A{0});
-      for (int64_t b = group; b < ceil_div(shape.length, kBlock); b += groups) {
-        backward.run(block_at(shape.length, b), dq, dqkv);
-      }
+      Accumulator<T>* dq = dq_parts + task * head_elements;
+      std::fill(dq, dq + head_elements, Accumulator<T>{});
+      tasks.backward(input, saved, task % pairs, task / pairs, groups, dq, dqkv);
     }
   });
   threads.parallel_for(pairs, 1, [&](int64_t begin, int64_t end) {
     for (int64_t pair = begin; pair < end; ++pair) {
-      write_dq(Head<T>(input, pair), groups, pairs * head_elements, dq_parts + pair * head_elements, dqkv);
+      tasks.write_dq(input, pair, groups, pairs * head_elements, dq_parts + pair * head_elements, dqkv);
     }
   });
 }
@@ -368,3 +675,4 @@ template void attention_backward(ThreadPool&, const AttentionInput<bf16>&, const
                                  float*, bf16*);
 
 }  // namespace normformer::ops::cpu
+#endif

@@ -282,6 +282,8 @@ void part_bf16_to_bf16(const GemmShape& shape, Range rows, Range columns, const 
   part_bf16(shape, rows, columns, a, b, bias, c);
 }
 
+bool has_bf16_steps() { return NORMFORMER_BF16_STEPS == 1; }
+
 const char* target_name() { return hwy::TargetName(HWY_TARGET); }
 
 }  // namespace normformer::ops::cpu::HWY_NAMESPACE
@@ -294,6 +296,7 @@ HWY_EXPORT(part_f64);
 HWY_EXPORT(part_f32);
 HWY_EXPORT(part_bf16_to_f32);
 HWY_EXPORT(part_bf16_to_bf16);
+HWY_EXPORT(has_bf16_steps);
 HWY_EXPORT(target_name);
 
 template <>
@@ -324,8 +327,8 @@ std::string gemm_instructions() { return HWY_DYNAMIC_DISPATCH(target_name)(); }
 
 bool gemm_has_native_bf16() {
 #if defined(__x86_64__)
-  static const bool has = __builtin_cpu_supports("avx512bf16");
-  return has;
+  static const bool processor_has = __builtin_cpu_supports("avx512bf16");
+  return processor_has && HWY_DYNAMIC_DISPATCH(has_bf16_steps)();
 #else
   return false;
 #endif

@@ -11,7 +11,7 @@ namespace normformer::ops::cpu {
 
 namespace {
 
-constexpr int64_t kColumnBlock = 128;
+constexpr int64_t kColumnBlock = 512;
 constexpr int64_t kRowBlock = 64;
 
 template <class T>

@@ -2,6 +2,7 @@
 
 #include <limits>
 
+#include "instruction_sets.h"
 #include "support.h"
 
 namespace normformer::ops {
@@ -291,10 +292,10 @@ std::vector<Case> cases() {
   return all;
 }
 
-TEST(Attention, IsWhatWholeMatricesOfProbabilitiesGive) {
+void expect_reference(const std::vector<Case>& all) {
   Context context(DeviceKind::cpu);
   for (const DType dtype : kFloatingTypes) {
-    for (const Case& c : cases()) {
+    for (const Case& c : all) {
       const Results r = run(context, dtype, c);
       const Real storage = unit_roundoff(dtype);
       Reference want(c, storage, unit_roundoff(accumulator_of(dtype)));
@@ -304,9 +305,16 @@ TEST(Attention, IsWhatWholeMatricesOfProbabilitiesGive) {
       expect_within(r.out, want.out, 0, "out, " + name);
       expect_within(r.lse, want.lse, 0, "lse, " + name);
       expect_within(r.dqkv, want.dqkv, storage, "dqkv, " + name);
-      if (HasFatalFailure()) return;
+      if (testing::Test::HasFatalFailure()) return;
     }
   }
+}
+
+TEST(Attention, IsWhatWholeMatricesOfProbabilitiesGive) { expect_reference(cases()); }
+
+TEST(Attention, EveryInstructionSetComputesIt) {
+  const AttentionShape shape{.batch = 2, .length = 67, .heads = 2, .head_size = 17, .first_head = 2};
+  for_instruction_sets([&] { expect_reference({Case{shape}, Case{shape, true, 0.25}}); });
 }
 
 TEST(Attention, BackwardIsTheDerivativeOfForward) {

@@ -4,6 +4,8 @@
 
 #include <gmock/gmock.h>
 
+#include "instruction_sets.h"
+#include "ops/cpu/onednn.h"
 #include "support.h"
 
 namespace normformer::ops {
@@ -59,10 +61,10 @@ Real at(const Reals& matrix, int64_t columns, int64_t i, int64_t j) {
 // A product and an addition round once a term, the bias once more.
 Real roundings_of(int64_t inner) { return static_cast<Real>(2 * inner + 2); }
 
-TEST(Matmul, ForwardIsTheProductWithTheTransposedWeightPlusBias) {
+void expect_forward(const std::vector<Extents>& products) {
   Context context(DeviceKind::cpu);
   for (const DType dtype : kFloatingTypes) {
-    for (const Extents& e : kProducts) {
+    for (const Extents& e : products) {
       for (const bool with_bias : {false, true}) {
         const Tensor x = random_tensor(context, dtype, {e.n, e.k}, 1);
         const Tensor w = random_tensor(context, dtype, {e.m, e.k}, 2);
@@ -85,10 +87,10 @@ TEST(Matmul, ForwardIsTheProductWithTheTransposedWeightPlusBias) {
   }
 }
 
-TEST(Matmul, BackwardInputIsTheProductWithTheWeight) {
+void expect_backward_input(const std::vector<Extents>& products) {
   Context context(DeviceKind::cpu);
   for (const DType dtype : kFloatingTypes) {
-    for (const Extents& e : kProducts) {
+    for (const Extents& e : products) {
       const Tensor dy = random_tensor(context, dtype, {e.n, e.m}, 4);
       const Tensor w = random_tensor(context, dtype, {e.m, e.k}, 5);
       const Tensor dx = unwritten(context, dtype, {e.n, e.k});
@@ -103,10 +105,10 @@ TEST(Matmul, BackwardInputIsTheProductWithTheWeight) {
   }
 }
 
-TEST(Matmul, BackwardWeightAddsToTheMainGradient) {
+void expect_backward_weight(const std::vector<Extents>& products) {
   Context context(DeviceKind::cpu);
   for (const DType dtype : kFloatingTypes) {
-    for (const Extents& e : kProducts) {
+    for (const Extents& e : products) {
       const Tensor dy = random_tensor(context, dtype, {e.n, e.m}, 6);
       const Tensor x = random_tensor(context, dtype, {e.n, e.k}, 7);
       const Tensor dw = random_tensor(context, accumulator_of(dtype), {e.m, e.k}, 8);
@@ -120,6 +122,59 @@ TEST(Matmul, BackwardWeightAddsToTheMainGradient) {
       expect_rounded(dw, want.values, want.magnitudes, roundings_of(e.n), name_of_product(dtype, e));
     }
   }
+}
+
+TEST(Matmul, ForwardIsTheProductWithTheTransposedWeightPlusBias) { expect_forward(kProducts); }
+
+TEST(Matmul, BackwardInputIsTheProductWithTheWeight) { expect_backward_input(kProducts); }
+
+TEST(Matmul, BackwardWeightAddsToTheMainGradient) { expect_backward_weight(kProducts); }
+
+TEST(Matmul, EveryInstructionSetComputesIt) {
+  const std::vector<Extents> products{{1, 1, 1}, {17, 33, 65}, {40, 7, 130}, {9, 1030, 5}};
+  const std::string best = describe_matmul();
+  for_instruction_sets([&] {
+    EXPECT_NE(describe_matmul(), best);
+    expect_forward(products);
+    expect_backward_input(products);
+    expect_backward_weight(products);
+  });
+}
+
+// What takes over products of bf16 where the processor has matrix tiles.
+template <class Out>
+void expect_library_gemm(const cpu::GemmShape& shape, bool with_bias) {
+  Context context(DeviceKind::cpu);
+  const DType out = dtype_of<Out>();
+  const Tensor a = random_tensor(context, DType::bf16, {shape.m, shape.k}, 11);
+  const Tensor b = random_tensor(context, DType::bf16, {shape.n, shape.k}, 12);
+  const Tensor bias = random_tensor(context, out, {shape.n}, 13);
+  const Tensor c = random_tensor(context, out, {shape.m, shape.n}, 14);
+  const Reals before = reals(c);
+  const Reals added = reals(bias);
+  cpu::onednn::bf16_gemm(shape, a.data<bf16>(), b.data<bf16>(), with_bias ? bias.data<Out>() : nullptr,
+                         c.data<Out>());
+  Reals start(before.size());
+  for (size_t i = 0; i < start.size(); ++i) {
+    if (shape.accumulate) start[i] += before[i];
+    if (with_bias) start[i] += added[i % static_cast<size_t>(shape.n)];
+  }
+  const Reals as = reals(a);
+  const Reals bs = reals(b);
+  const Product want = product(
+      shape.m, shape.k, shape.n, start, [&](int64_t i, int64_t p) { return at(as, shape.k, i, p); },
+      [&](int64_t p, int64_t j) { return at(bs, shape.k, j, p); });
+  expect_rounded(c, want.values, want.magnitudes, roundings_of(shape.k), "oneDNN");
+}
+
+TEST(Matmul, TheLibraryComputesTheSame) {
+  if (!cpu::onednn::has_native_bf16()) GTEST_SKIP() << "without oneDNN, or without instructions for bf16";
+  cpu::GemmShape shape{.m = 37, .n = 29, .k = 51, .lda = 51, .ldb = 51, .ldc = 29, .transpose_b = true};
+  expect_library_gemm<bf16>(shape, false);
+  expect_library_gemm<bf16>(shape, true);
+  expect_library_gemm<float>(shape, true);
+  shape.accumulate = true;
+  expect_library_gemm<float>(shape, false);
 }
 
 TEST(Matmul, ColumnSumsAddToTheBiasGradient) {
