@@ -1,5 +1,7 @@
 #include "trained_model.h"
 
+#include <algorithm>
+
 #include "normformer/checkpoints/checkpoint.h"
 #include "normformer/training/agreement.h"
 #include "normformer/training/run.h"
@@ -11,6 +13,11 @@ namespace {
 
 bool is_checkpoint(const std::filesystem::path& folder) {
   return folder.filename().string().starts_with("step-");
+}
+
+bool asks_for_layout(const std::vector<std::string>& overrides) {
+  return std::any_of(overrides.begin(), overrides.end(),
+                     [](const std::string& override) { return override.starts_with("parallel."); });
 }
 
 // Weights alone: the masters, rounded to the model's type.
@@ -57,7 +64,9 @@ TrainedModel load_trained_model(const TrainedModelOptions& options, const RankPr
   run_agreed(process.world, [&] {
     const std::string path = folder.config().string();
     loaded.config = load_run_config(path, options.overrides);
-    loaded.config = resolve_layout(loaded.config, process.world.size());
+    // A model is used on any number of ranks, unless the user asks for a layout.
+    loaded.config = asks_for_layout(options.overrides) ? resolve_layout(loaded.config, process.world.size())
+                                                       : nearest_layout(loaded.config, process.world.size());
     if (std::filesystem::exists(folder.tokenizer()))
       loaded.tokenizer = BpeTokenizer::load(folder.tokenizer());
   });

@@ -67,19 +67,25 @@ int64_t most_ranks(const Degrees& largest, int64_t world) {
   return ranks;
 }
 
+/// All layouts that fit, the nearest to what was asked for first.
+std::vector<Degrees> nearest_first(const RunConfig& config, int64_t world) {
+  std::vector<Degrees> layouts = fitting_layouts(largest_degrees(config), world);
+  std::stable_sort(layouts.begin(), layouts.end(), [&](const Degrees& a, const Degrees& b) {
+    return distance(config.parallel, a) < distance(config.parallel, b);
+  });
+  return layouts;
+}
+
 std::string nearest_layouts(const RunConfig& config, int64_t world) {
   constexpr size_t shown = 4;
-  const Degrees largest = largest_degrees(config);
-  std::vector<Degrees> layouts = fitting_layouts(largest, world);
+  std::vector<Degrees> layouts = nearest_first(config, world);
   if (layouts.empty()) {
+    const Degrees largest = largest_degrees(config);
     int64_t fewer = std::min(world - 1, most_ranks(largest, world));  // one rank always has a layout
     while (fitting_layouts(largest, fewer).empty()) --fewer;
     return fmt::format("no layout of this model fits {} ranks; {} would", world,
                        fewer == 1 ? "1 rank" : fmt::format("{} ranks", fewer));
   }
-  std::stable_sort(layouts.begin(), layouts.end(), [&](const Degrees& a, const Degrees& b) {
-    return distance(config.parallel, a) < distance(config.parallel, b);
-  });
   layouts.resize(std::min(layouts.size(), shown));
   std::vector<std::string> words;
   for (const Degrees& l : layouts) words.push_back(fmt::format("{} x {} x {}", l.tensor, l.pipeline, l.data));
@@ -134,6 +140,19 @@ RunConfig resolve_layout(RunConfig config, int64_t world) {
   if (!reason.empty()) throw ConfigError(fmt::format("{}; {}", reason, nearest_layouts(config, world)));
   config.parallel.data = world / (config.parallel.tensor * config.parallel.pipeline);
   return config;
+}
+
+RunConfig nearest_layout(RunConfig config, int64_t world) {
+  if (config.model.ffn == 0) config.model.ffn = checked_mul(4, config.model.width);
+  if (!misfit(config, world).empty()) {
+    const std::vector<Degrees> layouts = nearest_first(config, world);
+    if (!layouts.empty()) {
+      config.parallel.tensor = layouts.front().tensor;
+      config.parallel.pipeline = layouts.front().pipeline;
+      config.parallel.data = layouts.front().data;
+    }
+  }
+  return resolve_layout(std::move(config), world);
 }
 
 }  // namespace normformer

@@ -115,6 +115,14 @@ class Commands(unittest.TestCase):
         self.assertIn(f"{len(values)} tokens, loss {sum(values) / len(values):.6f}", out)
         self.assertIn(f"perplexity {math.exp(sum(values) / len(values)):.4f}", out)
 
+    def test_a_run_of_two_ranks_is_used_on_one(self):
+        config = self.folder.config("of_two", parallel__tensor=2, train__updates=1)
+        run(["train", config], 2, expect=0)
+        arguments = ["eval", self.folder.path / "of_two", self.folder.path / "text.txt"]
+        self.assertIn("perplexity", run(arguments, expect=0).out)
+        refused = run([*arguments, *layout_flags((2, 1, 1))], expect=64)
+        self.assertIn("is not the number of ranks, 1", refused.err)
+
     def test_generation_is_the_same_under_every_layout(self):
         for options in (["--temperature", 0], ["--temperature", 0.8, "--top-p", 0.9, "--seed", 5]):
             texts = {out for _, out in self.over_layouts(

@@ -197,4 +197,8 @@ std::string describe_config_keys();
 /// would. Fills in parallel.data and model.ffn; returns the completed configuration.
 RunConfig resolve_layout(RunConfig config, int64_t world);
 
+/// As resolve_layout, but where the degrees do not fit `world` ranks the nearest ones that do are taken: for
+/// using a trained model on other ranks than it was trained on. ConfigError where none fit.
+RunConfig nearest_layout(RunConfig config, int64_t world);
+
 }  // namespace normformer

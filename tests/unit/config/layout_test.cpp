@@ -121,5 +121,14 @@ TEST(ResolveLayout, EveryLayoutThatIsOfferedFits) {
   }
 }
 
+TEST(NearestLayout, KeepsWhatFitsAndElseTakesTheNearest) {
+  EXPECT_EQ(nearest_layout(with_degrees(2, 2, 1), 4), resolve_layout(with_degrees(2, 2, 1), 4));
+  const RunConfig one = nearest_layout(with_degrees(2, 2, 1), 1);
+  EXPECT_EQ(one, resolve_layout(with_degrees(1, 1, 1), 1));
+  const RunConfig two = nearest_layout(with_degrees(4, 1, 1), 2);
+  EXPECT_EQ(two, resolve_layout(with_degrees(2, 1, 1), 2));
+  EXPECT_THROW(nearest_layout(with_degrees(1, 1, 1), 1'000'000'007), ConfigError);
+}
+
 }  // namespace
 }  // namespace normformer
