@@ -1,5 +1,6 @@
 # nf_add_room(<room> SOURCES ... [DEPENDS <room> ...] [LIBS <target> ...] [PRIVATE_LIBS <target> ...])
 # One static library normformer_<room>. DEPENDS names rooms on a lower floor.
+# nf_add_cuda_sources(<room> SOURCES ...) adds what needs CUDA (NormformerCuda.cmake).
 function(nf_add_room room)
   cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "SOURCES;DEPENDS;LIBS;PRIVATE_LIBS")
   if(arg_UNPARSED_ARGUMENTS OR NOT arg_SOURCES)

@@ -23,6 +23,9 @@ void check_failed(const char* condition, const std::string& message, const std::
 }
 }  // namespace detail
 
+LogicError::LogicError(const std::string& what, const std::source_location& where)
+    : Error(ExitCode::internal, fmt::format("{}:{}: {}", where.file_name(), where.line(), what)) {}
+
 std::string rank_prefix() { return label.prefix; }
 
 void set_rank_label(int rank, std::string host) {

@@ -1,7 +1,7 @@
 #include "normformer/ops/activation.h"
 
 #include "ops/checks.h"
-#include "ops/cpu/kernels.h"
+#include "ops/kernels.h"
 
 namespace normformer::ops {
 
@@ -18,7 +18,7 @@ void activation_forward(Context& context, ActivationKind kind, const Tensor& z, 
   check_dropout(kName, dropout);
   context.costs().record(kName, 20 * z.numel(), arguments.bytes());
   if (context.is_meta() || shape[0] == 0) return;
-  cpu::activation_forward(context, kind, z, bias, dropout, gamma, out, sums);
+  NF_ON_DEVICE(activation_forward, context, kind, z, bias, dropout, gamma, out, sums);
 }
 
 void activation_backward(Context& context, ActivationKind kind, const Tensor& d, const Tensor& z,
@@ -49,7 +49,7 @@ void activation_backward(Context& context, ActivationKind kind, const Tensor& d,
   const Tensor partials = context.empty({RowBlocks(shape[0]).count, sums * shape[1]},
                                         accumulator_of(z.dtype()), MemoryUse::workspace);
   if (context.is_meta() || z.numel() == 0) return;
-  cpu::activation_backward(context, kind, d, z, bias, dropout, norm, dz, dbias, partials);
+  NF_ON_DEVICE(activation_backward, context, kind, d, z, bias, dropout, norm, dz, dbias, partials);
 }
 
 }  // namespace normformer::ops

@@ -1,10 +1,9 @@
 #include "normformer/ops/attention.h"
 
 #include "normformer/core/checked.h"
-#include "normformer/tensor/dispatch.h"
 
 #include "ops/checks.h"
-#include "ops/cpu/attention.h"
+#include "ops/kernels.h"
 
 namespace normformer::ops {
 
@@ -29,22 +28,14 @@ Extents check_shape(const AttentionShape& s, const Tensor& qkv, const Dropout& d
 
 // Every token must have something to attend to.
 void check_document_starts(const AttentionShape& s, const Tensor& document_start) {
-  if (!document_start) return;
+  // On a GPU a look would mean to wait for it.
+  if (!document_start || document_start.device() == DeviceKind::cuda) return;
   const int32_t* starts = document_start.data<int32_t>();
   for (int64_t i = 0; i < document_start.numel(); ++i) {
     const int64_t token = i % s.length;
     NF_CHECK(starts[i] >= 0 && starts[i] <= (s.causal ? token : s.length - 1),
              "attention: the document of token {} starts at {}", token, starts[i]);
   }
-}
-
-template <class T>
-cpu::AttentionInput<T> input_of(const AttentionShape& shape, const Tensor& qkv, const Tensor& document_start,
-                                const Dropout& dropout) {
-  return {.shape = shape,
-          .dropout = dropout,
-          .document_start = document_start ? document_start.data<int32_t>() : nullptr,
-          .qkv = qkv.data<T>()};
 }
 
 }  // namespace
@@ -68,10 +59,7 @@ void attention_forward(Context& context, const AttentionShape& shape, const Tens
   context.costs().record(kName, attention_forward_flops(shape), arguments.bytes());
   if (context.is_meta() || qkv.numel() == 0) return;
   check_document_starts(shape, document_start);
-  dispatch_floating(qkv.dtype(), [&]<class T>() {
-    cpu::attention_forward(context.threads(), input_of<T>(shape, qkv, document_start, dropout), out.data<T>(),
-                           lse.data<Accumulator<T>>());
-  });
+  NF_ON_DEVICE(attention_forward, context, shape, qkv, document_start, dropout, out, lse);
 }
 
 void attention_backward(Context& context, const AttentionShape& shape, const Tensor& dout, const Tensor& qkv,
@@ -87,16 +75,12 @@ void attention_backward(Context& context, const AttentionShape& shape, const Ten
   arguments.model("dqkv", dqkv, {extents.tokens, 3 * extents.channels});
   if (document_start) arguments.check("document_start", document_start, {extents.tokens}, DType::i32);
   context.costs().record(kName, attention_forward_flops(shape) / 2 * 5, arguments.bytes());
-  const Tensor dq_parts =
-      context.empty(cpu::attention_dq_parts(shape), accumulator_of(qkv.dtype()), MemoryUse::workspace);
+  const Tensor workspace = context.empty(NF_ON_DEVICE(attention_backward_workspace, context, shape),
+                                         accumulator_of(qkv.dtype()), MemoryUse::workspace);
   if (context.is_meta() || qkv.numel() == 0) return;
   check_document_starts(shape, document_start);
-  dispatch_floating(qkv.dtype(), [&]<class T>() {
-    using A = Accumulator<T>;
-    cpu::attention_backward(context.threads(), input_of<T>(shape, qkv, document_start, dropout),
-                            {.dout = dout.data<T>(), .out = out.data<T>(), .lse = lse.data<A>()},
-                            dq_parts.data<A>(), dqkv.data<T>());
-  });
+  NF_ON_DEVICE(attention_backward, context, shape, dout, qkv, document_start, dropout, out, lse, dqkv,
+               workspace);
 }
 
 }  // namespace normformer::ops

@@ -1,10 +1,7 @@
 #include "normformer/ops/cross_entropy.h"
 
-#include <cmath>
-
 #include "ops/checks.h"
-#include "ops/cpu/dispatch_accumulator.h"
-#include "ops/cpu/kernels.h"
+#include "ops/kernels.h"
 
 namespace normformer::ops {
 
@@ -16,7 +13,7 @@ void logits_max(Context& context, const Tensor& logits, const Tensor& maxima) {
   arguments.accumulator("maxima", maxima, {shape[0]});
   context.costs().record(kName, logits.numel(), arguments.bytes());
   if (context.is_meta() || shape[0] == 0) return;
-  cpu::logits_max(context, logits, maxima);
+  NF_ON_DEVICE(logits_max, context, logits, maxima);
 }
 
 void logits_sums(Context& context, const Tensor& logits, const Tensor& maxima, const Tensor& targets,
@@ -30,7 +27,7 @@ void logits_sums(Context& context, const Tensor& logits, const Tensor& maxima, c
   arguments.accumulator("sums", sums, {shape[0], 2});
   context.costs().record(kName, 12 * logits.numel(), arguments.bytes());
   if (context.is_meta() || shape[0] == 0) return;
-  cpu::logits_sums(context, logits, maxima, targets, first_row, sums);
+  NF_ON_DEVICE(logits_sums, context, logits, maxima, targets, first_row, sums);
 }
 
 void cross_entropy(Context& context, const Tensor& sums, const Tensor& nll) {
@@ -41,14 +38,7 @@ void cross_entropy(Context& context, const Tensor& sums, const Tensor& nll) {
   arguments.accumulator("nll", nll, {rows});
   context.costs().record(kName, 2 * rows, arguments.bytes());
   if (context.is_meta() || rows == 0) return;
-  cpu::dispatch_accumulator(sums.dtype(), [&]<class A>() {
-    const A* in = sums.data<A>();
-    A* out = nll.data<A>();
-    constexpr int64_t kRows = 1024;
-    context.threads().parallel_for(rows, kRows, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) out[r] = std::log(in[2 * r]) - in[2 * r + 1];
-    });
-  });
+  NF_ON_DEVICE(cross_entropy, context, sums, nll);
 }
 
 void cross_entropy_backward(Context& context, const Tensor& logits, const Tensor& maxima, const Tensor& sums,
@@ -63,7 +53,7 @@ void cross_entropy_backward(Context& context, const Tensor& logits, const Tensor
   if (weights) arguments.check("weights", weights, {shape[0]}, DType::u8);
   context.costs().record(kName, 12 * logits.numel(), arguments.bytes());
   if (context.is_meta() || logits.numel() == 0) return;
-  cpu::cross_entropy_backward(context, logits, maxima, sums, targets, first_row, weights, factor);
+  NF_ON_DEVICE(cross_entropy_backward, context, logits, maxima, sums, targets, first_row, weights, factor);
 }
 
 double weighted_sum(Context& context, const Tensor& values, const Tensor& weights) {
@@ -74,15 +64,7 @@ double weighted_sum(Context& context, const Tensor& values, const Tensor& weight
   if (weights) arguments.check("weights", weights, {values.numel()}, DType::u8);
   context.costs().record(kName, values.numel(), arguments.bytes());
   if (context.is_meta() || values.numel() == 0) return 0.0;
-  double total = 0.0;
-  cpu::dispatch_accumulator(values.dtype(), [&]<class A>() {
-    const A* in = values.data<A>();
-    const uint8_t* counts = weights ? weights.data<uint8_t>() : nullptr;
-    for (int64_t n = 0; n < values.numel(); ++n) {
-      if (counts == nullptr || counts[n] != 0) total += static_cast<double>(in[n]);
-    }
-  });
-  return total;
+  return NF_ON_DEVICE(weighted_sum, context, values, weights);
 }
 
 }  // namespace normformer::ops

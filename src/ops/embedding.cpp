@@ -1,11 +1,12 @@
 #include "normformer/ops/embedding.h"
 
 #include <cmath>
+#include <vector>
 
 #include "normformer/tensor/dispatch.h"
 
 #include "ops/checks.h"
-#include "ops/cpu/kernels.h"
+#include "ops/kernels.h"
 
 namespace normformer::ops {
 
@@ -21,7 +22,7 @@ void embedding_forward(Context& context, const Tensor& tokens, const Tensor& wei
   arguments.model("weight", weight, {table[0], shape[1]});
   context.costs().record(kName, 0, bytes);
   if (context.is_meta() || out.numel() == 0) return;
-  cpu::embedding_forward(context, tokens, weight, first_row, out);
+  NF_ON_DEVICE(embedding_forward, context, tokens, weight, first_row, out);
 }
 
 void embedding_backward(Context& context, const Tensor& tokens, const Tensor& dout, double factor,
@@ -36,7 +37,7 @@ void embedding_backward(Context& context, const Tensor& tokens, const Tensor& do
   arguments.accumulator("dweight", dweight, {table[0], shape[1]});
   context.costs().record(kName, 2 * dout.numel(), bytes);
   if (context.is_meta() || dout.numel() == 0) return;
-  cpu::embedding_backward(context, tokens, dout, factor, first_row, dweight);
+  NF_ON_DEVICE(embedding_backward, context, tokens, dout, factor, first_row, dweight);
 }
 
 void add_positions_forward(Context& context, const Tensor& embedded, double factor, const Tensor& positions,
@@ -52,7 +53,7 @@ void add_positions_forward(Context& context, const Tensor& embedded, double fact
   check_dropout(kName, dropout);
   context.costs().record(kName, 3 * embedded.numel(), arguments.bytes());
   if (context.is_meta() || embedded.numel() == 0) return;
-  cpu::add_positions_forward(context, embedded, factor, positions, dropout, out);
+  NF_ON_DEVICE(add_positions_forward, context, embedded, factor, positions, dropout, out);
 }
 
 void add_positions_backward(Context& context, const Tensor& dout, int64_t length, const Dropout& dropout,
@@ -67,7 +68,7 @@ void add_positions_backward(Context& context, const Tensor& dout, int64_t length
   check_dropout(kName, dropout);
   context.costs().record(kName, 2 * dout.numel(), arguments.bytes());
   if (context.is_meta() || dout.numel() == 0) return;
-  cpu::add_positions_backward(context, dout, length, dropout, dsum, dpositions);
+  NF_ON_DEVICE(add_positions_backward, context, dout, length, dropout, dsum, dpositions);
 }
 
 Tensor sinusoidal_positions(Context& context, int64_t length, int64_t width, DType dtype) {
@@ -78,7 +79,8 @@ Tensor sinusoidal_positions(Context& context, int64_t length, int64_t width, DTy
   if (context.is_meta() || length == 0) return table;
   const int64_t half = width / 2;
   dispatch_floating(dtype, [&]<class T>() {
-    T* out = table.data<T>();
+    std::vector<T> values(static_cast<size_t>(table.numel()));
+    T* out = values.data();
     for (int64_t t = 0; t < length; ++t, out += width) {
       const auto position = static_cast<double>(t + 2);
       for (int64_t i = 0; i < half; ++i) {
@@ -89,6 +91,7 @@ Tensor sinusoidal_positions(Context& context, int64_t length, int64_t width, DTy
       }
       if (width % 2 == 1) out[width - 1] = T{};
     }
+    table.copy_in(values.data());
   });
   return table;
 }

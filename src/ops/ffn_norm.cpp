@@ -1,7 +1,7 @@
 #include "normformer/ops/ffn_norm.h"
 
 #include "ops/checks.h"
-#include "ops/cpu/kernels.h"
+#include "ops/kernels.h"
 
 namespace normformer::ops {
 
@@ -16,7 +16,7 @@ void norm_statistics(Context& context, const Tensor& sums, int64_t features, dou
   NF_CHECK(features > 0, "{}: {} features", kName, features);
   context.costs().record(kName, 8 * rows, arguments.bytes());
   if (context.is_meta() || rows == 0) return;
-  cpu::norm_statistics(context, sums, features, eps, mean, rstd);
+  NF_ON_DEVICE(norm_statistics, context, sums, features, eps, mean, rstd);
 }
 
 void fold_norm_weights(Context& context, const Tensor& w2, const Tensor& gamma, const Tensor& beta,
@@ -31,7 +31,7 @@ void fold_norm_weights(Context& context, const Tensor& w2, const Tensor& gamma, 
   arguments.accumulator("w_beta", w_beta, {shape[0]});
   context.costs().record(kName, 4 * w2.numel(), arguments.bytes());
   if (context.is_meta() || shape[0] == 0) return;
-  cpu::fold_norm_weights(context, w2, gamma, beta, c, w_beta);
+  NF_ON_DEVICE(fold_norm_weights, context, w2, gamma, beta, c, w_beta);
 }
 
 void unfold_norm(Context& context, const Tensor& z, const Tensor& mean, const Tensor& rstd, const Tensor& c,
@@ -48,7 +48,7 @@ void unfold_norm(Context& context, const Tensor& z, const Tensor& mean, const Te
   arguments.model("y", y, shape);
   context.costs().record(kName, 5 * z.numel(), arguments.bytes());
   if (context.is_meta() || z.numel() == 0) return;
-  cpu::unfold_norm(context, z, mean, rstd, c, w_beta, b2, y);
+  NF_ON_DEVICE(unfold_norm, context, z, mean, rstd, c, w_beta, b2, y);
 }
 
 void fold_norm_backward(Context& context, const Tensor& dy, const Tensor& y, const Tensor& mean,
@@ -81,8 +81,8 @@ void fold_norm_backward(Context& context, const Tensor& dy, const Tensor& y, con
     for (const Tensor* sum : {&mean_g, &mean_gx, &u, &s}) fill_zero(context, *sum);
     return;
   }
-  cpu::fold_norm_backward(context, dy, y, mean, rstd, c, w_beta, b2, features, mean_g, mean_gx, dy_scaled, u,
-                          s, partials);
+  NF_ON_DEVICE(fold_norm_backward, context, dy, y, mean, rstd, c, w_beta, b2, features, mean_g, mean_gx,
+               dy_scaled, u, s, partials);
 }
 
 void add_fold_correction(Context& context, const Tensor& u, const Tensor& gamma, const Tensor& s,
@@ -97,7 +97,7 @@ void add_fold_correction(Context& context, const Tensor& u, const Tensor& gamma,
   arguments.accumulator("dw", dw, shape, 2);
   context.costs().record(kName, 4 * dw.numel(), arguments.bytes());
   if (context.is_meta() || dw.numel() == 0) return;
-  cpu::add_fold_correction(context, u, gamma, s, beta, dw);
+  NF_ON_DEVICE(add_fold_correction, context, u, gamma, s, beta, dw);
 }
 
 void normalise(Context& context, const Tensor& h, const Tensor& mean, const Tensor& rstd, const Tensor& gamma,
@@ -113,7 +113,7 @@ void normalise(Context& context, const Tensor& h, const Tensor& mean, const Tens
   arguments.model("out", out, shape);
   context.costs().record(kName, 4 * h.numel(), arguments.bytes());
   if (context.is_meta() || h.numel() == 0) return;
-  cpu::normalise(context, h, mean, rstd, gamma, beta, out);
+  NF_ON_DEVICE(normalise, context, h, mean, rstd, gamma, beta, out);
 }
 
 void normalise_backward_sums(Context& context, const Tensor& d, const Tensor& h, const Tensor& mean,
@@ -129,7 +129,7 @@ void normalise_backward_sums(Context& context, const Tensor& d, const Tensor& h,
   arguments.accumulator("sums", sums, {shape[0], 2});
   context.costs().record(kName, 6 * d.numel(), arguments.bytes());
   if (context.is_meta() || shape[0] == 0) return;
-  cpu::normalise_backward_sums(context, d, h, mean, rstd, gamma, sums);
+  NF_ON_DEVICE(normalise_backward_sums, context, d, h, mean, rstd, gamma, sums);
 }
 
 void split_means(Context& context, const Tensor& sums, int64_t features, const Tensor& mean_g,
@@ -143,7 +143,7 @@ void split_means(Context& context, const Tensor& sums, int64_t features, const T
   NF_CHECK(features > 0, "{}: {} features", kName, features);
   context.costs().record(kName, 2 * rows, arguments.bytes());
   if (context.is_meta() || rows == 0) return;
-  cpu::split_means(context, sums, features, mean_g, mean_gx);
+  NF_ON_DEVICE(split_means, context, sums, features, mean_g, mean_gx);
 }
 
 }  // namespace normformer::ops

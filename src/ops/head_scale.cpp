@@ -1,7 +1,7 @@
 #include "normformer/ops/head_scale.h"
 
 #include "ops/checks.h"
-#include "ops/cpu/kernels.h"
+#include "ops/kernels.h"
 
 namespace normformer::ops {
 
@@ -15,7 +15,7 @@ void head_scale_forward(Context& context, const Tensor& x, const Tensor& scales,
   arguments.model("y", y, shape);
   context.costs().record(kName, x.numel(), arguments.bytes());
   if (context.is_meta() || x.numel() == 0) return;
-  cpu::head_scale_forward(context, x, scales, y);
+  NF_ON_DEVICE(head_scale_forward, context, x, scales, y);
 }
 
 void head_scale_backward(Context& context, const Tensor& dy, const Tensor& x, const Tensor& scales,
@@ -33,7 +33,7 @@ void head_scale_backward(Context& context, const Tensor& dy, const Tensor& x, co
   const Tensor partials =
       context.empty({RowBlocks(shape[0]).count, shape[1]}, accumulator_of(x.dtype()), MemoryUse::workspace);
   if (context.is_meta() || x.numel() == 0) return;
-  cpu::head_scale_backward(context, dy, x, scales, dx, dscales, partials);
+  NF_ON_DEVICE(head_scale_backward, context, dy, x, scales, dx, dscales, partials);
 }
 
 }  // namespace normformer::ops

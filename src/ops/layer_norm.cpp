@@ -1,7 +1,7 @@
 #include "normformer/ops/layer_norm.h"
 
 #include "ops/checks.h"
-#include "ops/cpu/kernels.h"
+#include "ops/kernels.h"
 
 namespace normformer::ops {
 
@@ -20,7 +20,7 @@ void layer_norm_forward(Context& context, const Tensor& x, const Tensor& gamma, 
   arguments.accumulator("rstd", rstd, {rows});
   context.costs().record(kName, 8 * x.numel(), arguments.bytes());
   if (context.is_meta() || x.numel() == 0) return;
-  cpu::layer_norm_forward(context, x, gamma, beta, eps, y, mean, rstd);
+  NF_ON_DEVICE(layer_norm_forward, context, x, gamma, beta, eps, y, mean, rstd);
 }
 
 void layer_norm_backward(Context& context, const Tensor& dy, const Tensor& x, const Tensor& gamma,
@@ -44,7 +44,7 @@ void layer_norm_backward(Context& context, const Tensor& dy, const Tensor& x, co
   const Tensor partials =
       context.empty({RowBlocks(rows).count, 2 * columns}, accumulator_of(x.dtype()), MemoryUse::workspace);
   if (context.is_meta() || x.numel() == 0) return;
-  cpu::layer_norm_backward(context, dy, x, gamma, mean, rstd, residual, dx, dgamma, dbeta, partials);
+  NF_ON_DEVICE(layer_norm_backward, context, dy, x, gamma, mean, rstd, residual, dx, dgamma, dbeta, partials);
 }
 
 }  // namespace normformer::ops

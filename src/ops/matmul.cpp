@@ -4,8 +4,9 @@
 #include "normformer/tensor/dispatch.h"
 
 #include "ops/checks.h"
-#include "ops/cpu/matmul.h"
+#include "ops/cpu/gemm.h"
 #include "ops/cpu/onednn.h"
+#include "ops/kernels.h"
 
 namespace normformer::ops {
 
@@ -27,11 +28,7 @@ void linear_forward(Context& context, const Tensor& x, const Tensor& w, const Te
   if (bias) arguments.model("bias", bias, {m});
   context.costs().record(kName, product_flops(n, k, m), arguments.bytes());
   if (context.is_meta()) return;
-  const cpu::GemmShape shape{.m = n, .n = m, .k = k, .lda = k, .ldb = k, .ldc = m, .transpose_b = true};
-  dispatch_floating(x.dtype(), [&]<class T>() {
-    const T* added = bias ? bias.data<T>() : nullptr;
-    cpu::gemm(context.threads(), shape, x.data<T>(), w.data<T>(), added, y.data<T>());
-  });
+  NF_ON_DEVICE(linear_forward, context, x, w, bias, y);
 }
 
 void linear_backward_input(Context& context, const Tensor& dy, const Tensor& w, const Tensor& dx) {
@@ -45,11 +42,7 @@ void linear_backward_input(Context& context, const Tensor& dy, const Tensor& w, 
   arguments.model("dx", dx, {n, k});
   context.costs().record(kName, product_flops(n, k, m), arguments.bytes());
   if (context.is_meta()) return;
-  const cpu::GemmShape shape{.m = n, .n = k, .k = m, .lda = m, .ldb = k, .ldc = k};
-  dispatch_floating(dy.dtype(), [&]<class T>() {
-    const T* no_bias = nullptr;
-    cpu::gemm(context.threads(), shape, dy.data<T>(), w.data<T>(), no_bias, dx.data<T>());
-  });
+  NF_ON_DEVICE(linear_backward_input, context, dy, w, dx);
 }
 
 void linear_backward_weight(Context& context, const Tensor& dy, const Tensor& x, const Tensor& dw) {
@@ -63,12 +56,7 @@ void linear_backward_weight(Context& context, const Tensor& dy, const Tensor& x,
   arguments.accumulator("dw", dw, {m, k}, 2);
   context.costs().record(kName, product_flops(n, k, m), arguments.bytes());
   if (context.is_meta()) return;
-  const cpu::GemmShape shape{
-      .m = m, .n = k, .k = n, .lda = m, .ldb = k, .ldc = k, .transpose_a = true, .accumulate = true};
-  dispatch_floating(dy.dtype(), [&]<class T>() {
-    const Accumulator<T>* no_bias = nullptr;
-    cpu::gemm(context.threads(), shape, dy.data<T>(), x.data<T>(), no_bias, dw.data<Accumulator<T>>());
-  });
+  NF_ON_DEVICE(linear_backward_weight, context, dy, x, dw);
 }
 
 void add_column_sums(Context& context, const Tensor& x, const Tensor& out) {
@@ -80,9 +68,7 @@ void add_column_sums(Context& context, const Tensor& x, const Tensor& out) {
   arguments.accumulator("out", out, {m}, 2);
   context.costs().record(kName, x.numel(), arguments.bytes());
   if (context.is_meta()) return;
-  dispatch_floating(x.dtype(), [&]<class T>() {
-    cpu::add_column_sums(context.threads(), n, m, x.data<T>(), out.data<Accumulator<T>>());
-  });
+  NF_ON_DEVICE(add_column_sums, context, x, out);
 }
 
 std::string describe_matmul() {

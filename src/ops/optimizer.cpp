@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "ops/checks.h"
-#include "ops/cpu/kernels.h"
+#include "ops/kernels.h"
 
 namespace normformer::ops {
 
@@ -22,7 +22,7 @@ void adamw(Context& context, const AdamW& step, const Tensor& gradient, const Te
   NF_CHECK(step.update >= 1, "{}: update {} of updates that count from 1", kName, step.update);
   context.costs().record(kName, 18 * master.numel(), arguments.bytes());
   if (context.is_meta() || master.numel() == 0) return;
-  cpu::adamw(context, step, gradient, master, moment1, moment2, params);
+  NF_ON_DEVICE(adamw, context, step, gradient, master, moment1, moment2, params);
 }
 
 double absolute_max(Context& context, const Tensor& x) {
@@ -32,7 +32,7 @@ double absolute_max(Context& context, const Tensor& x) {
   arguments.model("x", x, x.shape());
   context.costs().record(kName, x.numel(), arguments.bytes());
   if (context.is_meta() || x.numel() == 0) return 0.0;
-  return cpu::absolute_max(context, x);
+  return NF_ON_DEVICE(absolute_max, context, x);
 }
 
 OrderFreeSumOfSquares::OrderFreeSumOfSquares(double largest) {
@@ -59,7 +59,7 @@ void OrderFreeSumOfSquares::add(Context& context, const Tensor& x) {
   arguments.accumulator("x", x, x.shape());
   context.costs().record(kName, 2 * x.numel(), arguments.bytes());
   if (context.is_meta() || x.numel() == 0) return;
-  cpu::add_cut_squares(context, x, anchors_, bins_);
+  NF_ON_DEVICE(add_cut_squares, context, x, anchors_, bins_);
 }
 
 double OrderFreeSumOfSquares::value(const std::array<double, kBins>& bins) {

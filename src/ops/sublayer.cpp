@@ -1,7 +1,7 @@
 #include "normformer/ops/sublayer.h"
 
 #include "ops/checks.h"
-#include "ops/cpu/kernels.h"
+#include "ops/kernels.h"
 
 namespace normformer::ops {
 
@@ -52,7 +52,7 @@ void sublayer_output_forward(Context& context, const SublayerOutput& parts, cons
   }
   context.costs().record(kName, (parts.norm_gamma ? 12 : 4) * branch.numel(), arguments.bytes());
   if (context.is_meta() || branch.numel() == 0) return;
-  cpu::sublayer_output_forward(context, parts, branch, residual, out, mean, rstd);
+  NF_ON_DEVICE(sublayer_output_forward, context, parts, branch, residual, out, mean, rstd);
 }
 
 void sublayer_output_backward(Context& context, const SublayerOutput& parts, const Tensor& dout,
@@ -87,8 +87,8 @@ void sublayer_output_backward(Context& context, const SublayerOutput& parts, con
                              MemoryUse::workspace);
   }
   if (context.is_meta() || dout.numel() == 0) return;
-  cpu::sublayer_output_backward(context, parts, dout, branch, residual, mean, rstd, dbranch, dresidual,
-                                gradients, partials);
+  NF_ON_DEVICE(sublayer_output_backward, context, parts, dout, branch, residual, mean, rstd, dbranch,
+               dresidual, gradients, partials);
 }
 
 }  // namespace normformer::ops

@@ -5,6 +5,8 @@
 
 #include "normformer/tensor/dispatch.h"
 
+#include "tensor/cuda/elementwise.h"
+
 namespace normformer {
 
 namespace {
@@ -27,6 +29,21 @@ void convert(Context& context, const Tensor& from, const Tensor& to) {
   });
 }
 
+void copy_between_devices(const Tensor& from, const Tensor& to) {
+  NF_CHECK(from.dtype() == to.dtype(), "{} copied from {} to {} on {}", to_string(from),
+           name_of(from.device()), to_string(to), name_of(to.device()));
+  if (from.device() == DeviceKind::cuda) {
+    from.copy_out(to.host_raw());
+  } else {
+    to.copy_in(from.host_raw());
+  }
+}
+
+void copy_on_gpu(Context& context, const Tensor& from, const Tensor& to) {
+  if (from.dtype() != to.dtype()) return cuda::convert(context, from, to);
+  if (from.raw() != to.raw()) context.gpu().copy(to.raw(), from.raw(), from.nbytes());
+}
+
 }  // namespace
 
 void CostLedger::record(std::string_view operation, int64_t flops, int64_t bytes) {
@@ -43,8 +60,22 @@ int64_t CostLedger::total_flops() const {
   return total;
 }
 
-Context::Context(DeviceKind device, int threads)
-    : device_(device), memory_(std::make_shared<Allocator>(device)), threads_(threads) {}
+Context::Context(DeviceKind device, int threads, int gpu)
+    : device_(device),
+      gpu_(device == DeviceKind::cuda ? std::make_shared<Gpu>(gpu) : nullptr),
+      memory_(std::make_shared<Allocator>(device, gpu_)),
+      threads_(threads) {}
+
+Gpu& Context::gpu() const {
+  NF_CHECK(gpu_ != nullptr, "a context on {} has no GPU", name_of(device_));
+  return *gpu_;
+}
+
+Context& Context::host() {
+  if (!is_cuda()) return *this;
+  if (host_ == nullptr) host_ = std::make_unique<Context>(DeviceKind::cpu, threads_.size());
+  return *host_;
+}
 
 Tensor Context::empty(const Shape& shape, DType dtype, MemoryUse use) {
   const int64_t bytes = checked_mul(shape.numel(), size_of(dtype));
@@ -60,6 +91,7 @@ Tensor Context::zeros(const Shape& shape, DType dtype, MemoryUse use) {
 void fill_zero(Context& context, const Tensor& tensor) {
   context.costs().record("fill_zero", 0, tensor.nbytes());
   if (context.is_meta() || tensor.numel() == 0) return;
+  if (context.is_cuda()) return context.gpu().fill_zero(tensor.raw(), tensor.nbytes());
   auto* bytes = static_cast<std::byte*>(tensor.raw());
   context.threads().parallel_for(tensor.nbytes(), 4 * kGrain, [&](int64_t begin, int64_t end) {
     std::memset(bytes + begin, 0, static_cast<size_t>(end - begin));
@@ -70,6 +102,8 @@ void copy(Context& context, const Tensor& from, const Tensor& to) {
   check_same_size(from, to);
   context.costs().record("copy", 0, from.nbytes() + to.nbytes());
   if (context.is_meta() || from.numel() == 0) return;
+  if (from.device() != to.device()) return copy_between_devices(from, to);
+  if (context.is_cuda()) return copy_on_gpu(context, from, to);
   if (from.dtype() == to.dtype()) {
     const auto* in = static_cast<const std::byte*>(from.raw());
     auto* out = static_cast<std::byte*>(to.raw());
@@ -92,7 +126,8 @@ void add(Context& context, const Tensor& from, const Tensor& to) {
 
 void scale(Context& context, const Tensor& x, double factor) {
   context.costs().record("scale", x.numel(), 2 * x.nbytes());
-  if (context.is_meta()) return;
+  if (context.is_meta() || x.numel() == 0) return;
+  if (context.is_cuda()) return cuda::scale(context, x, factor);
   dispatch_floating(x.dtype(), [&]<class T>() {
     using A = Accumulator<T>;
     T* values = x.data<T>();
@@ -111,7 +146,8 @@ void sum_in_order(Context& context, std::span<const Tensor> pieces, const Tensor
   }
   const auto terms = static_cast<int64_t>(pieces.size());
   context.costs().record("sum_in_order", (terms - 1) * out.numel(), (terms + 1) * out.nbytes());
-  if (context.is_meta()) return;
+  if (context.is_meta() || out.numel() == 0) return;
+  if (context.is_cuda()) return cuda::sum_in_order(context, pieces, out);
   dispatch_floating(out.dtype(), [&]<class T>() {
     using A = Accumulator<T>;
     std::vector<const T*> in;
@@ -137,7 +173,7 @@ Tensor from_host(Context& context, std::span<const T> values, const Shape& shape
   Tensor made = context.empty(shape, dtype_of<T>(), use);
   NF_CHECK(made.numel() == static_cast<int64_t>(values.size()), "{} values for {}", values.size(),
            to_string(shape));
-  if (!context.is_meta() && !values.empty()) std::memcpy(made.raw(), values.data(), values.size_bytes());
+  if (!context.is_meta()) made.copy_in(values.data());
   return made;
 }
 
@@ -148,10 +184,18 @@ template Tensor from_host<int64_t>(Context&, std::span<const int64_t>, const Sha
 template Tensor from_host<int32_t>(Context&, std::span<const int32_t>, const Shape&, MemoryUse);
 template Tensor from_host<uint8_t>(Context&, std::span<const uint8_t>, const Shape&, MemoryUse);
 
+Tensor on_host(Context& context, const Tensor& tensor) {
+  if (tensor.device() != DeviceKind::cuda) return tensor;
+  Tensor made = context.host().empty(tensor.shape(), tensor.dtype());
+  tensor.copy_out(made.raw());
+  return made;
+}
+
 std::vector<double> to_host(const Tensor& tensor) {
   std::vector<double> values(static_cast<size_t>(tensor.numel()));
   dispatch_any(tensor.dtype(), [&]<class T>() {
-    const T* in = tensor.data<T>();
+    std::vector<T> in(values.size());
+    tensor.copy_out(in.data());
     for (size_t i = 0; i < values.size(); ++i) {
       if constexpr (std::is_same_v<T, bf16>)
         values[i] = static_cast<float>(in[i]);

@@ -26,6 +26,18 @@ void* take_from_system(int64_t bytes) {
 
 }  // namespace
 
+std::string_view name_of(DeviceKind device) {
+  switch (device) {
+    case DeviceKind::cpu:
+      return "cpu";
+    case DeviceKind::cuda:
+      return "cuda";
+    case DeviceKind::meta:
+      return "meta";
+  }
+  return "?";
+}
+
 std::string_view name_of(MemoryUse use) {
   switch (use) {
     case MemoryUse::parameters:
@@ -72,12 +84,13 @@ void* Allocator::allocate(int64_t bytes, MemoryUse use) {
     block = cached->second.back();
     cached->second.pop_back();
   } else {
-    if (device_ == DeviceKind::cpu) {
-      block = take_from_system(size);
+    if (device_ != DeviceKind::meta) {
+      block = take_from_device(size);
       if (block == nullptr) {
-        throw Error(ExitCode::internal, fmt::format("out of memory: {} bytes of {} were wanted; {}", bytes,
-                                                    name_of(use), to_string(report_)));
+        trim_locked();
+        block = take_from_device(size);
       }
+      if (block == nullptr) out_of_memory(bytes, use);
     }
     report_.reserved += size;
     report_.peak_reserved = std::max(report_.peak_reserved, report_.reserved);
@@ -94,11 +107,44 @@ void Allocator::release(void* block, int64_t bytes, MemoryUse use) noexcept {
   free_[size].push_back(block);
 }
 
+void* Allocator::take_from_device(int64_t bytes) {
+  return device_ == DeviceKind::cuda ? gpu_->allocate(bytes) : take_from_system(bytes);
+}
+
+void Allocator::give_to_device(void* block) noexcept {
+  if (device_ == DeviceKind::cuda) {
+    gpu_->free(block);
+  } else {
+    std::free(block);
+  }
+}
+
+void Allocator::out_of_memory(int64_t bytes, MemoryUse use) const {
+  constexpr double kMiB = 1 << 20;
+  std::string device;
+  if (device_ == DeviceKind::cuda) {
+    const Gpu::Memory memory = gpu_->memory();
+    device = fmt::format(" on GPU {} ({:.0f} of {:.0f} MiB are free, other processes counted)",
+                         gpu_->description().index, static_cast<double>(memory.free) / kMiB,
+                         static_cast<double>(memory.total) / kMiB);
+  }
+  throw Error(
+      ExitCode::internal,
+      fmt::format(
+          "out of memory{}: {:.1f} MiB of {} were wanted; held: {}. Lower train.micro_batch, or split the "
+          "model over more ranks (parallel.tensor, parallel.pipeline)",
+          device, static_cast<double>(bytes) / kMiB, name_of(use), to_string(report_)));
+}
+
 void Allocator::trim() {
   const std::lock_guard lock(mutex_);
+  trim_locked();
+}
+
+void Allocator::trim_locked() noexcept {
   for (auto& [size, blocks] : free_) {
     report_.reserved -= size * static_cast<int64_t>(blocks.size());
-    for (void* block : blocks) std::free(block);
+    for (void* block : blocks) give_to_device(block);
   }
   free_.clear();
 }
@@ -117,8 +163,9 @@ void Allocator::reset_peaks() {
 
 std::string to_string(const MemoryReport& report) {
   constexpr double kMiB = 1 << 20;
-  std::string text = fmt::format("peak {:.1f} MiB live ({:.1f} MiB reserved):", report.peak_live / kMiB,
-                                 report.peak_reserved / kMiB);
+  std::string text = fmt::format(
+      "peak {:.1f} MiB live ({:.1f} MiB reserved, {:.1f} MiB of them in free blocks now):",
+      report.peak_live / kMiB, report.peak_reserved / kMiB, (report.reserved - report.live) / kMiB);
   for (int i = 0; i < kNumMemoryUses; ++i) {
     text += fmt::format(" {} {:.1f}", name_of(static_cast<MemoryUse>(i)), report.at_peak_by_use[i] / kMiB);
   }

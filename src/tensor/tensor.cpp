@@ -1,6 +1,7 @@
 #include "normformer/tensor/tensor.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include <fmt/ranges.h>
 
@@ -49,6 +50,30 @@ void* Tensor::raw() const {
   NF_CHECK(defined(), "an undefined tensor was read");
   NF_CHECK(device_ != DeviceKind::meta, "{} has no memory: it is on the meta device", to_string(*this));
   return static_cast<std::byte*>(storage_->data()) + byte_offset_;
+}
+
+void* Tensor::host_raw() const {
+  NF_CHECK(device_ != DeviceKind::cuda, "{} is on a GPU, and was read as if it were on the host",
+           to_string(*this));
+  return raw();
+}
+
+void Tensor::copy_out(void* host) const {
+  if (numel() == 0) return;
+  if (device_ == DeviceKind::cuda) {
+    gpu()->copy_out(host, raw(), nbytes());
+  } else {
+    std::memcpy(host, raw(), static_cast<size_t>(nbytes()));
+  }
+}
+
+void Tensor::copy_in(const void* host) const {
+  if (numel() == 0) return;
+  if (device_ == DeviceKind::cuda) {
+    gpu()->copy_in(raw(), host, nbytes());
+  } else {
+    std::memcpy(raw(), host, static_cast<size_t>(nbytes()));
+  }
 }
 
 Tensor Tensor::view(Shape shape) const {

@@ -39,7 +39,8 @@ VENDORS = [
 ]
 
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
-BUILD_FLAG = re.compile(r"^\s*#\s*(if|ifdef|ifndef|elif)\b")
+# Which compiler reads a header is no flag: nvcc reads some of them for kernels.
+BUILD_FLAG = re.compile(r"^\s*#\s*(if|ifdef|ifndef|elif)\b(?!\s+__CUDACC__\b)")
 SUFFIXES = {".h", ".hpp", ".cuh", ".cpp", ".cc", ".cu"}
 
 

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "normformer/core/philox.h"
@@ -24,5 +26,11 @@ struct Dropout {
 
   bool active() const { return probability > 0.0; }
 };
+
+/// The least random word that keeps an element. Where probability * 2^32 leaves 32 bits the last word is kept
+/// all the same.
+inline uint32_t keep_threshold(double probability) {
+  return static_cast<uint32_t>(std::min(std::ceil(probability * 0x1p32), 0x1p32 - 1));
+}
 
 }  // namespace normformer::ops

@@ -37,11 +37,19 @@ class CostLedger {
 /// operation; used by the rank's own thread only. Tensors may outlive it.
 class Context {
  public:
-  /// `threads` shares the rank's loops; it must be at least 1.
-  explicit Context(DeviceKind device, int threads = 1);
+  /// `threads` shares the rank's loops on the host; it must be at least 1. `gpu` is which GPU of this
+  /// process, on cuda; ConfigError where there is no such GPU.
+  explicit Context(DeviceKind device, int threads = 1, int gpu = 0);
 
   DeviceKind device() const { return device_; }
   bool is_meta() const { return device_ == DeviceKind::meta; }
+  bool is_cuda() const { return device_ == DeviceKind::cuda; }
+
+  /// The GPU; LogicError on other devices.
+  Gpu& gpu() const;
+
+  /// Where this rank computes on the host: this context itself but on cuda.
+  Context& host();
   ThreadPool& threads() { return threads_; }
   Allocator& memory() { return *memory_; }
   CostLedger& costs() { return costs_; }
@@ -54,8 +62,10 @@ class Context {
 
  private:
   DeviceKind device_;
+  std::shared_ptr<Gpu> gpu_;
   std::shared_ptr<Allocator> memory_;
   ThreadPool threads_;
+  std::unique_ptr<Context> host_;
   CostLedger costs_;
 };
 
@@ -63,7 +73,7 @@ class Context {
 void fill_zero(Context& context, const Tensor& tensor);
 
 /// Copies `from` into `to`, of the same number of elements, converting between floating-point types (to
-/// nearest even).
+/// nearest even). One of them may be on the host though the context is not; then both are of one type.
 void copy(Context& context, const Tensor& from, const Tensor& to);
 
 /// to += from, elementwise; added in the accumulator type and rounded once. Same number of elements.
@@ -80,6 +90,9 @@ void sum_in_order(Context& context, std::span<const Tensor> pieces, const Tensor
 template <class T>
 Tensor from_host(Context& context, std::span<const T> values, const Shape& shape,
                  MemoryUse use = MemoryUse::activations);
+
+/// The same elements on the host: the tensor itself where it is there, else a copy.
+Tensor on_host(Context& context, const Tensor& tensor);
 
 /// The elements of a tensor converted to double. Not for meta.
 std::vector<double> to_host(const Tensor& tensor);

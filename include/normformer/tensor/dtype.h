@@ -14,14 +14,14 @@ enum class DType { f64, f32, bf16, i64, i32, u8 };
 struct bf16 {
   uint16_t bits = 0;
 
-  bf16() = default;
+  constexpr bf16() = default;
   /// Rounds to nearest, ties to even; a NaN stays a NaN.
-  explicit bf16(float x) {
+  constexpr explicit bf16(float x) {
     const uint32_t u = std::bit_cast<uint32_t>(x);
     const uint32_t rounded = u + 0x7FFFu + ((u >> 16) & 1u);
     bits = static_cast<uint16_t>(((u & 0x7FFFFFFFu) > 0x7F800000u ? u | 0x00400000u : rounded) >> 16);
   }
-  explicit operator float() const { return std::bit_cast<float>(uint32_t{bits} << 16); }
+  constexpr explicit operator float() const { return std::bit_cast<float>(uint32_t{bits} << 16); }
 };
 
 /// Bytes of one element.

@@ -9,10 +9,15 @@
 #include <string_view>
 #include <vector>
 
+#include "normformer/tensor/gpu.h"
+
 namespace normformer {
 
 /// Where tensors live. `meta` has shapes and accounts but no memory: the planner is the trainer on it.
-enum class DeviceKind { cpu, meta };
+enum class DeviceKind { cpu, cuda, meta };
+
+/// "cpu", "cuda", "meta"
+std::string_view name_of(DeviceKind device);
 
 /// What an allocation is for, so that a report can say what holds the memory.
 enum class MemoryUse { parameters, gradients, optimizer, activations, workspace, communication };
@@ -32,10 +37,14 @@ struct MemoryReport {
 };
 
 /// Hands out 64-byte aligned blocks and keeps freed ones for reuse, by size class; counts every byte.
-/// On `meta` it counts exactly alike and hands out nothing. One per rank; safe from several threads.
+/// On `meta` it counts exactly alike and hands out nothing. On `cuda` a block may be handed out again before
+/// work on it is done: what comes later in the GPU's queue finds it free. Where the device has no memory
+/// left, blocks that nobody holds are given back first. One per rank; safe from several threads.
 class Allocator : public std::enable_shared_from_this<Allocator> {
  public:
-  explicit Allocator(DeviceKind device) : device_(device) {}
+  /// `gpu` for `cuda`, else null.
+  explicit Allocator(DeviceKind device, std::shared_ptr<Gpu> gpu = nullptr)
+      : device_(device), gpu_(std::move(gpu)) {}
   ~Allocator();
   Allocator(const Allocator&) = delete;
   Allocator& operator=(const Allocator&) = delete;
@@ -52,6 +61,9 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
 
   MemoryReport report() const;
 
+  /// The GPU whose memory this is; null elsewhere.
+  Gpu* gpu() const { return gpu_.get(); }
+
   /// Starts the peaks anew from what is held now.
   void reset_peaks();
 
@@ -60,8 +72,13 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
 
  private:
   void account(int64_t change, MemoryUse use);
+  void* take_from_device(int64_t bytes);
+  void give_to_device(void* block) noexcept;
+  void trim_locked() noexcept;
+  [[noreturn]] void out_of_memory(int64_t bytes, MemoryUse use) const;
 
   const DeviceKind device_;
+  const std::shared_ptr<Gpu> gpu_;
   mutable std::mutex mutex_;
   std::map<int64_t, std::vector<void*>>
       free_;  // by size class; on meta the pointers are null, their number counts

@@ -47,6 +47,7 @@ class Storage {
   Storage& operator=(const Storage&) = delete;
   void* data() const { return data_; }
   int64_t bytes() const { return bytes_; }
+  const Allocator& allocator() const { return *allocator_; }
 
  private:
   std::shared_ptr<Allocator> allocator_;
@@ -80,8 +81,16 @@ class Tensor {
     return static_cast<T*>(raw());
   }
 
-  /// The first byte, whatever the element type; LogicError on meta.
+  /// The first byte, whatever the element type; LogicError on meta. On cuda no address of the host's.
   void* raw() const;
+
+  /// As raw(), for the host to read or write: LogicError on cuda too.
+  void* host_raw() const;
+
+  /// Copies the elements' bytes out to the host, or in from it, whatever the device; `host` is nbytes() long.
+  /// Waits for a GPU to finish what it was given before. LogicError on meta.
+  void copy_out(void* host) const;
+  void copy_in(const void* host) const;
 
   /// The same elements under another shape of as many.
   Tensor view(Shape shape) const;
@@ -97,6 +106,7 @@ class Tensor {
 
  private:
   void check_access(DType wanted) const;
+  Gpu* gpu() const { return storage_->allocator().gpu(); }
 
   std::shared_ptr<Storage> storage_;
   int64_t byte_offset_ = 0;

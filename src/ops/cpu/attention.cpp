@@ -10,12 +10,14 @@
 #include <hwy/highway.h>
 
 #include "normformer/core/checked.h"
+#include "normformer/tensor/dispatch.h"
 
 #include "ops/cpu/dropout_mask.h"
 #include "ops/cpu/gemm.h"
 #include "ops/cpu/math-inl.h"
 #include "ops/cpu/pack-inl.h"
 #include "ops/cpu/scratch.h"
+#include "ops/kernels.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace normformer::ops::cpu::HWY_NAMESPACE {
@@ -620,59 +622,73 @@ int64_t groups_of(int64_t pairs, int64_t wanted, int64_t blocks) {
   return std::clamp<int64_t>(ceil_div(wanted, std::max<int64_t>(1, pairs)), 1, std::max<int64_t>(1, blocks));
 }
 
+template <class T>
+AttentionInput<T> input_of(const AttentionShape& shape, const Tensor& qkv, const Tensor& document_start,
+                           const Dropout& dropout) {
+  return {.shape = shape,
+          .dropout = dropout,
+          .document_start = document_start ? document_start.data<int32_t>() : nullptr,
+          .qkv = qkv.data<T>()};
+}
+
 }  // namespace
 
-template <class T>
-void attention_forward(ThreadPool& threads, const AttentionInput<T>& input, T* out, Accumulator<T>* lse) {
-  const AttentionTasks<T> tasks = chosen_tasks<T>();
-  const int64_t pairs = input.shape.batch * input.shape.heads;
-  const int64_t blocks = HWY_DYNAMIC_DISPATCH(forward_blocks)(input.shape.length);
+void attention_forward(Context& context, const AttentionShape& shape, const Tensor& qkv,
+                       const Tensor& document_start, const Dropout& dropout, const Tensor& out,
+                       const Tensor& lse) {
+  ThreadPool& threads = context.threads();
+  const int64_t pairs = shape.batch * shape.heads;
+  const int64_t blocks = HWY_DYNAMIC_DISPATCH(forward_blocks)(shape.length);
   // A row's bits do not depend on the other rows, so this cut may follow the number of threads.
   const int64_t groups = threads.size() == 1 ? 1 : groups_of(pairs, 4 * threads.size(), blocks);
-  threads.parallel_for(groups * pairs, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      tasks.forward(input, task / groups, task % groups, groups, out, lse);
-    }
+  dispatch_floating(qkv.dtype(), [&]<class T>() {
+    const AttentionTasks<T> tasks = chosen_tasks<T>();
+    const AttentionInput<T> input = input_of<T>(shape, qkv, document_start, dropout);
+    threads.parallel_for(groups * pairs, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        tasks.forward(input, task / groups, task % groups, groups, out.data<T>(), lse.data<Accumulator<T>>());
+      }
+    });
   });
 }
 
-Shape attention_dq_parts(const AttentionShape& s) {
+// Gradients of queries are summed in it: [groups of key blocks, batch * heads, length, head_size in whole
+// panels].
+Shape attention_backward_workspace(Context&, const AttentionShape& s) {
   const int64_t pairs = s.batch * s.heads;
   const int64_t groups = groups_of(pairs, kLeastTasks, HWY_DYNAMIC_DISPATCH(backward_blocks)(s.length));
   return {groups, pairs, s.length, round_up(s.head_size, kGemmPanel)};
 }
 
-template <class T>
-void attention_backward(ThreadPool& threads, const AttentionInput<T>& input, const AttentionSaved<T>& saved,
-                        Accumulator<T>* dq_parts, T* dqkv) {
-  const AttentionTasks<T> tasks = chosen_tasks<T>();
-  const Shape parts = attention_dq_parts(input.shape);
-  const int64_t groups = parts[0];
-  const int64_t pairs = parts[1];
-  const int64_t head_elements = parts[2] * parts[3];
-  threads.parallel_for(groups * pairs, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      Accumulator<T>* dq = dq_parts + task * head_elements;
-      std::fill(dq, dq + head_elements, Accumulator<T>{});
-      tasks.backward(input, saved, task % pairs, task / pairs, groups, dq, dqkv);
-    }
-  });
-  threads.parallel_for(pairs, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t pair = begin; pair < end; ++pair) {
-      tasks.write_dq(input, pair, groups, pairs * head_elements, dq_parts + pair * head_elements, dqkv);
-    }
+void attention_backward(Context& context, const AttentionShape& shape, const Tensor& dout, const Tensor& qkv,
+                        const Tensor& document_start, const Dropout& dropout, const Tensor& out,
+                        const Tensor& lse, const Tensor& dqkv, const Tensor& workspace) {
+  ThreadPool& threads = context.threads();
+  const int64_t groups = workspace.dim(0);
+  const int64_t pairs = workspace.dim(1);
+  const int64_t head_elements = workspace.dim(2) * workspace.dim(3);
+  dispatch_floating(qkv.dtype(), [&]<class T>() {
+    using A = Accumulator<T>;
+    const AttentionTasks<T> tasks = chosen_tasks<T>();
+    const AttentionInput<T> input = input_of<T>(shape, qkv, document_start, dropout);
+    const AttentionSaved<T> saved{.dout = dout.data<T>(), .out = out.data<T>(), .lse = lse.data<A>()};
+    T* gradient = dqkv.data<T>();
+    A* dq_parts = workspace.data<A>();
+    threads.parallel_for(groups * pairs, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        A* dq = dq_parts + task * head_elements;
+        std::fill(dq, dq + head_elements, A{});
+        tasks.backward(input, saved, task % pairs, task / pairs, groups, dq, gradient);
+      }
+    });
+    threads.parallel_for(pairs, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t pair = begin; pair < end; ++pair) {
+        A* parts = dq_parts + pair * head_elements;
+        tasks.write_dq(input, pair, groups, pairs * head_elements, parts, gradient);
+      }
+    });
   });
 }
-
-template void attention_forward(ThreadPool&, const AttentionInput<double>&, double*, double*);
-template void attention_forward(ThreadPool&, const AttentionInput<float>&, float*, float*);
-template void attention_forward(ThreadPool&, const AttentionInput<bf16>&, bf16*, float*);
-template void attention_backward(ThreadPool&, const AttentionInput<double>&, const AttentionSaved<double>&,
-                                 double*, double*);
-template void attention_backward(ThreadPool&, const AttentionInput<float>&, const AttentionSaved<float>&,
-                                 float*, float*);
-template void attention_backward(ThreadPool&, const AttentionInput<bf16>&, const AttentionSaved<bf16>&,
-                                 float*, bf16*);
 
 }  // namespace normformer::ops::cpu
 #endif

@@ -1,7 +1,7 @@
 #pragma once
 
 #include "normformer/ops/attention.h"
-#include "normformer/tensor/thread_pool.h"
+#include "normformer/tensor/dtype.h"
 
 namespace normformer::ops::cpu {
 
@@ -29,24 +29,12 @@ struct AttentionTasks {
   void (*forward)(const AttentionInput<T>& input, int64_t pair, int64_t group, int64_t groups, T* out,
                   Accumulator<T>* lse);
   /// Blocks of keys group, group + groups, ...: writes their gradients and adds to dq[length, padded
-  /// size], the workspace of attention_dq_parts().
+  /// size], the workspace of attention_backward_workspace().
   void (*backward)(const AttentionInput<T>& input, const AttentionSaved<T>& saved, int64_t pair,
                    int64_t group, int64_t groups, Accumulator<T>* dq, T* dqkv);
   /// Adds up the groups' dq in order and writes it.
   void (*write_dq)(const AttentionInput<T>& input, int64_t pair, int64_t groups, int64_t group_stride,
                    Accumulator<T>* parts, T* dqkv);
 };
-
-template <class T>
-void attention_forward(ThreadPool& threads, const AttentionInput<T>& input, T* out, Accumulator<T>* lse);
-
-/// The shape of the workspace in which gradients of queries are summed: [groups of key blocks, batch * heads,
-/// length, head_size in whole panels].
-Shape attention_dq_parts(const AttentionShape& shape);
-
-/// `dq_parts` is a workspace of attention_dq_parts().
-template <class T>
-void attention_backward(ThreadPool& threads, const AttentionInput<T>& input, const AttentionSaved<T>& saved,
-                        Accumulator<T>* dq_parts, T* dqkv);
 
 }  // namespace normformer::ops::cpu

@@ -1,6 +1,7 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "ops/cpu/cross_entropy.cpp"
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include <hwy/foreach_target.h>
@@ -8,9 +9,10 @@
 
 #include "normformer/tensor/dispatch.h"
 
-#include "ops/cpu/kernels.h"
+#include "ops/cpu/dispatch_accumulator.h"
 #include "ops/cpu/lanes-inl.h"
 #include "ops/cpu/math-inl.h"
+#include "ops/kernels.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace normformer::ops::cpu::HWY_NAMESPACE {
@@ -118,6 +120,29 @@ void logits_sums(Context& context, const Tensor& logits, const Tensor& maxima, c
   context.threads().parallel_for(logits.dim(0), row_grain(logits.dim(1)), [&](int64_t begin, int64_t end) {
     HWY_DYNAMIC_DISPATCH(logits_sums_rows)(logits, maxima, targets, first_row, sums, Range{begin, end});
   });
+}
+
+void cross_entropy(Context& context, const Tensor& sums, const Tensor& nll) {
+  dispatch_accumulator(sums.dtype(), [&]<class A>() {
+    const A* in = sums.data<A>();
+    A* out = nll.data<A>();
+    constexpr int64_t kRows = 1024;
+    context.threads().parallel_for(sums.dim(0), kRows, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) out[r] = std::log(in[2 * r]) - in[2 * r + 1];
+    });
+  });
+}
+
+double weighted_sum(Context&, const Tensor& values, const Tensor& weights) {
+  double total = 0.0;
+  dispatch_accumulator(values.dtype(), [&]<class A>() {
+    const A* in = values.data<A>();
+    const uint8_t* counts = weights ? weights.data<uint8_t>() : nullptr;
+    for (int64_t n = 0; n < values.numel(); ++n) {
+      if (counts == nullptr || counts[n] != 0) total += static_cast<double>(in[n]);
+    }
+  });
+  return total;
 }
 
 void cross_entropy_backward(Context& context, const Tensor& logits, const Tensor& maxima, const Tensor& sums,

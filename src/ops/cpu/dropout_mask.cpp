@@ -155,15 +155,6 @@ namespace normformer::ops::cpu {
 HWY_EXPORT(fill_float);
 HWY_EXPORT(fill_double);
 
-namespace {
-
-/// The least word that is kept. Where probability * 2^32 leaves 32 bits the last word is kept all the same.
-uint32_t keep_threshold(double probability) {
-  return static_cast<uint32_t>(std::min(std::ceil(probability * 0x1p32), 0x1p32 - 1));
-}
-
-}  // namespace
-
 void dropout_multipliers(RandomStream stream, int64_t sample, int64_t first, int64_t count,
                          double probability, float* multipliers) {
   HWY_DYNAMIC_DISPATCH(fill_float)

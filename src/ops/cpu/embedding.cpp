@@ -10,8 +10,8 @@
 #include "normformer/tensor/dispatch.h"
 
 #include "ops/cpu/dropout_mask.h"
-#include "ops/cpu/kernels.h"
 #include "ops/cpu/lanes-inl.h"
+#include "ops/kernels.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace normformer::ops::cpu::HWY_NAMESPACE {

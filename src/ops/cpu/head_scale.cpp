@@ -8,9 +8,9 @@
 #include "normformer/tensor/dispatch.h"
 
 #include "ops/cpu/column_sums.h"
-#include "ops/cpu/kernels.h"
 #include "ops/cpu/lanes-inl.h"
 #include "ops/cpu/per_channel.h"
+#include "ops/kernels.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace normformer::ops::cpu::HWY_NAMESPACE {

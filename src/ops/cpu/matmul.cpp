@@ -1,11 +1,12 @@
-#include "ops/cpu/matmul.h"
-
 #include <algorithm>
 #include <array>
 
 #include "normformer/core/checked.h"
+#include "normformer/tensor/dispatch.h"
 
+#include "ops/cpu/gemm.h"
 #include "ops/cpu/onednn.h"
+#include "ops/kernels.h"
 
 namespace normformer::ops::cpu {
 
@@ -108,8 +109,7 @@ void library_gemm(ThreadPool& threads, const GemmShape& shape, const bf16* a, co
   });
 }
 
-}  // namespace
-
+/// A whole product over the pool's threads, which share gemm_part(): see there. k may be 0.
 template <class In, class Out>
 void gemm(ThreadPool& threads, const GemmShape& shape, const In* a, const In* b, const Out* bias, Out* c) {
   if (shape.m == 0 || shape.n == 0) return;
@@ -127,20 +127,52 @@ void gemm(ThreadPool& threads, const GemmShape& shape, const In* a, const In* b,
   });
 }
 
-template <class T>
-void add_column_sums(ThreadPool& threads, int64_t rows, int64_t columns, const T* x, Accumulator<T>* out) {
-  threads.parallel_for(columns, kColumnBlock, [&](int64_t begin, int64_t end) {
-    add_column_block(rows, end - begin, columns, x + begin, out + begin);
+}  // namespace
+
+void linear_forward(Context& context, const Tensor& x, const Tensor& w, const Tensor& bias, const Tensor& y) {
+  const int64_t n = x.dim(0);
+  const int64_t k = x.dim(1);
+  const int64_t m = w.dim(0);
+  const GemmShape shape{.m = n, .n = m, .k = k, .lda = k, .ldb = k, .ldc = m, .transpose_b = true};
+  dispatch_floating(x.dtype(), [&]<class T>() {
+    const T* added = bias ? bias.data<T>() : nullptr;
+    gemm(context.threads(), shape, x.data<T>(), w.data<T>(), added, y.data<T>());
   });
 }
 
-template void gemm(ThreadPool&, const GemmShape&, const double*, const double*, const double*, double*);
-template void gemm(ThreadPool&, const GemmShape&, const float*, const float*, const float*, float*);
-template void gemm(ThreadPool&, const GemmShape&, const bf16*, const bf16*, const bf16*, bf16*);
-template void gemm(ThreadPool&, const GemmShape&, const bf16*, const bf16*, const float*, float*);
+void linear_backward_input(Context& context, const Tensor& dy, const Tensor& w, const Tensor& dx) {
+  const int64_t n = dy.dim(0);
+  const int64_t m = dy.dim(1);
+  const int64_t k = w.dim(1);
+  const GemmShape shape{.m = n, .n = k, .k = m, .lda = m, .ldb = k, .ldc = k};
+  dispatch_floating(dy.dtype(), [&]<class T>() {
+    const T* no_bias = nullptr;
+    gemm(context.threads(), shape, dy.data<T>(), w.data<T>(), no_bias, dx.data<T>());
+  });
+}
 
-template void add_column_sums(ThreadPool&, int64_t, int64_t, const double*, double*);
-template void add_column_sums(ThreadPool&, int64_t, int64_t, const float*, float*);
-template void add_column_sums(ThreadPool&, int64_t, int64_t, const bf16*, float*);
+void linear_backward_weight(Context& context, const Tensor& dy, const Tensor& x, const Tensor& dw) {
+  const int64_t n = dy.dim(0);
+  const int64_t m = dy.dim(1);
+  const int64_t k = x.dim(1);
+  const GemmShape shape{
+      .m = m, .n = k, .k = n, .lda = m, .ldb = k, .ldc = k, .transpose_a = true, .accumulate = true};
+  dispatch_floating(dy.dtype(), [&]<class T>() {
+    const Accumulator<T>* no_bias = nullptr;
+    gemm(context.threads(), shape, dy.data<T>(), x.data<T>(), no_bias, dw.data<Accumulator<T>>());
+  });
+}
+
+void add_column_sums(Context& context, const Tensor& x, const Tensor& out) {
+  const int64_t rows = x.dim(0);
+  const int64_t columns = x.dim(1);
+  dispatch_floating(x.dtype(), [&]<class T>() {
+    const T* from = x.data<T>();
+    auto* sums = out.data<Accumulator<T>>();
+    context.threads().parallel_for(columns, kColumnBlock, [&](int64_t begin, int64_t end) {
+      add_column_block(rows, end - begin, columns, from + begin, sums + begin);
+    });
+  });
+}
 
 }  // namespace normformer::ops::cpu

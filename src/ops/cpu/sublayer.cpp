@@ -12,9 +12,9 @@
 
 #include "ops/cpu/column_sums.h"
 #include "ops/cpu/dropout_mask.h"
-#include "ops/cpu/kernels.h"
 #include "ops/cpu/lanes-inl.h"
 #include "ops/cpu/per_channel.h"
+#include "ops/kernels.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace normformer::ops::cpu::HWY_NAMESPACE {

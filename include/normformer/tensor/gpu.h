@@ -1,0 +1,82 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace normformer {
+
+/// What the driver says of one GPU.
+struct GpuDescription {
+  int index = 0;       ///< as this process numbers them
+  std::string name;    ///< "NVIDIA H200"
+  int64_t memory = 0;  ///< bytes
+  int multiprocessors = 0;
+  int compute_major = 0;  ///< compute capability: 9 and 0 for Hopper
+  int compute_minor = 0;
+  std::string bus;     ///< PCI address, "0000:17:00.0"
+  int numa_node = -1;  ///< of the PCI slot; -1 where the system does not say
+};
+
+/// The GPUs that this process sees; none where there is no driver or this build has no CUDA.
+std::vector<GpuDescription> list_gpus();
+
+/// "CUDA 13.0, driver 13.1", or why there is none: "this build has no CUDA (-DNORMFORMER_CUDA=ON)".
+std::string describe_cuda();
+
+/// One GPU as one rank uses it: its memory and a queue of work for computing. Work is done in the order in
+/// which it was enqueued, later than the call; only what is said to wait waits. Used by one thread at a time,
+/// save allocate() and free(). Functions throw Error with the driver's words where a call fails, which may
+/// also be the failure of work enqueued earlier.
+class Gpu {
+ public:
+  /// ConfigError where this process has no such GPU.
+  explicit Gpu(int index);
+  ~Gpu();
+  Gpu(const Gpu&) = delete;
+  Gpu& operator=(const Gpu&) = delete;
+
+  const GpuDescription& description() const { return description_; }
+
+  /// Memory from the driver, aligned to 256 bytes; null where it has not so much left.
+  void* allocate(int64_t bytes);
+
+  /// Gives a block of allocate() back once all work enqueued so far is done.
+  void free(void* block) noexcept;
+
+  /// Free and total bytes of the GPU, other processes' included.
+  struct Memory {
+    int64_t free = 0;
+    int64_t total = 0;
+  };
+  Memory memory() const;
+
+  /// Enqueues a copy to the GPU by way of pinned memory; `from` may change once this returns.
+  void copy_in(void* to, const void* from, int64_t bytes);
+
+  /// Copies to the host by way of pinned memory; waits until the bytes are there.
+  void copy_out(void* to, const void* from, int64_t bytes);
+
+  /// Enqueues a copy within the GPU; the areas must not overlap.
+  void copy(void* to, const void* from, int64_t bytes);
+
+  /// Enqueues setting every byte to zero.
+  void fill_zero(void* block, int64_t bytes);
+
+  /// Waits until all work enqueued so far is done.
+  void synchronize();
+
+  /// The queue itself, a cudaStream_t.
+  void* stream() const { return stream_; }
+
+ private:
+  class Staging;
+
+  GpuDescription description_;
+  void* stream_ = nullptr;
+  std::unique_ptr<Staging> staging_;
+};
+
+}  // namespace normformer
