@@ -153,7 +153,7 @@ EvaluationResult evaluate(ModelInstance& model, const RunConfig& config, const B
   EvaluationResult mine;
   ForwardOnlyStage forward_only(stage);
   // Some micro-batches at a time fill the pipeline; their tokens and losses need little memory.
-  const auto window = static_cast<size_t>(4 * model.mesh().pipeline().size());
+  const size_t window = 4 * static_cast<size_t>(model.mesh().pipeline().size());
   for (size_t begin = 0; begin < samples.size(); begin += window) {
     const size_t end = std::min(samples.size(), begin + window);
     std::vector<Batch> read;

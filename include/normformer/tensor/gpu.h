@@ -2,8 +2,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
+#include <typeindex>
 #include <vector>
 
 namespace normformer {
@@ -71,12 +73,28 @@ class Gpu {
   /// The queue itself, a cudaStream_t.
   void* stream() const { return stream_; }
 
+  /// An object of type T for this GPU, made from it on first use and kept as long as it: a library's handle,
+  /// say.
+  template <class T>
+  T& attached() {
+    std::shared_ptr<void>& slot = attached_[typeid(T)];
+    if (slot == nullptr) slot = std::make_shared<T>(*this);
+    return *static_cast<T*>(slot.get());
+  }
+
+  /// Whether products of fp32 may round their factors to 11 bits (TF32). Off unless set before the first
+  /// product.
+  bool uses_tf32() const { return tf32_; }
+  void use_tf32(bool use) { tf32_ = use; }
+
  private:
   class Staging;
 
   GpuDescription description_;
   void* stream_ = nullptr;
   std::unique_ptr<Staging> staging_;
+  std::map<std::type_index, std::shared_ptr<void>> attached_;
+  bool tf32_ = false;
 };
 
 }  // namespace normformer

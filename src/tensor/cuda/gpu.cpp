@@ -170,6 +170,7 @@ Gpu::Gpu(int index) {
 Gpu::~Gpu() {
   cudaSetDevice(description_.index);
   cudaStreamSynchronize(stream_of(*this));
+  attached_.clear();
   staging_.reset();
   cudaStreamDestroy(stream_of(*this));
 }
