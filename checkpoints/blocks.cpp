@@ -10,19 +10,25 @@ namespace {
 /// How many data files a reader keeps open: far below the usual limit of a process.
 constexpr size_t kMaxOpenFiles = 64;
 
-std::span<const std::byte> bytes_of(const TensorPiece& piece) {
-  return {static_cast<const std::byte*>(piece.data.raw()), static_cast<size_t>(piece.data.nbytes())};
+/// The bytes of a tensor: where they are if that is on the host, else copied into `buffer`.
+std::span<const std::byte> host_bytes(const Tensor& tensor, std::vector<std::byte>& buffer) {
+  const auto bytes = static_cast<size_t>(tensor.nbytes());
+  if (tensor.device() != DeviceKind::cuda) return {static_cast<const std::byte*>(tensor.raw()), bytes};
+  buffer.resize(bytes);
+  tensor.copy_out(buffer.data());
+  return buffer;
 }
 
 StoredPiece append_piece(WritableFile& file, const TensorPiece& piece, int64_t block_bytes) {
   StoredPiece stored;
   stored.place = {piece.rectangle, piece.range};
-  std::span<const std::byte> rest = bytes_of(piece);
-  while (!rest.empty()) {
-    const auto block = rest.first(std::min(rest.size(), static_cast<size_t>(block_bytes)));
+  const int64_t elements = piece.data.numel();
+  const int64_t step = block_bytes / size_of(piece.data.dtype());
+  std::vector<std::byte> buffer;
+  for (int64_t at = 0; at < elements; at += step) {
+    const auto block = host_bytes(piece.data.flat(at, std::min(step, elements - at)), buffer);
     stored.block_checksums.push_back(checksum_of(block));
     file.append(block);
-    rest = rest.subspan(block.size());
   }
   return stored;
 }

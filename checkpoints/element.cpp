@@ -86,7 +86,7 @@ void convert_elements(const StoredType& from, std::span<const std::byte> source,
   NF_CHECK(is_convertible(from, into.dtype()), "{} read as {}", from.name, name_of(into.dtype()));
   NF_CHECK(at >= 0 && at + static_cast<int64_t>(source.size()) / from.bytes <= into.numel(),
            "{} elements at {} of {}", static_cast<int64_t>(source.size()) / from.bytes, at, to_string(into));
-  auto* out = static_cast<std::byte*>(into.raw()) + at * size_of(into.dtype());
+  auto* out = static_cast<std::byte*>(into.host_raw()) + at * size_of(into.dtype());
   if (from.name == kHalf) {
     dispatch_floating(into.dtype(), [&]<class To>() { convert<Half>(source, reinterpret_cast<To*>(out)); });
   } else if (from.dtype == into.dtype()) {

@@ -110,7 +110,10 @@ void CheckpointReader::read(std::span<const TensorPiece> wanted) const {
     check_piece(piece);
     const StoredTensor& tensor = contents_->find_for(piece, folder_);
     const int64_t element = size_of(tensor.info.dtype);
-    auto* to = static_cast<std::byte*>(piece.data.raw());
+    // What belongs on a GPU is put together on the host first.
+    std::vector<std::byte> staging(
+        piece.data.device() == DeviceKind::cuda ? static_cast<size_t>(piece.data.nbytes()) : 0);
+    std::byte* to = staging.empty() ? static_cast<std::byte*>(piece.data.raw()) : staging.data();
     for (const StoredPiece& stored : tensor.pieces) {
       for_each_shared_run(stored.place, {piece.rectangle, piece.range},
                           [&](int64_t from, int64_t at, int64_t count) {
@@ -118,6 +121,7 @@ void CheckpointReader::read(std::span<const TensorPiece> wanted) const {
                                      {from * element, (from + count) * element}, to + at * element);
                           });
     }
+    if (!staging.empty()) piece.data.copy_in(staging.data());
   }
 }
 

@@ -32,6 +32,19 @@ void GroupImpl::barrier() {
   exchange(sends, receives);
 }
 
+namespace {
+[[noreturn]] void reaches_no_gpu() { NF_CHECK(false, "a transport that does not reach a GPU was asked to"); }
+}  // namespace
+
+void GroupImpl::exchange_on_gpu(Context&, std::span<const Outgoing>, std::span<const Incoming>) {
+  reaches_no_gpu();
+}
+void GroupImpl::broadcast_on_gpu(Context&, std::byte*, int64_t, int) { reaches_no_gpu(); }
+std::unique_ptr<SendRequest::Impl> GroupImpl::send_on_gpu(Context&, const Tensor&, int, int) {
+  reaches_no_gpu();
+}
+void GroupImpl::receive_on_gpu(Context&, const Tensor&, int, int) { reaches_no_gpu(); }
+
 }  // namespace detail
 
 namespace {
@@ -40,17 +53,34 @@ namespace {
 // round. The sums have the same bits either way.
 constexpr int64_t kOneRoundBytes = 64 << 10;
 
-// The tensors of one exchange; empty ones are left out on both sides.
+std::byte* bytes_of(const Tensor& tensor) { return static_cast<std::byte*>(tensor.raw()); }
+
+// The tensors of one exchange; empty ones are left out on both sides. What lies on a GPU goes by way of the
+// host where the transport cannot reach it.
 class Moves {
  public:
+  Moves(Context& context, detail::GroupImpl& impl)
+      : context_(context), impl_(impl), stages_(context.is_cuda() && !impl.moves_gpu_memory()) {}
+
   void send(int to, const Tensor& tensor) {
-    if (wanted(tensor)) sends_.push_back({to, static_cast<const std::byte*>(tensor.raw()), tensor.nbytes()});
+    if (!wanted(tensor)) return;
+    const Tensor from = stages_ ? staged(tensor) : tensor;
+    sends_.push_back({to, bytes_of(from), from.nbytes()});
   }
   void receive(int from, const Tensor& tensor) {
-    if (wanted(tensor)) receives_.push_back({from, static_cast<std::byte*>(tensor.raw()), tensor.nbytes()});
+    if (!wanted(tensor)) return;
+    Tensor to = tensor;
+    if (stages_) {
+      to = context_.host().empty(tensor.shape(), tensor.dtype(), MemoryUse::communication);
+      arrivals_.push_back({to, tensor});
+    }
+    receives_.push_back({from, bytes_of(to), to.nbytes()});
   }
-  void run(detail::GroupImpl& impl) const {
-    if (!sends_.empty() || !receives_.empty()) impl.exchange(sends_, receives_);
+  void run() {
+    if (sends_.empty() && receives_.empty()) return;
+    if (context_.is_cuda() && !stages_) return impl_.exchange_on_gpu(context_, sends_, receives_);
+    impl_.exchange(sends_, receives_);
+    for (const auto& [host, gpu] : arrivals_) copy(context_, host, gpu);
   }
 
  private:
@@ -58,6 +88,20 @@ class Moves {
     return tensor.device() != DeviceKind::meta && tensor.numel() > 0;
   }
 
+  // A tensor that goes to several ranks is copied once.
+  Tensor staged(const Tensor& tensor) {
+    for (const auto& [gpu, host] : departures_) {
+      if (gpu.raw() == tensor.raw() && gpu.nbytes() == tensor.nbytes()) return host;
+    }
+    departures_.push_back({tensor, on_host(context_, tensor)});
+    return departures_.back().second;
+  }
+
+  Context& context_;
+  detail::GroupImpl& impl_;
+  bool stages_;
+  std::vector<std::pair<Tensor, Tensor>> departures_;
+  std::vector<std::pair<Tensor, Tensor>> arrivals_;
   std::vector<detail::Outgoing> sends_;
   std::vector<detail::Incoming> receives_;
 };
@@ -97,26 +141,7 @@ class Inbox {
   Tensor rows_;
 };
 
-template <class T>
-T larger(T a, T b) {
-  return b > a || std::isnan(b) ? b : a;
-}
-
-void max_in_order(Context& context, std::span<const Tensor> pieces, const Tensor& out) {
-  const auto terms = static_cast<int64_t>(pieces.size());
-  context.costs().record("max_in_order", (terms - 1) * out.numel(), (terms + 1) * out.nbytes());
-  if (context.is_meta()) return;
-  const auto run = [&]<class T>(T* result) {
-    std::vector<const T*> in;
-    for (const Tensor& piece : pieces) in.push_back(piece.data<T>());
-    for (int64_t i = 0; i < out.numel(); ++i) {
-      T most = in[0][i];
-      for (size_t p = 1; p < in.size(); ++p) most = larger(most, in[p][i]);
-      result[i] = most;
-    }
-  };
-  out.dtype() == DType::f64 ? run(out.data<double>()) : run(out.data<float>());
-}
+double larger_or_nan(double a, double b) { return b > a || std::isnan(b) ? b : a; }
 
 void combine(Context& context, ReduceOp op, const Inbox& inbox, const Tensor& out) {
   if (op == ReduceOp::sum)
@@ -165,6 +190,12 @@ Group::Group(std::unique_ptr<detail::GroupImpl> impl, GroupMembers members,
            world_ranks().size(), name(), size());
 }
 
+std::unique_ptr<detail::GroupImpl> Group::duplicate_transport() const {
+  std::vector<int> everyone(static_cast<size_t>(size()));
+  std::iota(everyone.begin(), everyone.end(), 0);
+  return impl_->subgroup(everyone);
+}
+
 void Group::record(std::string_view kind, int64_t bytes, int peer, int tag) const {
   ledger_->record({members_, kind, bytes, peer, tag});
 }
@@ -203,7 +234,7 @@ void Group::all_reduce_together(Context& context, std::span<const Tensor> tensor
   const std::vector<int> peers = peers_of(*impl_);
   {
     std::vector<Inbox> inboxes;
-    Moves moves;
+    Moves moves(context, *impl_);
     for (const Tensor& tensor : tensors) {
       inboxes.emplace_back(context, *impl_, piece(tensor, rank()));
       for (const int peer : peers) {
@@ -211,20 +242,20 @@ void Group::all_reduce_together(Context& context, std::span<const Tensor> tensor
         moves.receive(peer, inboxes.back().from(peer));
       }
     }
-    moves.run(*impl_);
+    moves.run();
     for (size_t t = 0; t < tensors.size(); ++t) {
       combine(context, op, inboxes[t], piece(tensors[t], rank()));
     }
   }
   if (one_round) return;
-  Moves moves;
+  Moves moves(context, *impl_);
   for (const Tensor& tensor : tensors) {
     for (const int peer : peers) {
       moves.send(peer, piece(tensor, rank()));
       moves.receive(peer, piece(tensor, peer));
     }
   }
-  moves.run(*impl_);
+  moves.run();
 }
 
 void Group::reduce_scatter_sum(Context& context, const Tensor& whole, const Tensor& part,
@@ -237,12 +268,12 @@ void Group::reduce_scatter_sum(Context& context, const Tensor& whole, const Tens
   if (size() > 1) record("reduce_scatter", whole.nbytes());
 
   const Inbox inbox(context, *impl_, piece(rank()));
-  Moves moves;
+  Moves moves(context, *impl_);
   for (const int peer : peers_of(*impl_)) {
     moves.send(peer, piece(peer));
     moves.receive(peer, inbox.from(peer));
   }
-  moves.run(*impl_);
+  moves.run();
   combine(context, ReduceOp::sum, inbox, part);
 }
 
@@ -256,12 +287,12 @@ void Group::all_gather(Context& context, const Tensor& part, const Tensor& whole
   if (size() > 1) record("all_gather", whole.nbytes());
 
   copy(context, part, piece(rank()));
-  Moves moves;
+  Moves moves(context, *impl_);
   for (const int peer : peers_of(*impl_)) {
     moves.send(peer, piece(rank()));
     moves.receive(peer, piece(peer));
   }
-  moves.run(*impl_);
+  moves.run();
 }
 
 void Group::broadcast(Context& context, const Tensor& tensor, int root) const {
@@ -270,7 +301,12 @@ void Group::broadcast(Context& context, const Tensor& tensor, int root) const {
   if (size() == 1) return;
   record("broadcast", tensor.nbytes(), root);
   if (context.is_meta() || tensor.numel() == 0) return;
-  impl_->broadcast(static_cast<std::byte*>(tensor.raw()), tensor.nbytes(), root);
+  if (context.is_cuda() && impl_->moves_gpu_memory()) {
+    return impl_->broadcast_on_gpu(context, bytes_of(tensor), tensor.nbytes(), root);
+  }
+  const Tensor host = on_host(context, tensor);
+  impl_->broadcast(bytes_of(host), host.nbytes(), root);
+  if (context.is_cuda()) copy(context, host, tensor);
 }
 
 namespace {
@@ -293,7 +329,10 @@ SendRequest Group::send(Context& context, const Tensor& tensor, int to, int tag)
            to, tag, name(), size());
   record("send", tensor.nbytes(), to, tag);
   if (context.is_meta()) return SendRequest(std::make_unique<AccountedSend>(tensor));
-  return SendRequest(impl_->send(tensor, to, tag));
+  if (context.is_cuda() && impl_->moves_gpu_memory()) {
+    return SendRequest(impl_->send_on_gpu(context, tensor, to, tag));
+  }
+  return SendRequest(impl_->send(on_host(context, tensor), to, tag));
 }
 
 void Group::receive(Context& context, const Tensor& tensor, int from, int tag) const {
@@ -302,7 +341,12 @@ void Group::receive(Context& context, const Tensor& tensor, int from, int tag) c
            "rank {} and tag {} in group {} of {} ranks", from, tag, name(), size());
   record("receive", tensor.nbytes(), from, tag);
   if (context.is_meta()) return;
-  impl_->receive(static_cast<std::byte*>(tensor.raw()), tensor.nbytes(), from, tag);
+  if (context.is_cuda() && impl_->moves_gpu_memory()) {
+    return impl_->receive_on_gpu(context, tensor, from, tag);
+  }
+  const Tensor host = context.is_cuda() ? context.host().empty(tensor.shape(), tensor.dtype()) : tensor;
+  impl_->receive(bytes_of(host), host.nbytes(), from, tag);
+  if (context.is_cuda()) copy(context, host, tensor);
 }
 
 void Group::barrier() const {
@@ -352,7 +396,7 @@ double Group::all_reduce(double value, ReduceOp op) const {
   record("control", sizeof value);
   const std::vector<double> all = gather_values(value);
   return op == ReduceOp::sum ? std::accumulate(all.begin() + 1, all.end(), all.front())
-                             : std::accumulate(all.begin() + 1, all.end(), all.front(), larger<double>);
+                             : std::accumulate(all.begin() + 1, all.end(), all.front(), larger_or_nan);
 }
 
 int64_t Group::all_reduce_sum(int64_t value) const {

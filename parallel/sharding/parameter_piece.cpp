@@ -54,8 +54,8 @@ std::map<std::string, Assembly> read_descriptions(const std::vector<std::string>
 
 void scatter_piece(const Rectangle& part, Range range, const Tensor& values, const Tensor& whole) {
   const int64_t item = size_of(values.dtype());
-  const auto* from = static_cast<const std::byte*>(values.raw());
-  auto* to = static_cast<std::byte*>(whole.raw());
+  const auto* from = static_cast<const std::byte*>(values.host_raw());
+  auto* to = static_cast<std::byte*>(whole.host_raw());
   const int64_t columns = part.columns.size();
   for (int64_t at = range.begin; at < range.end;) {
     const int64_t row = at / columns;
@@ -81,20 +81,22 @@ void gather_logical(Context& context, const Group& group, std::span<const Parame
   constexpr int kTag = 7;
   const auto tensors = read_descriptions(group.all_gather_text(describe(mine)));
   const bool is_root = group.rank() == root;
+  Context& host = context.host();
   for (const auto& [name, tensor] : tensors) {
-    const Tensor whole = is_root ? context.zeros(tensor.shape, dtype) : Tensor();
+    const Tensor whole = is_root ? host.zeros(tensor.shape, dtype) : Tensor();
     for (const ParameterPiece& piece : mine) {
       if (piece.parameter->spec.name != name) continue;
+      const Tensor values = on_host(context, piece.values);
       if (is_root)
-        scatter_piece(piece.parameter->spec.part, piece.range, piece.values, whole);
+        scatter_piece(piece.parameter->spec.part, piece.range, values, whole);
       else
-        group.send(context, piece.values, root, kTag).wait();
+        group.send(host, values, root, kTag).wait();
     }
     if (!is_root) continue;
     for (const RemotePiece& piece : tensor.pieces) {
       if (piece.rank == root) continue;
-      const Tensor values = context.empty({piece.range.size()}, dtype);
-      group.receive(context, values, piece.rank, kTag);
+      const Tensor values = host.empty({piece.range.size()}, dtype);
+      group.receive(host, values, piece.rank, kTag);
       scatter_piece(piece.part, piece.range, values, whole);
     }
     visit(name, whole);

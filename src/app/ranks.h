@@ -1,9 +1,11 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 
 #include "normformer/comm/group.h"
 #include "normformer/config/run_config.h"
+#include "normformer/tensor/context.h"
 
 namespace normformer {
 
@@ -16,6 +18,18 @@ struct RankProcess {
   /// Threads of this rank: as configured, or this host's cores shared by its ranks.
   int threads(const DeviceConfig& device) const;
 };
+
+/// What a rank computes with: its context, and the world in which its tensors travel.
+struct RankDevice {
+  std::unique_ptr<Context> context;
+  Group world;
+};
+
+/// Makes what the configuration asks for. GPUs are given out by a rank's number on its host, round about
+/// where there are fewer than ranks; then tensors go by way of the hosts. A rank's threads are bound to the
+/// NUMA node of its GPU, and rank 0 logs who has which. ConfigError where no rank can have what was asked
+/// for; the same on every rank. Collective over process.world.
+RankDevice make_rank_device(const RunConfig& config, const RankProcess& process);
 
 /// Starts MPI, labels the rank and runs `body` on it. A failure that all ranks know of (AgreedError) is
 /// printed once and ends all of them in good order; any other is printed by its rank and ends the whole job.

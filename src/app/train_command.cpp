@@ -27,11 +27,11 @@ int train(const TrainOptions& options, const RankProcess& process) {
     config = with_vocabulary(load_run_config(options.config, options.overrides));
     config = resolve_layout(config, process.world.size());
   });
-  Context context(DeviceKind::cpu, process.threads(config.device));
+  const RankDevice device = make_rank_device(config, process);
   RunOptions run = options.run;
   // mpirun gives its ranks no time on Ctrl-C; a process on its own can take its time.
   run.stop_on_terminal_signals = std::getenv("OMPI_COMM_WORLD_SIZE") == nullptr;
-  return static_cast<int>(run_training(config, run, context, process.world));
+  return static_cast<int>(run_training(config, run, *device.context, device.world));
 }
 
 }  // namespace

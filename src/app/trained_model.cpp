@@ -70,11 +70,12 @@ TrainedModel load_trained_model(const TrainedModelOptions& options, const RankPr
     if (std::filesystem::exists(folder.tokenizer()))
       loaded.tokenizer = BpeTokenizer::load(folder.tokenizer());
   });
-  loaded.context = std::make_unique<Context>(DeviceKind::cpu, process.threads(loaded.config.device));
-  const Mesh mesh(process.world, {.tensor = loaded.config.parallel.tensor,
-                                  .context = 1,
-                                  .data = loaded.config.parallel.data,
-                                  .pipeline = loaded.config.parallel.pipeline});
+  RankDevice device = make_rank_device(loaded.config, process);
+  loaded.context = std::move(device.context);
+  const Mesh mesh(device.world, {.tensor = loaded.config.parallel.tensor,
+                                 .context = 1,
+                                 .data = loaded.config.parallel.data,
+                                 .pipeline = loaded.config.parallel.pipeline});
   loaded.model = std::make_unique<ModelInstance>(*loaded.context, mesh, loaded.config, false);
   const auto use = [&](const CheckpointReader& reader) {
     read_weights(reader, *loaded.model, *loaded.context);

@@ -238,8 +238,13 @@ void add_checkpoint(std::vector<Field>& all) {
 void add_device(std::vector<Field>& all) {
   using D = DeviceConfig;
   SectionFields<D> s(all, "device", &RunConfig::device);
-  s.choice("kind", &D::kind, {{DeviceChoice::cpu, "cpu"}}, "computing device of every rank");
+  s.choice("kind", &D::kind, {{DeviceChoice::cpu, "cpu"}, {DeviceChoice::cuda, "cuda"}},
+           "computing device of every rank; GPUs are given out by a rank's number on its host");
   s.integer("threads", &D::threads, {0, 4096}, "threads of one rank; 0 means its share of the host's cores");
+  s.boolean("tf32", &D::tf32, "on GPUs: fp32 products round their factors to 11 bits");
+  s.choice("transport", &D::transport,
+           {{GpuTransport::automatic, "auto"}, {GpuTransport::nccl, "nccl"}, {GpuTransport::mpi, "mpi"}},
+           "between GPUs: nccl needs a GPU for each rank, mpi goes by way of the hosts");
 }
 
 }  // namespace

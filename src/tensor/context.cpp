@@ -1,6 +1,7 @@
 #include "normformer/tensor/context.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "normformer/tensor/dispatch.h"
@@ -165,6 +166,29 @@ void sum_in_order(Context& context, std::span<const Tensor> pieces, const Tensor
         for (int64_t i = 0; i < n; ++i) result[start + i] = static_cast<T>(sums[i]);
       }
     });
+  });
+}
+
+void max_in_order(Context& context, std::span<const Tensor> pieces, const Tensor& out) {
+  NF_CHECK(!pieces.empty() && (out.dtype() == DType::f32 || out.dtype() == DType::f64),
+           "a maximum of {} pieces of {}", pieces.size(), to_string(out));
+  const auto terms = static_cast<int64_t>(pieces.size());
+  context.costs().record("max_in_order", (terms - 1) * out.numel(), (terms + 1) * out.nbytes());
+  if (context.is_meta() || out.numel() == 0) return;
+  if (context.is_cuda()) return cuda::max_in_order(context, pieces, out);
+  dispatch_floating(out.dtype(), [&]<class T>() {
+    std::vector<const T*> in;
+    for (const Tensor& piece : pieces) in.push_back(piece.data<T>());
+    T* result = out.data<T>();
+    using A = Accumulator<T>;
+    for (int64_t i = 0; i < out.numel(); ++i) {
+      auto most = static_cast<A>(in[0][i]);
+      for (size_t p = 1; p < in.size(); ++p) {
+        const auto next = static_cast<A>(in[p][i]);
+        if (next > most || std::isnan(next)) most = next;
+      }
+      result[i] = static_cast<T>(most);
+    }
   });
 }
 

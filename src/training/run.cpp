@@ -111,12 +111,13 @@ void TrainingRun::print_banner() {
   say(fmt::format("{} parameters, {} ranks = tensor {} x pipeline {} x data {}, {} threads each, {} in {}",
                   with_prefix(static_cast<double>(parameters)), world_.size(), mesh.tensor().size(),
                   mesh.pipeline().size(), mesh.data().size(), context_.threads().size(),
-                  ops::describe_matmul(), name_of(model_->store().dtype())));
+                  context_.is_cuda() ? context_.gpu().description().name : ops::describe_matmul(),
+                  name_of(model_->store().dtype())));
   say(fmt::format("{} tokens to train on, {} to validate on; the run's folder is {}",
                   with_prefix(static_cast<double>(train_data_->num_tokens())),
                   with_prefix(valid_data_ ? static_cast<double>(valid_data_->num_tokens()) : 0.0),
                   folder_.root.string()));
-  if (config_.train.precision == Precision::bf16 && !ops::has_native_bf16()) {
+  if (config_.train.precision == Precision::bf16 && !context_.is_cuda() && !ops::has_native_bf16()) {
     say("this processor has no bf16 instructions: train.precision = \"fp32\" would be faster");
   }
   if (options_.stop_on_terminal_signals)

@@ -28,14 +28,7 @@ std::vector<Range> micro_batch_samples(const ModelInstance& model, int64_t sampl
 int64_t counted_targets(const ModelInstance& model, const std::vector<MicroBatch>& batches) {
   int64_t count = 0;
   if (!model.answers_for_loss()) return count;
-  for (const MicroBatch& batch : batches) {
-    if (!batch.weights.defined() || model.is_meta()) {
-      count += batch.num_tokens();
-    } else {
-      const uint8_t* weights = batch.weights.data<uint8_t>();
-      count += std::count(weights, weights + batch.num_tokens(), uint8_t{1});
-    }
-  }
+  for (const MicroBatch& batch : batches) count += batch.counted;
   return count;
 }
 
@@ -58,7 +51,10 @@ MicroBatch make_micro_batch(ModelInstance& model, const Batch& batch, int64_t fi
                   .tokens = {},
                   .targets = {},
                   .weights = {},
-                  .document_start = {}};
+                  .document_start = {},
+                  .counted = batch.loss_mask.empty()
+                                 ? static_cast<int64_t>(batch.targets.size())
+                                 : std::count(batch.loss_mask.begin(), batch.loss_mask.end(), uint8_t{1})};
   if (part.first) made.tokens = to_device(context, batch.inputs);
   if (part.last) made.targets = to_device(context, batch.targets);
   if (part.last && !batch.loss_mask.empty()) made.weights = to_device(context, batch.loss_mask);

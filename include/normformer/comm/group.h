@@ -139,6 +139,16 @@ class GroupImpl {
   /// Not collective: waits for a message of exactly `bytes` bytes.
   virtual void receive(std::byte* data, int64_t bytes, int from, int tag) = 0;
 
+  /// Whether the transport reaches a GPU's memory; only then are the four functions below called. They
+  /// enqueue on the context's GPU and return: what is enqueued later finds the result.
+  virtual bool moves_gpu_memory() const { return false; }
+  virtual void exchange_on_gpu(Context& context, std::span<const Outgoing> sends,
+                               std::span<const Incoming> receives);
+  virtual void broadcast_on_gpu(Context& context, std::byte* data, int64_t bytes, int root);
+  virtual std::unique_ptr<SendRequest::Impl> send_on_gpu(Context& context, const Tensor& tensor, int to,
+                                                         int tag);
+  virtual void receive_on_gpu(Context& context, const Tensor& tensor, int from, int tag);
+
   /// The group of `members`, this group's ranks in their new order: this rank among them. Ranks that form no
   /// new group call it too, with no members, and receive null.
   virtual std::unique_ptr<GroupImpl> subgroup(std::span<const int> members) = 0;
@@ -234,6 +244,11 @@ class Group {
   /// As split, where every rank knows what all choose: `choose(r)` for rank r of this group. Works on every
   /// transport. LogicError where ranks do not know the same. Collective over the group.
   Group split_by(const std::function<SplitChoice(int)>& choose, std::string name) const;
+
+  /// Another transport among the same ranks, and the account: for a transport that is built upon this one.
+  /// Collective over the group.
+  std::unique_ptr<detail::GroupImpl> duplicate_transport() const;
+  const std::shared_ptr<TrafficLedger>& shared_ledger() const { return ledger_; }
 
  private:
   Group form(std::span<const SplitChoice> choices, std::string name) const;

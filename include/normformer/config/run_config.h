@@ -49,7 +49,11 @@ enum class PipelineSchedule { gpipe, one_f_one_b };
 enum class AdamEps { torch, fairseq };
 
 /// The computing device of every rank.
-enum class DeviceChoice { cpu };
+enum class DeviceChoice { cpu, cuda };
+
+/// What carries tensors between GPUs: NCCL where every rank has a GPU of its own (`automatic`), or else MPI
+/// by way of the hosts.
+enum class GpuTransport { automatic, nccl, mpi };
 
 /// The model's shape and switches. Sizes count elements of the whole model, never of one rank's share.
 struct ModelConfig {
@@ -149,6 +153,8 @@ struct CheckpointConfig {
 struct DeviceConfig {
   DeviceChoice kind = DeviceChoice::cpu;
   int64_t threads = 0;  ///< threads of one rank; 0 means the cores of the host shared by the ranks on it
+  bool tf32 = false;    ///< on GPUs: fp32 products round their factors to TF32
+  GpuTransport transport = GpuTransport::automatic;
   bool operator==(const DeviceConfig&) const = default;
 };
 

@@ -50,6 +50,7 @@ struct MicroBatch {
   Tensor targets;         ///< i32, as many
   Tensor weights;         ///< u8, as many: 1 where a target counts
   Tensor document_start;  ///< i32, as many: see ops/attention.h
+  int64_t counted = 0;    ///< how many targets count
 
   int64_t num_tokens() const { return sequences * length; }
 };

@@ -86,6 +86,10 @@ void scale(Context& context, const Tensor& x, double factor);
 /// fp64, and rounded once. All of one type (out too) and size. What every summing collective on CPU does.
 void sum_in_order(Context& context, std::span<const Tensor> pieces, const Tensor& out);
 
+/// out = the largest of pieces[0], pieces[1], ..., elementwise; a NaN in any of them wins. All of one type,
+/// f32 or f64, and size.
+void max_in_order(Context& context, std::span<const Tensor> pieces, const Tensor& out);
+
 /// A host vector as a new tensor on the context's device. T is an element type.
 template <class T>
 Tensor from_host(Context& context, std::span<const T> values, const Shape& shape,

@@ -49,19 +49,58 @@ struct Pieces {
   int count;
 };
 
-template <int N, class T>
-__global__ void sum_kernel(Pieces<T> pieces, T* out, int64_t packs) {
+struct Sum {
+  template <class A>
+  __device__ A operator()(A a, A b) const {
+    return a + b;
+  }
+};
+
+// A NaN on either side stays.
+struct Largest {
+  template <class A>
+  __device__ A operator()(A a, A b) const {
+    return b > a || b != b ? b : a;
+  }
+};
+
+template <int N, class T, class Combine>
+__global__ void combine_kernel(Pieces<T> pieces, T* out, int64_t packs, Combine combine) {
   for (int64_t p = global_thread(); p < packs; p += global_threads()) {
-    Accumulator<T> sum[N];
-    load_pack<N>(pieces.data[0] + p * N, sum);
+    Accumulator<T> result[N];
+    load_pack<N>(pieces.data[0] + p * N, result);
     for (int piece = 1; piece < pieces.count; ++piece) {
       Accumulator<T> x[N];
       load_pack<N>(pieces.data[piece] + p * N, x);
 #pragma unroll
-      for (int i = 0; i < N; ++i) sum[i] += x[i];
+      for (int i = 0; i < N; ++i) result[i] = combine(result[i], x[i]);
     }
-    store_pack<N>(sum, out + p * N);
+    store_pack<N>(result, out + p * N);
   }
+}
+
+template <class Combine>
+void combine_in_order(Context& context, std::span<const Tensor> pieces, const Tensor& out, Combine combine) {
+  dispatch_floating(out.dtype(), [&]<class T>() {
+    const int64_t n = out.numel();
+    T* to = out.data<T>();
+    for (size_t next = 0; next < pieces.size();) {
+      Pieces<T> some{};
+      bool packs = can_pack<kPack<T>>(n, to);
+      // Later passes go on from the result so far.
+      if (next > 0) some.data[some.count++] = to;
+      for (; next < pieces.size() && some.count < kMostPieces; ++next) {
+        some.data[some.count++] = pieces[next].data<T>();
+        packs = packs && can_pack<kPack<T>>(n, pieces[next].data<T>());
+      }
+      if (packs) {
+        launch(context, flat(n / kPack<T>), combine_kernel<kPack<T>, T, Combine>, some, to, n / kPack<T>,
+               combine);
+      } else {
+        launch(context, flat(n), combine_kernel<1, T, Combine>, some, to, n, combine);
+      }
+    }
+  });
 }
 
 }  // namespace
@@ -98,25 +137,11 @@ void scale(Context& context, const Tensor& x, double factor) {
 void sum_in_order(Context& context, std::span<const Tensor> pieces, const Tensor& out) {
   NF_CHECK(pieces.size() <= kMostPieces || out.dtype() != DType::bf16,
            "more than 16 pieces of bf16 would be rounded more than once");
-  dispatch_floating(out.dtype(), [&]<class T>() {
-    const int64_t n = out.numel();
-    T* to = out.data<T>();
-    for (size_t next = 0; next < pieces.size();) {
-      Pieces<T> some{};
-      bool packs = can_pack<kPack<T>>(n, to);
-      // Later passes go on from the sum so far.
-      if (next > 0) some.data[some.count++] = to;
-      for (; next < pieces.size() && some.count < kMostPieces; ++next) {
-        some.data[some.count++] = pieces[next].data<T>();
-        packs = packs && can_pack<kPack<T>>(n, pieces[next].data<T>());
-      }
-      if (packs) {
-        launch(context, flat(n / kPack<T>), sum_kernel<kPack<T>, T>, some, to, n / kPack<T>);
-      } else {
-        launch(context, flat(n), sum_kernel<1, T>, some, to, n);
-      }
-    }
-  });
+  combine_in_order(context, pieces, out, Sum());
+}
+
+void max_in_order(Context& context, std::span<const Tensor> pieces, const Tensor& out) {
+  combine_in_order(context, pieces, out, Largest());
 }
 
 }  // namespace normformer::cuda

@@ -16,4 +16,6 @@ void scale(Context& context, const Tensor& x, double factor);
 
 void sum_in_order(Context& context, std::span<const Tensor> pieces, const Tensor& out);
 
+void max_in_order(Context& context, std::span<const Tensor> pieces, const Tensor& out);
+
 }  // namespace normformer::cuda

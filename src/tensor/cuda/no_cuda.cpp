@@ -35,6 +35,7 @@ namespace cuda {
 void convert(Context&, const Tensor&, const Tensor&) { missing(); }
 void scale(Context&, const Tensor&, double) { missing(); }
 void sum_in_order(Context&, std::span<const Tensor>, const Tensor&) { missing(); }
+void max_in_order(Context&, std::span<const Tensor>, const Tensor&) { missing(); }
 
 }  // namespace cuda
 }  // namespace normformer
