@@ -10,12 +10,11 @@ elseif(NORMFORMER_CUDA)
     set(CMAKE_CUDA_ARCHITECTURES 80 90)
   endif()
   enable_language(CUDA)
-  set(CMAKE_CUDA_STANDARD 20)
   find_package(CUDAToolkit 12.4 REQUIRED)
-  # Public functions that are constexpr run on the device as well.
+  # CMake 3.25 does not know that nvcc 13 reads C++20. Public functions that are constexpr run on the device as well.
   target_compile_options(
     normformer_options INTERFACE
-    "$<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr;-Xcompiler=-Wall,-Wextra;$<$<BOOL:${NORMFORMER_WERROR}>:-Werror=all-warnings>>")
+    "$<$<COMPILE_LANGUAGE:CUDA>:-std=c++20;--expt-relaxed-constexpr;-Xcompiler=-Wall,-Wextra;$<$<BOOL:${NORMFORMER_WERROR}>:-Werror=all-warnings>>")
   add_library(normformer_cuda_runtime INTERFACE)
   target_link_libraries(normformer_cuda_runtime INTERFACE CUDA::cudart_static)
 endif()

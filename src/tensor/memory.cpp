@@ -1,5 +1,6 @@
 #include "normformer/tensor/memory.h"
 
+#include <atomic>
 #include <bit>
 #include <cstdlib>
 
@@ -56,7 +57,14 @@ std::string_view name_of(MemoryUse use) {
   return "?";
 }
 
+namespace {
+std::atomic<bool> exact_blocks{false};
+}  // namespace
+
+void Allocator::hand_out_exact_blocks(bool exact) { exact_blocks = exact; }
+
 int64_t Allocator::size_class(int64_t bytes) {
+  if (exact_blocks) return bytes;
   constexpr int64_t kSmallStep = 512;
   const auto below = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(bytes)));
   return round_up(bytes, std::max(kSmallStep, below / 16));
@@ -105,6 +113,7 @@ void Allocator::release(void* block, int64_t bytes, MemoryUse use) noexcept {
   const std::lock_guard lock(mutex_);
   account(-size, use);
   free_[size].push_back(block);
+  if (exact_blocks) trim_locked();
 }
 
 void* Allocator::take_from_device(int64_t bytes) {

@@ -7,10 +7,13 @@
 #include <fmt/ranges.h>
 #include <gtest/gtest.h>
 
+#include "test_device.h"
+
 namespace normformer::testing_support {
 namespace {
 
-std::vector<std::string> run_on(const OracleFixture& fixture, const OracleLayout& layout, double tolerance) {
+std::vector<std::string> run_on(const OracleFixture& fixture, OracleLayout layout, double tolerance) {
+  layout.device = test_device();
   const auto ranks = static_cast<int>(num_ranks(layout.degrees));
   std::vector<std::string> failures;
   run_local_world(ranks, [&](const Group& world) {
@@ -86,7 +89,7 @@ TEST(DropoutAcrossLayouts, LossesEqualOneProcess) {
       const auto ranks = static_cast<int>(num_ranks(degrees));
       std::vector<double> losses;
       run_local_world(ranks, [&](const Group& world) {
-        auto mine = dropout_losses(fixture, {.degrees = degrees}, world, kSteps);
+        auto mine = dropout_losses(fixture, {.degrees = degrees, .device = test_device()}, world, kSteps);
         if (world.rank() == 0) losses = std::move(mine);
       });
       if (expected.empty()) expected = losses;

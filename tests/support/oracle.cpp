@@ -27,10 +27,10 @@ struct Run {
   Run(const OracleFixture& f, const OracleLayout& layout, const Group& world)
       : fixture(f),
         config(configure(f, layout, world)),
-        context(DeviceKind::cpu, layout.threads),
+        context(layout.device, layout.threads),
         model(context, Mesh(world, layout.degrees), config, true),
         expected(f.folder / "expected.safetensors"),
-        tokens(expected.read(context, "tokens")),
+        tokens(expected.read(context.host(), "tokens")),
         trainer(model, config, [this](int64_t first, int64_t count) { return batch(first, count); }) {}
 
   static RunConfig configure(const OracleFixture& f, const OracleLayout& layout, const Group& world) {
@@ -71,7 +71,7 @@ struct Run {
     for (const StatePiece& state : trainer.optimizer().state()) {
       if (state.role != StateRole::master) continue;
       const Parameter& p = *state.piece.parameter;
-      const Tensor part = context.empty({p.numel()}, state.piece.values.dtype());
+      const Tensor part = context.host().empty({p.numel()}, state.piece.values.dtype());
       weights.read(p.spec.name, p.spec.part, part);
       copy(context, part.flat(state.piece.range.begin, state.piece.range.size()), state.piece.values);
     }
@@ -98,9 +98,9 @@ class Comparison {
   Comparison(Run& run, double tolerance) : run_(run), tolerance_(tolerance) {}
 
   void compare(const std::string& name, const std::vector<double>& got, const std::string& scale_name = {}) {
-    const std::vector<double> want = to_host(run_.expected.read(run_.context, name));
+    const std::vector<double> want = to_host(run_.expected.read(run_.context.host(), name));
     const double scale =
-        scale_name.empty() ? norm(want) : norm(to_host(run_.expected.read(run_.context, scale_name)));
+        scale_name.empty() ? norm(want) : norm(to_host(run_.expected.read(run_.context.host(), scale_name)));
     if (got.size() != want.size()) {
       failures_.push_back(fmt::format("{}: {} values, not {}", name, got.size(), want.size()));
       return;

@@ -33,6 +33,7 @@ struct OracleLayout {
   PipelineSchedule schedule = PipelineSchedule::one_f_one_b;
   int64_t micro_batch = 1;
   int threads = 1;  ///< of each rank
+  DeviceKind device = DeviceKind::cpu;
 };
 
 /// The degrees that every fixture is held to: alone and combined, up to 8 ranks, with sizes that do not

@@ -18,7 +18,8 @@ struct AttentionShape {
 // qkv is [batch * length, 3 * heads * head_size] of T: all heads' queries, then keys, then values, biases
 // added. out is [batch * length, heads * head_size] of T. lse [batch, heads, length] is of accumulator_of(T).
 // `document_start`, where defined, is i32 [batch * length]: the position in its sequence of the first token
-// of the token's document; a token attends to nothing before it.
+// of the token's document; a token attends to nothing before it. LogicError where a token would attend to
+// nothing; a GPU is not waited for to look.
 
 /// out = softmax(q k^T / sqrt(head_size)) v by heads, computed in blocks so that no [length, length] matrix
 /// is kept (Dao et al. 2022), with softmax in the accumulator type. lse receives the log-sum-exp of each row

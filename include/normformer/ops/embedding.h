@@ -9,7 +9,7 @@ namespace normformer::ops {
 // vocabulary.
 
 /// out[N, D] = rows of the embedding, zeros for tokens whose row another rank holds. LogicError for an id <
-/// 0.
+/// 0; on a GPU, which would have to be waited for, such an id counts as another rank's.
 void embedding_forward(Context& context, const Tensor& tokens, const Tensor& weight, int64_t first_row,
                        const Tensor& out);
 

@@ -64,10 +64,15 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   /// The GPU whose memory this is; null elsewhere.
   Gpu* gpu() const { return gpu_.get(); }
 
+  /// For tests of kernels: from now on every allocator hands out blocks exactly as large as was asked for,
+  /// and keeps none, so that whatever guards a block's ends sees an access beyond them.
+  static void hand_out_exact_blocks(bool exact);
+
   /// Starts the peaks anew from what is held now.
   void reset_peaks();
 
-  /// What allocate(bytes) really takes: a multiple of 512 bytes, or of a sixteenth of the power of two below.
+  /// What allocate(bytes) really takes: a multiple of 512 bytes, or of a sixteenth of the power of two below;
+  /// `bytes` itself for exact blocks.
   static int64_t size_class(int64_t bytes);
 
  private:

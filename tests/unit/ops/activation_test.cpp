@@ -113,7 +113,7 @@ TEST(Activation, ForwardAndItsSumsMatchTheReference) {
   for (const Switches& switches : all_switches()) {
     for (const DType dtype : kFloatingTypes) {
       for (const auto [rows, columns] : kExtents) {
-        Context context(DeviceKind::cpu, 2);
+        Context context(test_device(), 2);
         const Inputs in(context, dtype, rows, columns);
         const Outputs out = run(context, in, switches);
         const Reals h = hidden(reals(in.z), reals(in.bias), switches);
@@ -155,7 +155,7 @@ TEST(Activation, ForwardAndItsSumsMatchTheReference) {
 }
 
 TEST(Activation, GeluIsAccurateEverywhereInFp32) {
-  Context context(DeviceKind::cpu);
+  Context context(test_device());
   std::vector<double> xs;
   for (int i = -160000; i <= 160000; ++i) xs.push_back(i * 1e-4);
   const auto n = static_cast<int64_t>(xs.size());
@@ -176,7 +176,7 @@ TEST(Activation, GeluIsAccurateEverywhereInFp32) {
 }
 
 TEST(Activation, NotANumberAndInfinityAreNotHidden) {
-  Context context(DeviceKind::cpu);
+  Context context(test_device());
   const double inf = std::numeric_limits<double>::infinity();
   for (const DType dtype : kFloatingTypes) {
     for (const ActivationKind kind : kKinds) {
@@ -192,7 +192,7 @@ TEST(Activation, BackwardMatchesDifferencesOfTheReference) {
   for (const Switches& switches : all_switches()) {
     if (switches.norm) continue;
     for (const auto [rows, columns] : {Extent{1, 1}, Extent{3, 5}, Extent{7, 33}}) {
-      Context context(DeviceKind::cpu, 2);
+      Context context(test_device(), 2);
       const Inputs in(context, DType::f64, rows, columns);
       const Outputs out = run(context, in, switches);
       Reals z = reals(in.z);
@@ -212,7 +212,7 @@ TEST(Activation, BackwardThroughItsNormMatchesDifferencesOfTheReference) {
   for (Switches switches : all_switches()) {
     if (!switches.norm) continue;
     for (const auto [rows, columns] : {Extent{3, 5}, Extent{7, 33}}) {
-      Context context(DeviceKind::cpu, 2);
+      Context context(test_device(), 2);
       Inputs in(context, DType::f64, rows, columns);
       Reals z = reals(in.z);
       Reals bias = reals(in.bias);
@@ -273,7 +273,7 @@ TEST(Activation, BackwardOfNarrowTypesMatchesFp64) {
   for (const Switches& switches : all_switches()) {
     for (const DType dtype : {DType::f32, DType::bf16}) {
       for (const auto [rows, columns] : kExtents) {
-        Context context(DeviceKind::cpu, 2);
+        Context context(test_device(), 2);
         const Inputs in(context, dtype, rows, columns);
         const Outputs out = run(context, in, switches);
         const Outputs want = run(context, in.in_fp64(context), switches);
@@ -295,11 +295,11 @@ TEST(Activation, BackwardOfNarrowTypesMatchesFp64) {
 TEST(Activation, TheBitsDoNotDependOnThreadsOrPlace) {
   for (const DType dtype : kFloatingTypes) {
     const Switches switches{ActivationKind::gelu, 0.2, true};
-    Context one(DeviceKind::cpu, 1);
+    Context one(test_device(), 1);
     const Inputs in(one, dtype, 65, 770);
     const Outputs want = run(one, in, switches);
     for (const int threads : {2, 3}) {
-      Context context(DeviceKind::cpu, threads);
+      Context context(test_device(), threads);
       const Outputs got = run(context, Inputs(context, dtype, 65, 770), switches);
       expect_same_bits(got.out, want.out, "out");
       expect_same_bits(got.sums, want.sums, "sums");
@@ -320,7 +320,7 @@ TEST(Activation, TheBitsDoNotDependOnThreadsOrPlace) {
 /// Features split over ranks at columns that are no multiple of a vector or of the generator's blocks.
 TEST(Activation, SplitFeaturesGiveTheBitsOfTheWhole) {
   for (const DType dtype : kFloatingTypes) {
-    Context context(DeviceKind::cpu);
+    Context context(test_device());
     const int64_t rows = 9;
     const int64_t columns = 77;
     const Switches switches{ActivationKind::gelu_tanh, 0.4, true};

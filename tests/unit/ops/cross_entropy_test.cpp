@@ -79,7 +79,7 @@ TEST(CrossEntropy, MatchesTheReferenceForAnySplitOfTheVocabulary) {
       std::vector<std::vector<Range>> splits{{{0, columns}}};
       if (columns > 4) splits.push_back({{0, 2}, {2, 3}, {3, columns}});
       for (const auto& shards : splits) {
-        Context context(DeviceKind::cpu, 2);
+        Context context(test_device(), 2);
         const Tensor logits = random_tensor(context, dtype, {rows, columns}, 1, 3.0);
         const std::vector<int32_t> targets = targets_of(rows, columns);
         std::vector<uint8_t> counts;
@@ -114,7 +114,7 @@ TEST(CrossEntropy, MatchesTheReferenceForAnySplitOfTheVocabulary) {
 }
 
 TEST(CrossEntropy, GradientMatchesDifferences) {
-  Context context(DeviceKind::cpu, 2);
+  Context context(test_device(), 2);
   for (const auto [rows, columns] : {Extent{3, 5}, Extent{7, 33}}) {
     const Tensor logits = random_tensor(context, DType::f64, {rows, columns}, 1, 2.0);
     const std::vector<int32_t> targets = targets_of(rows, columns);
@@ -130,7 +130,7 @@ TEST(CrossEntropy, GradientMatchesDifferences) {
 }
 
 TEST(CrossEntropy, ExtremesOfLogits) {
-  Context context(DeviceKind::cpu);
+  Context context(test_device());
   const double inf = std::numeric_limits<double>::infinity();
   for (const DType dtype : kFloatingTypes) {
     // A masked logit has no probability; far below the maximum exp is zero; equal logits share evenly.
@@ -146,7 +146,7 @@ TEST(CrossEntropy, ExtremesOfLogits) {
 }
 
 TEST(CrossEntropy, TheTargetsGradientIsRoundedOnce) {
-  Context context(DeviceKind::cpu);
+  Context context(test_device());
   // bf16(1/3) - 1 rounds to -0.664; -2/3 itself to -0.668.
   const Tensor logits = context.zeros({1, 3}, DType::bf16);
   const Outputs out = run(context, logits, {1}, {{0, 3}}, Tensor(), 1.0);
@@ -154,7 +154,7 @@ TEST(CrossEntropy, TheTargetsGradientIsRoundedOnce) {
 }
 
 TEST(CrossEntropy, TokensThatDoNotCountHaveNoGradientWhateverTheirLogits) {
-  Context context(DeviceKind::cpu);
+  Context context(test_device());
   const Tensor logits = tensor_of(context, DType::bf16, {1, 3}, {std::nan(""), 0, 1});
   const std::vector<uint8_t> none{0};
   const Outputs out = run(context, logits, {0}, {{0, 3}}, from_host<uint8_t>(context, none, {1}), 1.0);
@@ -165,7 +165,7 @@ TEST(CrossEntropy, TheBitsDoNotDependOnThreads) {
   for (const DType dtype : kFloatingTypes) {
     std::vector<Outputs> all;
     for (const int threads : {1, 2, 3}) {
-      Context context(DeviceKind::cpu, threads);
+      Context context(test_device(), threads);
       const Tensor logits = random_tensor(context, dtype, {65, 770}, 1, 3.0);
       all.push_back(run(context, logits, targets_of(65, 770), {{0, 770}}, Tensor(), 1.0));
       expect_same_bits(all.back().nll, all.front().nll, "nll");
@@ -175,7 +175,7 @@ TEST(CrossEntropy, TheBitsDoNotDependOnThreads) {
 }
 
 TEST(WeightedSum, AddsInFp64InOrder) {
-  Context context(DeviceKind::cpu, 2);
+  Context context(test_device(), 2);
   const Tensor values = tensor_of(context, DType::f32, {4}, {16777216.0, 1.0, 1.0, 5.0});
   const std::vector<uint8_t> counts{1, 1, 1, 0};
   EXPECT_EQ(weighted_sum(context, values, from_host<uint8_t>(context, counts, {4})), 16777218.0);

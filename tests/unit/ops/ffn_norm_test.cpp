@@ -138,7 +138,7 @@ std::vector<Problem> problems() {
 
 TEST(FoldedFfnNorm, ForwardIsThePlainLayerNormAndLinear) {
   for (const Problem& p : problems()) {
-    Context context(DeviceKind::cpu, 2);
+    Context context(test_device(), 2);
     expect_close(fold_forward(context, p).y, plain_forward(p), 1e-12L, "y");
   }
 }
@@ -146,7 +146,7 @@ TEST(FoldedFfnNorm, ForwardIsThePlainLayerNormAndLinear) {
 TEST(FoldedFfnNorm, BackwardIsThatOfThePlainLayerNormAndLinear) {
   for (Problem p : problems()) {
     if (p.features == 1) continue;  // its gradients are zero but for rounding
-    Context context(DeviceKind::cpu, 2);
+    Context context(test_device(), 2);
     const int64_t n = p.tokens;
     const int64_t d = p.width;
     const Folded folded = fold_forward(context, p);
@@ -198,7 +198,7 @@ TEST(FoldedFfnNorm, BackwardIsThatOfThePlainLayerNormAndLinear) {
 /// The identities themselves, without differences in between: against sums over all features.
 TEST(FoldedFfnNorm, MeansFromTheOutputAreTheMeansOverFeatures) {
   for (const Problem& p : problems()) {
-    Context context(DeviceKind::cpu);
+    Context context(test_device());
     const int64_t n = p.tokens;
     const int64_t d = p.width;
     const Folded folded = fold_forward(context, p);
@@ -249,7 +249,7 @@ TEST(FoldedFfnNorm, MeansFromTheOutputAreTheMeansOverFeatures) {
 TEST(FfnNorm, NormaliseIsThePlainForm) {
   for (const DType dtype : kFloatingTypes) {
     for (const auto [rows, columns] : kExtents) {
-      Context context(DeviceKind::cpu, 2);
+      Context context(test_device(), 2);
       const Tensor h = random_tensor(context, dtype, {rows, columns}, 1, 1.0, 0.5);
       const Tensor gamma = random_tensor(context, dtype, {columns}, 2);
       const Tensor beta = random_tensor(context, dtype, {columns}, 3);
@@ -301,7 +301,7 @@ TEST(FfnNorm, NarrowTypesMatchFp64) {
   for (const DType dtype : {DType::f32, DType::bf16}) {
     for (const auto [n, d] : kExtents) {
       const int64_t f = 2 * d + 3;
-      Context context(DeviceKind::cpu, 2);
+      Context context(test_device(), 2);
       const DType sum_type = accumulator_of(dtype);
       const Inputs in{random_tensor(context, dtype, {d, f}, 1, 0.1),
                       random_tensor(context, dtype, {f}, 2, 0.3, 1.0),
@@ -342,7 +342,7 @@ TEST(FfnNorm, NarrowTypesMatchFp64) {
 }
 
 TEST(FfnNorm, AVarianceThatRoundingMadeNegativeCountsAsZero) {
-  Context context(DeviceKind::cpu);
+  Context context(test_device());
   const Tensor sums = tensor_of(context, DType::f32, {2, 2}, {4.0, 3.999, 6.0, 10.0});
   const Tensor mean = context.empty({2}, DType::f32);
   const Tensor rstd = context.empty({2}, DType::f32);
@@ -356,7 +356,7 @@ TEST(FfnNorm, SumsOverTokensDoNotDependOnThreads) {
   std::vector<std::vector<uint8_t>> u_bits;
   std::vector<std::vector<uint8_t>> s_bits;
   for (const int threads : {1, 2, 3}) {
-    Context context(DeviceKind::cpu, threads);
+    Context context(test_device(), threads);
     const int64_t n = 333;
     const int64_t d = 77;
     const Tensor row = random_tensor(context, DType::f32, {d}, 1);

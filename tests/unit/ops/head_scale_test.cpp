@@ -26,7 +26,7 @@ Outputs run(Context& context, DType dtype, const Heads& shape, const Tensor& x, 
 TEST(HeadScale, ForwardAndBackwardMatchTheFormulas) {
   for (const DType dtype : kFloatingTypes) {
     for (const Heads& shape : kHeads) {
-      Context context(DeviceKind::cpu, 2);
+      Context context(test_device(), 2);
       const int64_t columns = shape.heads * shape.size;
       const Tensor x = random_tensor(context, dtype, {shape.rows, columns}, 1);
       const Tensor dy = random_tensor(context, dtype, {shape.rows, columns}, 2);
@@ -59,7 +59,7 @@ TEST(HeadScale, InPlaceAndOnAnyNumberOfThreadsTheBitsAreTheSame) {
   for (const DType dtype : kFloatingTypes) {
     std::vector<Outputs> all;
     for (const int threads : {1, 2, 3}) {
-      Context context(DeviceKind::cpu, threads);
+      Context context(test_device(), threads);
       const Tensor x = random_tensor(context, dtype, {65, 768}, 1);
       const Tensor dy = random_tensor(context, dtype, {65, 768}, 2);
       const Tensor scales = random_tensor(context, dtype, {12}, 3);

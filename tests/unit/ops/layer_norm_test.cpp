@@ -63,7 +63,7 @@ Outputs run(Context& context, const Inputs& in, bool with_residual) {
 TEST(LayerNorm, ForwardMatchesTheReference) {
   for (const DType dtype : kFloatingTypes) {
     for (const auto [rows, columns] : kExtents) {
-      Context context(DeviceKind::cpu, 2);
+      Context context(test_device(), 2);
       const Inputs in(context, dtype, rows, columns);
       const Outputs out = run(context, in, false);
       const Reference want = reference(reals(in.x), reals(in.gamma), reals(in.beta), rows, columns);
@@ -87,7 +87,7 @@ TEST(LayerNorm, ForwardMatchesTheReference) {
 
 TEST(LayerNorm, BackwardMatchesDifferencesOfTheReference) {
   for (const auto [rows, columns] : {Extent{1, 1}, Extent{3, 5}, Extent{7, 33}}) {
-    Context context(DeviceKind::cpu, 2);
+    Context context(test_device(), 2);
     const Inputs in(context, DType::f64, rows, columns);
     const Outputs out = run(context, in, true);
     Reals x = reals(in.x);
@@ -108,7 +108,7 @@ TEST(LayerNorm, BackwardMatchesDifferencesOfTheReference) {
 TEST(LayerNorm, BackwardOfNarrowTypesMatchesFp64) {
   for (const DType dtype : {DType::f32, DType::bf16}) {
     for (const auto [rows, columns] : kExtents) {
-      Context context(DeviceKind::cpu, 2);
+      Context context(test_device(), 2);
       const Inputs in(context, dtype, rows, columns);
       const Outputs out = run(context, in, true);
       Inputs wide = in;
@@ -133,10 +133,10 @@ TEST(LayerNorm, BackwardOfNarrowTypesMatchesFp64) {
 
 TEST(LayerNorm, InPlaceAndOnAnyNumberOfThreadsTheBitsAreTheSame) {
   for (const DType dtype : kFloatingTypes) {
-    Context one(DeviceKind::cpu, 1);
+    Context one(test_device(), 1);
     const Outputs want = run(one, Inputs(one, dtype, 65, 770), true);
     for (const int threads : {2, 3}) {
-      Context context(DeviceKind::cpu, threads);
+      Context context(test_device(), threads);
       const Outputs got = run(context, Inputs(context, dtype, 65, 770), true);
       expect_same_bits(got.y, want.y, "y");
       expect_same_bits(got.dx, want.dx, "dx");
@@ -156,7 +156,7 @@ TEST(LayerNorm, InPlaceAndOnAnyNumberOfThreadsTheBitsAreTheSame) {
 }
 
 TEST(LayerNorm, GradientsOfParametersAreAddedTo) {
-  Context context(DeviceKind::cpu);
+  Context context(test_device());
   const Inputs in(context, DType::f64, 7, 33);
   Outputs out = run(context, in, false);
   const Reals dgamma = reals(out.dgamma);
@@ -183,7 +183,7 @@ TEST(LayerNorm, MetaCountsAlike) {
 }
 
 TEST(LayerNorm, WrongArgumentsAreNamed) {
-  Context context(DeviceKind::cpu);
+  Context context(test_device());
   const Inputs in(context, DType::f32, 3, 5);
   const Tensor short_gamma = context.zeros({4}, DType::f32);
   const Tensor column = context.zeros({3}, DType::f32);

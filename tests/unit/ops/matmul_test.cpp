@@ -62,7 +62,7 @@ Real at(const Reals& matrix, int64_t columns, int64_t i, int64_t j) {
 Real roundings_of(int64_t inner) { return static_cast<Real>(2 * inner + 2); }
 
 void expect_forward(const std::vector<Extents>& products) {
-  Context context(DeviceKind::cpu);
+  Context context(test_device());
   for (const DType dtype : kFloatingTypes) {
     for (const Extents& e : products) {
       for (const bool with_bias : {false, true}) {
@@ -88,7 +88,7 @@ void expect_forward(const std::vector<Extents>& products) {
 }
 
 void expect_backward_input(const std::vector<Extents>& products) {
-  Context context(DeviceKind::cpu);
+  Context context(test_device());
   for (const DType dtype : kFloatingTypes) {
     for (const Extents& e : products) {
       const Tensor dy = random_tensor(context, dtype, {e.n, e.m}, 4);
@@ -106,7 +106,7 @@ void expect_backward_input(const std::vector<Extents>& products) {
 }
 
 void expect_backward_weight(const std::vector<Extents>& products) {
-  Context context(DeviceKind::cpu);
+  Context context(test_device());
   for (const DType dtype : kFloatingTypes) {
     for (const Extents& e : products) {
       const Tensor dy = random_tensor(context, dtype, {e.n, e.m}, 6);
@@ -131,6 +131,7 @@ TEST(Matmul, BackwardInputIsTheProductWithTheWeight) { expect_backward_input(kPr
 TEST(Matmul, BackwardWeightAddsToTheMainGradient) { expect_backward_weight(kProducts); }
 
 TEST(Matmul, EveryInstructionSetComputesIt) {
+  if (test_device() != DeviceKind::cpu) GTEST_SKIP() << "of the host's instructions";
   const std::vector<Extents> products{{1, 1, 1}, {17, 33, 65}, {40, 7, 130}, {9, 1030, 5}};
   const std::string best = describe_matmul();
   for_instruction_sets([&] {
@@ -178,7 +179,7 @@ TEST(Matmul, TheLibraryComputesTheSame) {
 }
 
 TEST(Matmul, ColumnSumsAddToTheBiasGradient) {
-  Context context(DeviceKind::cpu);
+  Context context(test_device());
   for (const DType dtype : kFloatingTypes) {
     for (const Extents& e : kProducts) {
       const Tensor x = random_tensor(context, dtype, {e.n, e.m}, 9);
@@ -196,7 +197,7 @@ TEST(Matmul, ColumnSumsAddToTheBiasGradient) {
 }
 
 std::vector<std::vector<uint8_t>> all_products(int threads, DType dtype, const Extents& e) {
-  Context context(DeviceKind::cpu, threads);
+  Context context(test_device(), threads);
   const Tensor x = random_tensor(context, dtype, {e.n, e.k}, 1);
   const Tensor w = random_tensor(context, dtype, {e.m, e.k}, 2);
   const Tensor bias = random_tensor(context, dtype, {e.m}, 3);
@@ -224,7 +225,7 @@ TEST(Matmul, BitsDoNotDependOnTheNumberOfThreads) {
 
 // What a token gets does not depend on which others are in the batch with it.
 TEST(Matmul, BitsOfARowDoNotDependOnTheOtherRows) {
-  Context context(DeviceKind::cpu);
+  Context context(test_device());
   for (const DType dtype : kFloatingTypes) {
     const Tensor x = random_tensor(context, dtype, {131, 1300}, 1);
     const Tensor w = random_tensor(context, dtype, {77, 1300}, 2);
@@ -257,7 +258,7 @@ TEST(Matmul, MetaRecordsTheSameCosts) {
 }
 
 TEST(Matmul, ArgumentsThatDoNotFitAreRefused) {
-  Context context(DeviceKind::cpu);
+  Context context(test_device());
   const Tensor x = context.zeros({2, 3}, DType::f32);
   const Tensor w = context.zeros({4, 3}, DType::f32);
   const Tensor y = context.zeros({2, 4}, DType::f32);

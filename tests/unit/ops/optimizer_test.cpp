@@ -33,7 +33,7 @@ TEST(AdamW, FollowsTheFormulaForManySteps) {
   for (const bool fairseq : {false, true}) {
     for (const DType dtype : kFloatingTypes) {
       for (const int64_t n : {1, 5, 33, 770}) {
-        Context context(DeviceKind::cpu, 2);
+        Context context(test_device(), 2);
         const DType sums = accumulator_of(dtype);
         const Tensor master = random_tensor(context, sums, {n}, 1);
         const Tensor moment1 = context.zeros({n}, sums);
@@ -70,7 +70,7 @@ TEST(AdamW, FollowsTheFormulaForManySteps) {
 
 /// By hand: one step from zero moments moves a parameter by lr, whatever the size of its gradient.
 TEST(AdamW, TheFirstStepIsLr) {
-  Context context(DeviceKind::cpu);
+  Context context(test_device());
   const Tensor master = tensor_of(context, DType::f64, {3}, {1, 1, 1});
   const Tensor moment1 = context.zeros({3}, DType::f64);
   const Tensor moment2 = context.zeros({3}, DType::f64);
@@ -87,7 +87,7 @@ TEST(AdamW, TheMasterMayBeTheParametersAndThreadsDoNotMatter) {
   std::vector<Tensor> masters;
   for (const int threads : {1, 2, 3}) {
     for (const bool separate : {true, false}) {
-      Context context(DeviceKind::cpu, threads);
+      Context context(test_device(), threads);
       const int64_t n = 40001;
       const Tensor master = random_tensor(context, DType::f32, {n}, 1);
       const Tensor moment1 = random_tensor(context, DType::f32, {n}, 2);
@@ -105,7 +105,7 @@ TEST(AdamW, TheMasterMayBeTheParametersAndThreadsDoNotMatter) {
 TEST(AbsoluteMax, FindsTheLargestAndShowsWhatIsNotFinite) {
   const double inf = std::numeric_limits<double>::infinity();
   for (const DType dtype : kFloatingTypes) {
-    Context context(DeviceKind::cpu, 2);
+    Context context(test_device(), 2);
     for (const int64_t n : {1, 5, 33, 40001}) {
       std::vector<double> values = normals(1, n);
       values[static_cast<size_t>(n / 2)] = -64;
@@ -127,7 +127,7 @@ TEST(AbsoluteMax, FindsTheLargestAndShowsWhatIsNotFinite) {
 /// The sum of squares of `values` cut into shards, each added by itself, then the shards' bins.
 std::array<double, 3> bins_of(DType dtype, const std::vector<double>& values, const std::vector<size_t>& cuts,
                               int threads) {
-  Context context(DeviceKind::cpu, threads);
+  Context context(test_device(), threads);
   const double largest =
       absolute_max(context, tensor_of(context, dtype, {static_cast<int64_t>(values.size())}, values));
   std::array<double, 3> bins{};
@@ -166,7 +166,7 @@ TEST(OrderFreeSumOfSquares, IsAsExactAsItSays) {
   for (const DType dtype : {DType::f32, DType::f64}) {
     for (const double scale : {1.0, 1e-20, 1e15}) {
       const std::vector<double> drawn = normals(9, 30000, scale);
-      Context context(DeviceKind::cpu);
+      Context context(test_device());
       const std::vector<double> values =
           to_host(tensor_of(context, dtype, {static_cast<int64_t>(drawn.size())}, drawn));
       // Long double holds 64 bits: sorted sums of 30000 terms lose less than 2^-48 of the result's last
@@ -191,7 +191,7 @@ TEST(OrderFreeSumOfSquares, IsAsExactAsItSays) {
 }
 
 TEST(OrderFreeSumOfSquares, ZerosSubnormalsAndBounds) {
-  Context context(DeviceKind::cpu);
+  Context context(test_device());
   OrderFreeSumOfSquares zero(0.0);
   zero.add(context, tensor_of(context, DType::f32, {3}, {0.0, -0.0, 0.0}));
   EXPECT_EQ(OrderFreeSumOfSquares::value(zero.bins()), 0.0);

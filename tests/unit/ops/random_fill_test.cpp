@@ -13,7 +13,7 @@ const RandomStream kStream = RandomStream{}.with(1).with("weight");
 TEST(RandomFill, EveryPartHasTheValuesOfTheWhole) {
   for (const DType dtype : kFloatingTypes) {
     for (const bool normal : {false, true}) {
-      Context context(DeviceKind::cpu, 2);
+      Context context(test_device(), 2);
       const auto fill = [&](const Tensor& tensor, const Rectangle& part) {
         if (normal)
           fill_normal(context, tensor, part, kStream, 0.02);
@@ -42,7 +42,7 @@ TEST(RandomFill, EveryPartHasTheValuesOfTheWhole) {
 }
 
 TEST(RandomFill, IsTheDocumentedFunctionOfWords) {
-  Context context(DeviceKind::cpu);
+  Context context(test_device());
   const Tensor normal = context.empty({50}, DType::f64);
   const Tensor uniform = context.empty({50}, DType::f64);
   const Rectangle part{{100, 150}, {0, 1}, 1000, 1};
@@ -75,7 +75,7 @@ double kolmogorov_smirnov(std::vector<double> values, Cumulative&& cumulative) {
 }
 
 TEST(RandomFill, HasTheDistributionsThatItNames) {
-  Context context(DeviceKind::cpu, 2);
+  Context context(test_device(), 2);
   constexpr int64_t kRows = 500;
   constexpr int64_t kColumns = 400;
   constexpr double n = kRows * kColumns;
@@ -106,7 +106,7 @@ TEST(RandomFill, HasTheDistributionsThatItNames) {
 }
 
 TEST(RandomFill, ConstantsMetaAndWrongParts) {
-  Context context(DeviceKind::cpu);
+  Context context(test_device());
   const Tensor tensor = context.empty({3, 5}, DType::bf16);
   fill_constant(context, tensor, 1.5);
   EXPECT_EQ(to_host(tensor), std::vector<double>(15, 1.5));

@@ -143,7 +143,7 @@ TEST(SublayerOutput, ForwardMatchesTheReference) {
   for (const Switches& switches : all_switches()) {
     for (const DType dtype : kFloatingTypes) {
       for (const auto [rows, columns] : kExtents) {
-        Context context(DeviceKind::cpu, 2);
+        Context context(test_device(), 2);
         const Inputs in(context, dtype, rows, columns, switches);
         const Outputs out = run(context, in);
         // Numbers below 16 / 0.75; through the norm they and their errors are multiplied by rstd * gamma,
@@ -160,7 +160,7 @@ TEST(SublayerOutput, ForwardMatchesTheReference) {
 TEST(SublayerOutput, BackwardMatchesDifferencesOfTheReference) {
   for (const Switches& switches : all_switches()) {
     for (const auto [rows, columns] : {Extent{3, 5}, Extent{7, 33}}) {
-      Context context(DeviceKind::cpu, 2);
+      Context context(test_device(), 2);
       const Inputs in(context, DType::f64, rows, columns, switches);
       const Outputs out = run(context, in);
       Reference reference(in);
@@ -185,7 +185,7 @@ TEST(SublayerOutput, BackwardOfNarrowTypesMatchesFp64) {
   for (const Switches& switches : all_switches()) {
     for (const DType dtype : {DType::f32, DType::bf16}) {
       for (const auto [rows, columns] : kExtents) {
-        Context context(DeviceKind::cpu, 2);
+        Context context(test_device(), 2);
         const Inputs in(context, dtype, rows, columns, switches);
         Inputs wide = in;
         for (Tensor* t : wide.tensors()) {
@@ -217,7 +217,7 @@ TEST(SublayerOutput, InPlaceAndOnAnyNumberOfThreadsTheBitsAreTheSame) {
   for (const DType dtype : kFloatingTypes) {
     std::vector<Outputs> all;
     for (const int threads : {1, 2, 3}) {
-      Context context(DeviceKind::cpu, threads);
+      Context context(test_device(), threads);
       Inputs in(context, dtype, 65, 770, switches);
       all.push_back(run(context, in));
       const Outputs& got = all.back();
@@ -244,7 +244,7 @@ TEST(SublayerOutput, InPlaceAndOnAnyNumberOfThreadsTheBitsAreTheSame) {
 }
 
 TEST(SublayerOutput, ResidualGradientMayBeLeftOutWhereItIsDout) {
-  Context context(DeviceKind::cpu);
+  Context context(test_device());
   const Inputs in(context, DType::f32, 7, 33, {.bias = true});
   const Outputs want = run(context, in);
   const SublayerOutputGradients gradients{.bias = context.zeros({33}, DType::f32),

@@ -11,6 +11,8 @@
 #include "normformer/ops/dropout.h"
 #include "normformer/tensor/context.h"
 
+#include "test_device.h"
+
 namespace normformer::ops {
 
 /// References are computed in this: its rounding does not show next to a double's.
@@ -152,8 +154,9 @@ inline Dropout odd_dropout(double probability, int64_t columns) {
 
 inline std::vector<uint8_t> bytes_of(const Tensor& tensor) {
   if (tensor.numel() == 0) return {};
-  const auto* bytes = static_cast<const uint8_t*>(tensor.raw());
-  return std::vector<uint8_t>(bytes, bytes + tensor.nbytes());
+  std::vector<uint8_t> bytes(static_cast<size_t>(tensor.nbytes()));
+  tensor.copy_out(bytes.data());
+  return bytes;
 }
 
 inline void expect_same_bits(const Tensor& got, const Tensor& want, const std::string& what) {
@@ -172,7 +175,7 @@ struct Extent {
 };
 /// One element, less than a vector, a vector and a bit, many vectors and more than one block of rows,
 /// nothing.
-inline const std::vector<Extent> kExtents{{1, 1}, {3, 5}, {7, 33}, {65, 770}, {0, 8}};
+inline const std::vector<Extent> kExtents{{1, 1}, {3, 5}, {7, 33}, {65, 770}, {33, 776}, {5, 5200}, {0, 8}};
 
 /// The costs that `call` enters on meta and on cpu must be the same.
 template <class Call>

@@ -1,0 +1,97 @@
+#include "normformer/tensor/dispatch.h"
+
+#include "ops/cuda/attention_input.h"
+#include "ops/cuda/cudnn_attention.h"
+#include "ops/kernels.h"
+#include "tensor/cuda/launch.h"
+
+namespace normformer::ops::cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kLanes = 8;  // that share a row of a head
+
+template <int N, class T>
+__global__ void __launch_bounds__(kThreads)
+    delta_kernel(const T* dout, const T* out, int64_t rows, int length, int64_t heads, int64_t size,
+                 Accumulator<T>* delta) {
+  using A = Accumulator<T>;
+  const int64_t row = global_thread() / kLanes;
+  A sum{0};
+  if (row < rows) {
+    for (int64_t c = threadIdx.x % kLanes * N; c < size; c += kLanes * N) {
+      A d[N];
+      A o[N];
+      load_pack<N>(dout + row * size + c, d);
+      load_pack<N>(out + row * size + c, o);
+#pragma unroll
+      for (int i = 0; i < N; ++i) sum += d[i] * o[i];
+    }
+  }
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    sum += __shfl_xor_sync(kAllLanes, sum, distance);
+  }
+  if (row < rows && threadIdx.x % kLanes == 0) {
+    const int64_t token = row / heads;
+    delta[(token / length * heads + row % heads) * length + token % length] = sum;
+  }
+}
+
+/// delta[batch, heads, length] = the dot products of rows of dout and out.
+template <class T>
+void find_delta(Context& context, const AttentionInput<T>& input, const T* dout, const T* out,
+                Accumulator<T>* delta) {
+  const int64_t rows = input.pairs * input.length;
+  const LaunchShape shape{.blocks = ceil_div(rows * kLanes, int64_t{kThreads}), .threads = kThreads};
+  const bool packs = can_pack<kPack<T>>(input.head_size, dout, out);
+  launch(context, shape, packs ? delta_kernel<kPack<T>, T> : delta_kernel<1, T>, dout, out, rows,
+         input.length, input.heads, input.head_size, delta);
+}
+
+}  // namespace
+
+void attention_forward(Context& context, const AttentionShape& shape, const Tensor& qkv,
+                       const Tensor& document_start, const Dropout& dropout, const Tensor& out,
+                       const Tensor& lse) {
+  if (cudnn_attention_forward(context, shape, qkv, document_start, dropout, out, lse)) return;
+  dispatch_floating(qkv.dtype(), [&]<class T>() {
+    const AttentionInput<T> input(shape, qkv, document_start, dropout);
+    T* to = out.data<T>();
+    auto* lse_to = lse.data<Accumulator<T>>();
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (tensor_cores_take(shape.head_size, {input.qkv, to})) {
+        return tensor_core_attention_forward(context, input, to, lse_to);
+      }
+    }
+    plain_attention_forward(context, input, to, lse_to);
+  });
+}
+
+// What find_delta finds: [batch, heads, length].
+Shape attention_backward_workspace(Context&, const AttentionShape& shape) {
+  return {shape.batch, shape.heads, shape.length};
+}
+
+void attention_backward(Context& context, const AttentionShape& shape, const Tensor& dout, const Tensor& qkv,
+                        const Tensor& document_start, const Dropout& dropout, const Tensor& out,
+                        const Tensor& lse, const Tensor& dqkv, const Tensor& workspace) {
+  if (cudnn_attention_backward(context, shape, dout, qkv, document_start, dropout, out, lse, dqkv)) return;
+  dispatch_floating(qkv.dtype(), [&]<class T>() {
+    using A = Accumulator<T>;
+    const AttentionInput<T> input(shape, qkv, document_start, dropout);
+    const AttentionSaved<T> saved{
+        .dout = dout.data<T>(), .out = out.data<T>(), .lse = lse.data<A>(), .delta = workspace.data<A>()};
+    T* to = dqkv.data<T>();
+    find_delta(context, input, saved.dout, saved.out, workspace.data<A>());
+    if constexpr (std::is_same_v<T, bf16>) {
+      if (tensor_cores_take(shape.head_size, {input.qkv, saved.dout, to})) {
+        return tensor_core_attention_backward(context, input, saved, to);
+      }
+    }
+    plain_attention_backward(context, input, saved, to);
+  });
+}
+
+}  // namespace normformer::ops::cuda

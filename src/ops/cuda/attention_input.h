@@ -1,0 +1,147 @@
+#pragma once
+
+// For .cu files: what attention's kernels read, and which heads, rows and masks a block finds in it.
+
+#include <cmath>
+
+#include "normformer/core/checked.h"
+#include "normformer/ops/attention.h"
+
+#include "ops/cuda/dropout_mask.h"
+
+namespace normformer::ops::cuda {
+
+/// What both directions read, as in normformer/ops/attention.h.
+template <class T>
+struct AttentionInput {
+  using A = Accumulator<T>;
+
+  AttentionInput(const AttentionShape& shape, const Tensor& qkv_tensor, const Tensor& document_start_tensor,
+                 const Dropout& dropout_of_scores)
+      : qkv(qkv_tensor.data<T>()),
+        document_start(document_start_tensor ? document_start_tensor.data<int32_t>() : nullptr),
+        dropout(dropout_of_scores),
+        pairs(shape.batch * shape.heads),
+        heads(shape.heads),
+        head_size(shape.head_size),
+        first_head(shape.first_head),
+        length(static_cast<int>(shape.length)),
+        causal(shape.causal),
+        scale(static_cast<A>(1.0 / std::sqrt(static_cast<double>(shape.head_size)))) {}
+
+  const T* qkv;
+  const int32_t* document_start;  ///< null where a sequence is one document
+  DropoutMask<A> dropout;
+  int64_t pairs;  ///< of a sequence and a head
+  int64_t heads;
+  int64_t head_size;
+  int64_t first_head;
+  int length;
+  bool causal;
+  A scale;
+};
+
+/// What the backward reads besides.
+template <class T>
+struct AttentionSaved {
+  const T* dout;
+  const T* out;
+  const Accumulator<T>* lse;
+  const Accumulator<T>* delta;  ///< [batch, heads, length]: the dot products of rows of dout and out
+};
+
+/// Consecutive positions in a sequence.
+struct Positions {
+  int begin;
+  int end;
+};
+
+/// One head of one sequence: where its rows are, and what masks and drops its scores.
+template <class T>
+class Head {
+ public:
+  using A = Accumulator<T>;
+
+  __device__ Head(const AttentionInput<T>& input, int64_t pair)
+      : input_(input),
+        sample_(pair / input.heads),
+        head_(pair % input.heads),
+        lse_at_(pair * input.length),
+        starts_(input.document_start == nullptr ? nullptr : input.document_start + sample_ * input.length) {}
+
+  __device__ int length() const { return input_.length; }
+  __device__ int size() const { return static_cast<int>(input_.head_size); }
+  __device__ bool causal() const { return input_.causal; }
+  __device__ A scale() const { return input_.scale; }
+  __device__ int64_t out_stride() const { return input_.heads * input_.head_size; }
+  __device__ int64_t qkv_stride() const { return 3 * out_stride(); }
+
+  /// The first channel of token 0's query (part 0), key (1) or value (2) in qkv.
+  __device__ int64_t qkv_at(int part) const {
+    return sample_ * length() * qkv_stride() + part * out_stride() + head_ * input_.head_size;
+  }
+  __device__ const T* rows(int part) const { return input_.qkv + qkv_at(part); }
+  __device__ int64_t out_at() const { return sample_ * length() * out_stride() + head_ * input_.head_size; }
+  /// Of token 0 in a tensor [batch, heads, length].
+  __device__ int64_t lse_at() const { return lse_at_; }
+
+  /// Null where the sequence is one document.
+  __device__ const int32_t* starts() const { return starts_; }
+
+  /// The keys that a query attends to.
+  __device__ Positions keys_of(int query) const {
+    return {starts_ == nullptr ? 0 : starts_[query], input_.causal ? query + 1 : length()};
+  }
+
+  /// The least range of keys in which lies what any of the queries attends to, among positions below
+  /// length(). The same on all lanes; every lane must call.
+  __device__ Positions keys_of(Positions queries) const {
+    const int last = queries.end < length() ? queries.end : length();
+    if (queries.begin >= last) return {0, 0};
+    int least = 0;
+    if (starts_ != nullptr) {
+      least = length();
+      for (int q = queries.begin + static_cast<int>(threadIdx.x) % kWarp; q < last; q += kWarp) {
+        least = starts_[q] < least ? starts_[q] : least;
+      }
+      least = -warp_max(-least);
+    }
+    return {least, input_.causal ? last : length()};
+  }
+
+  __device__ bool drops() const { return input_.dropout.active; }
+  __device__ const DropoutMask<A>& dropout() const { return input_.dropout; }
+
+  /// The number of the element of a query and a key in the sample's dropout.
+  __device__ uint64_t element(int query, int key) const {
+    const int64_t row = (input_.first_head + head_) * length() + query;
+    return static_cast<uint64_t>(row * length() + key);
+  }
+  __device__ uint64_t dropout_sample() const {
+    return static_cast<uint64_t>(input_.dropout.first_sample + sample_);
+  }
+
+ private:
+  const AttentionInput<T>& input_;
+  int64_t sample_;
+  int64_t head_;
+  int64_t lse_at_;
+  const int32_t* starts_;
+};
+
+/// Every type, head size and alignment, in the accumulator type throughout.
+template <class T>
+void plain_attention_forward(Context& context, const AttentionInput<T>& input, T* out, Accumulator<T>* lse);
+template <class T>
+void plain_attention_backward(Context& context, const AttentionInput<T>& input,
+                              const AttentionSaved<T>& saved, T* dqkv);
+
+/// Whether the two below take heads of this size whose rows begin at these addresses.
+bool tensor_cores_take(int64_t head_size, std::initializer_list<const void*> rows);
+
+void tensor_core_attention_forward(Context& context, const AttentionInput<bf16>& input, bf16* out,
+                                   float* lse);
+void tensor_core_attention_backward(Context& context, const AttentionInput<bf16>& input,
+                                    const AttentionSaved<bf16>& saved, bf16* dqkv);
+
+}  // namespace normformer::ops::cuda

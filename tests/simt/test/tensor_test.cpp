@@ -1,0 +1,119 @@
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include <gtest/gtest.h>
+
+#include "normformer/tensor/context.h"
+
+namespace normformer {
+namespace {
+
+constexpr int64_t kSizes[] = {1, 3, 7, 8, 31, 255, 256, 257, 4096, 5001, 70'003};
+
+std::vector<float> numbers(int64_t count, uint32_t seed) {
+  std::vector<float> values;
+  for (int64_t i = 0; i < count; ++i) {
+    seed = seed * 1664525u + 1013904223u;
+    values.push_back((static_cast<float>(seed >> 8) / (1 << 24) - 0.5f) * 100.0f);
+  }
+  return values;
+}
+
+// Numbers of `dtype` on the context's device.
+Tensor tensor_of(Context& context, DType dtype, int64_t count, uint32_t seed) {
+  const std::vector<float> values = numbers(count, seed);
+  const Tensor from = from_host<float>(context, values, {count});
+  const Tensor made = context.empty({count}, dtype);
+  copy(context, from, made);
+  return made;
+}
+
+// What `compute` makes on the GPU is what it makes on the CPU, bit for bit.
+template <class Compute>
+void expect_same(const Compute& compute) {
+  Context cpu(DeviceKind::cpu);
+  Context cuda(DeviceKind::cuda);
+  const Tensor expected = compute(cpu);
+  const Tensor got = compute(cuda);
+  ASSERT_EQ(got.nbytes(), expected.nbytes());
+  std::vector<uint8_t> expected_bytes(static_cast<size_t>(expected.nbytes()));
+  std::vector<uint8_t> got_bytes(expected_bytes.size());
+  expected.copy_out(expected_bytes.data());
+  got.copy_out(got_bytes.data());
+  EXPECT_TRUE(got_bytes == expected_bytes);
+}
+
+TEST(CudaTensor, ElementsGoToTheDeviceAndBack) {
+  Context context(DeviceKind::cuda);
+  for (const int64_t count : kSizes) {
+    const std::vector<float> values = numbers(count, 1);
+    const Tensor on_device = from_host<float>(context, values, {count});
+    EXPECT_EQ(to_host(on_device), std::vector<double>(values.begin(), values.end()));
+  }
+}
+
+TEST(CudaTensor, ConvertsBetweenAllTypesAsTheCpuDoes) {
+  for (const int64_t count : kSizes) {
+    for (const DType from : {DType::f64, DType::f32, DType::bf16}) {
+      for (const DType to : {DType::f64, DType::f32, DType::bf16}) {
+        expect_same([&](Context& context) {
+          const Tensor made = context.empty({count}, to);
+          copy(context, tensor_of(context, from, count, 2), made);
+          return made;
+        });
+      }
+    }
+  }
+}
+
+TEST(CudaTensor, ScalesAsTheCpuDoes) {
+  for (const int64_t count : kSizes) {
+    for (const DType dtype : {DType::f64, DType::f32, DType::bf16}) {
+      expect_same([&](Context& context) {
+        const Tensor x = tensor_of(context, dtype, count, 3);
+        scale(context, x, 1.0 / 3.0);
+        return x;
+      });
+    }
+  }
+}
+
+TEST(CudaTensor, ScalesUnalignedParts) {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    expect_same([&](Context& context) {
+      const Tensor x = tensor_of(context, dtype, 4099, 4);
+      scale(context, x.flat(1, 4096), 3.0);
+      return x;
+    });
+  }
+}
+
+TEST(CudaTensor, SumsInOrderAsTheCpuDoes) {
+  for (const int64_t count : {1, 7, 256, 5001}) {
+    for (const DType dtype : {DType::f64, DType::f32, DType::bf16}) {
+      for (const uint32_t pieces : {1u, 2u, 5u, 16u}) {
+        expect_same([&](Context& context) {
+          std::vector<Tensor> terms;
+          for (uint32_t p = 0; p < pieces; ++p) terms.push_back(tensor_of(context, dtype, count, 10 + p));
+          const Tensor out = context.empty({count}, dtype);
+          sum_in_order(context, terms, out);
+          return out;
+        });
+      }
+    }
+  }
+}
+
+TEST(CudaTensor, SumsMorePiecesThanOnePassTakes) {
+  expect_same([&](Context& context) {
+    std::vector<Tensor> terms;
+    for (uint32_t p = 0; p < 37; ++p) terms.push_back(tensor_of(context, DType::f32, 1001, 50 + p));
+    const Tensor out = context.empty({1001}, DType::f32);
+    sum_in_order(context, terms, out);
+    return out;
+  });
+}
+
+}  // namespace
+}  // namespace normformer
