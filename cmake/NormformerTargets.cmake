@@ -14,9 +14,10 @@ endfunction()
 
 # nf_add_test(<name> SOURCES ... [LIBS ...] [TIMEOUT s] [LABELS ...] [ANY_DEVICE])
 # One GoogleTest program in one process; links the rooms and libraries named in LIBS. ANY_DEVICE: its tests compute on
-# test_device() (tests/support), and a build with CUDA runs them once more on the GPU, as <name>.cuda.
+# test_device() (tests/support), and a build with CUDA runs them once more on the GPU, as <name>.cuda. EMULATED_FILTER:
+# which of them (GoogleTest's filter) where the GPU is emulated, and so slow.
 function(nf_add_test name)
-  cmake_parse_arguments(PARSE_ARGV 1 arg "ANY_DEVICE" "TIMEOUT" "SOURCES;LIBS;LABELS")
+  cmake_parse_arguments(PARSE_ARGV 1 arg "ANY_DEVICE" "TIMEOUT;EMULATED_FILTER" "SOURCES;LIBS;LABELS")
   if(arg_UNPARSED_ARGUMENTS OR NOT arg_SOURCES)
     message(FATAL_ERROR "nf_add_test(${name}): bad arguments ${arg_UNPARSED_ARGUMENTS}")
   endif()
@@ -32,7 +33,11 @@ function(nf_add_test name)
   add_test(NAME ${name} COMMAND ${name})
   set_tests_properties(${name} PROPERTIES TIMEOUT ${arg_TIMEOUT} LABELS "unit;${arg_LABELS}")
   if(arg_ANY_DEVICE AND NORMFORMER_CUDA)
-    add_test(NAME ${name}.cuda COMMAND ${name})
+    set(filter)
+    if(NORMFORMER_CUDA STREQUAL "EMULATED" AND arg_EMULATED_FILTER)
+      set(filter --gtest_filter=${arg_EMULATED_FILTER})
+    endif()
+    add_test(NAME ${name}.cuda COMMAND ${name} ${filter})
     set_tests_properties(${name}.cuda PROPERTIES TIMEOUT 1200 LABELS device SKIP_RETURN_CODE 77
                          ENVIRONMENT NORMFORMER_TEST_DEVICE=cuda)
   endif()
