@@ -77,10 +77,28 @@ std::vector<ParameterPiece> ShardedOptimizer::owned_gradients() const {
   return pieces;
 }
 
+// The same gradients in as few pieces as can be: each costs a GPU a wait.
+std::vector<Tensor> ShardedOptimizer::owned_runs() const {
+  std::vector<Range> runs;
+  for (const Shard& shard : shards_) {
+    for (const Parameter& p : store_->parameters()) {
+      const Range run = intersect(shard.flat, p.flat_range());
+      if (!p.spec.owned || run.empty()) continue;
+      if (!runs.empty() && runs.back().end == run.begin)
+        runs.back().end = run.end;
+      else
+        runs.push_back(run);
+    }
+  }
+  std::vector<Tensor> tensors;
+  for (const Range& run : runs) tensors.push_back(store_->flat_gradients().flat(run.begin, run.size()));
+  return tensors;
+}
+
 double ShardedOptimizer::largest_gradient() {
   double largest = 0.0;
-  for (const ParameterPiece& run : owned_gradients()) {
-    largest = std::max(largest, ops::absolute_max(store_->context(), run.values));
+  for (const Tensor& run : owned_runs()) {
+    largest = std::max(largest, ops::absolute_max(store_->context(), run));
   }
   return world_.all_reduce(largest, ReduceOp::max);
 }
@@ -88,7 +106,7 @@ double ShardedOptimizer::largest_gradient() {
 double ShardedOptimizer::gradient_norm(double largest) {
   if (!std::isfinite(largest)) return std::numeric_limits<double>::infinity();
   ops::OrderFreeSumOfSquares squares(largest);
-  for (const ParameterPiece& run : owned_gradients()) squares.add(store_->context(), run.values);
+  for (const Tensor& run : owned_runs()) squares.add(store_->context(), run);
   auto bins = squares.bins();
   for (double& bin : bins) bin = world_.all_reduce(bin, ReduceOp::sum);
   return std::sqrt(ops::OrderFreeSumOfSquares::value(bins));

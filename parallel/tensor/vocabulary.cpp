@@ -12,12 +12,16 @@ namespace normformer {
 namespace {
 
 // Logits of one chunk take about this much: enough rows for products at full speed, little beside the model.
+// A GPU multiplies so fast that reading the weights and adding to their gradient, once a chunk, would show
+// sooner.
 constexpr int64_t kChunkBytes = int64_t{48} << 20;
+constexpr int64_t kGpuChunkBytes = int64_t{1} << 30;
 constexpr int64_t kLeastChunk = 64;
 
-int64_t chunk_tokens(const VocabularyRows& rows) {
+int64_t chunk_tokens(const Context& context, const VocabularyRows& rows) {
   const int64_t row_bytes = std::max<int64_t>(1, rows.weight.dim(0) * size_of(rows.weight.dtype()));
-  return std::max(kLeastChunk, kChunkBytes / row_bytes / kLeastChunk * kLeastChunk);
+  const int64_t chunk_bytes = context.is_cuda() ? kGpuChunkBytes : kChunkBytes;
+  return std::max(kLeastChunk, chunk_bytes / row_bytes / kLeastChunk * kLeastChunk);
 }
 
 // Statistics of the softmax over the whole vocabulary, from this rank's logits.
@@ -65,7 +69,7 @@ LossResult vocabulary_loss(Context& context, const Group& tensor, const Vocabula
   result.nll = context.empty({tokens}, accumulator_of(x.dtype()));
   Tensor dx;
   if (options.training) dx = context.empty(x.shape(), x.dtype());
-  const int64_t step = chunk_tokens(rows);
+  const int64_t step = chunk_tokens(context, rows);
   for (int64_t begin = 0; begin < tokens; begin += step) {
     const int64_t end = std::min(tokens, begin + step);
     const Tensor x_chunk = x.rows(begin, end);
@@ -81,7 +85,6 @@ LossResult vocabulary_loss(Context& context, const Group& tensor, const Vocabula
     ops::linear_backward_weight(context, logits, x_chunk, rows.gradient);
   }
   if (options.training) result.dhidden = reduce_partial(context, tensor, Placed<Partial>(dx));
-  result.sum = ops::weighted_sum(context, result.nll, options.weights);
   return result;
 }
 

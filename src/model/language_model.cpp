@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "normformer/ops/cross_entropy.h"
 #include "normformer/ops/embedding.h"
 
 namespace normformer {
@@ -74,7 +75,16 @@ void LanguageModelStage::set_micro_batches(std::vector<MicroBatch> batches) {
   }
   batches_ = std::move(batches);
   results_.assign(batches_.size(), Tensor());
-  loss_sum_ = 0.0;
+}
+
+double LanguageModelStage::loss_sum() const {
+  double sum = 0.0;
+  for (size_t i = 0; i < results_.size(); ++i) {
+    if (results_[i].defined()) {
+      sum += ops::weighted_sum(*environment_.context, results_[i], batches_[i].weights);
+    }
+  }
+  return sum;
 }
 
 Shape LanguageModelStage::boundary_shape(int64_t micro_batch) const {
@@ -143,7 +153,6 @@ Tensor LanguageModelStage::finish(int64_t micro_batch, const Tensor& x, SavedSta
   }
   const LossOptions options{batch.targets, batch.weights, batch.purpose == Purpose::training, 1.0};
   LossResult loss = vocabulary_loss(context, environment_.tensor, vocabulary_rows(), hidden, options);
-  loss_sum_ += loss.sum;
   result = loss.nll;
   saved.dhidden = std::move(loss.dhidden);
   return {};

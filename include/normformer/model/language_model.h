@@ -40,7 +40,7 @@ class LanguageModelStage final : public Stage {
 
   /// Sum of the negative log-likelihoods of all targets that count in the micro-batches forwarded since
   /// set_micro_batches; 0 on other stages than the last.
-  double loss_sum() const { return loss_sum_; }
+  double loss_sum() const;
 
   /// What the forward of micro-batch `index` computed on the last stage: [N] negative log-likelihoods, or for
   /// Purpose::generation the logits [sequences, V of this rank] after the last tokens. Undefined before, and
@@ -84,7 +84,6 @@ class LanguageModelStage final : public Stage {
   Tensor folded_;  // [layers, 2, D]: c and w_beta of every layer
   std::vector<MicroBatch> batches_;
   std::vector<Tensor> results_;
-  double loss_sum_ = 0.0;
 };
 
 /// A stage as the pipeline drives it where nothing is saved: evaluation and generation. Refers to the stage.

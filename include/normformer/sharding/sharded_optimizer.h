@@ -68,6 +68,7 @@ class ShardedOptimizer {
     std::vector<int64_t> counts;  // elements of every rank's piece
   };
 
+  std::vector<Tensor> owned_runs() const;
   Tensor master(const Shard& shard) const;
   Tensor gradient(const Shard& shard) const;
   void gather_values();

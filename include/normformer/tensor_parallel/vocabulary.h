@@ -27,9 +27,9 @@ struct LossOptions {
   double factor = 1.0;   ///< multiplies the gradient of the summed loss
 };
 struct LossResult {
-  double sum = 0.0;            ///< of the negative log-likelihoods that count, natural logarithm
-  Tensor nll;                  ///< [N] of accumulator_of(T): every token's, counted or not
-  Placed<Replicated> dhidden;  ///< [N, D]: gradient of factor * sum; undefined without training
+  Tensor nll;  ///< [N] of accumulator_of(T): every token's, counted or not
+  Placed<Replicated>
+      dhidden;  ///< [N, D]: gradient of factor * their sum over what counts; undefined without training
 };
 
 /// Output logits (hidden times the embedding's rows) and softmax cross-entropy over the split vocabulary.
