@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -12,6 +13,7 @@
 #include <sched.h>
 
 #include "normformer/comm/nccl.h"
+#include "normformer/comm/tcp.h"
 #include "normformer/core/error.h"
 #include "normformer/core/log.h"
 #include "normformer/training/agreement.h"
@@ -58,20 +60,24 @@ std::string describe_binding(const Context& context, bool bound) {
                      bound ? fmt::format(", NUMA node {}", gpu.numa_node) : "");
 }
 
-// NCCL joins ranks only where each has a GPU of its own.
+// NCCL joins ranks where each has a GPU of its own; ranks that share one only if they are told that they run
+// on different hosts (NCCL_HOSTID), which is for tests.
 bool uses_nccl(const DeviceConfig& device, const RankProcess& process, int gpus) {
-  if (device.transport == GpuTransport::mpi || process.world.size() == 1) return false;
+  if (device.transport == GpuTransport::host || process.world.size() == 1) return false;
   const bool shared = process.world.all_reduce(process.local_size > gpus ? 1.0 : 0.0, ReduceOp::max) > 0.0;
   if (device.transport == GpuTransport::nccl) {
     run_agreed(process.world, [&] {
       if (!has_nccl())
         throw ConfigError("device.transport = \"nccl\" cannot be had: " + describe_nccl() +
-                          "; write \"mpi\"");
-      if (shared)
-        throw ConfigError(
-            "device.transport = \"nccl\" needs a GPU for every rank: start fewer ranks a host, or write "
-            "\"mpi\"");
+                          "; write \"host\"");
     });
+    if (shared) {
+      log_root(
+          LogLevel::warning,
+          "ranks share a GPU, which NCCL refuses unless each has its own NCCL_HOSTID: start fewer ranks a "
+          "host, or write device.transport = \"host\"");
+    }
+    return true;
   }
   return has_nccl() && !shared;
 }
@@ -106,9 +112,29 @@ RankDevice make_rank_device(const RunConfig& config, const RankProcess& process)
   return made;
 }
 
-int run_on_ranks(int* argc, char*** argv, const std::function<int(const RankProcess&)>& body) {
-  MpiSession mpi(argc, argv);
-  const RankProcess process{mpi.world(), mpi.local_rank(), mpi.local_size()};
+namespace {
+
+// Whether an MPI launcher started this process: it knows the ranks then, whatever else the environment says.
+bool has_mpi_launcher() {
+  const auto is_set = [](const char* name) { return std::getenv(name) != nullptr; };
+  return is_set("OMPI_COMM_WORLD_SIZE") || is_set("PMI_RANK") || is_set("PMIX_RANK");
+}
+
+// Where the launcher does not say who shares a host, the hosts' names do.
+RankProcess join_over_tcp(const Rendezvous& rendezvous) {
+  RankProcess process{make_tcp_world(rendezvous), rendezvous.local_rank, rendezvous.local_size};
+  if (process.local_rank >= 0 && process.local_size > 0) return process;
+  const auto hosts = process.world.all_gather_text(host_name());
+  process.world.ledger().clear();
+  const auto mine = hosts.begin() + process.world.rank();
+  process.local_size = static_cast<int>(std::count(hosts.begin(), hosts.end(), *mine));
+  if (process.local_rank < 0) process.local_rank = static_cast<int>(std::count(hosts.begin(), mine, *mine));
+  return process;
+}
+
+// Runs `body`; `abort` ends this process and so the job.
+int run_rank(const RankProcess& process, const std::function<int(const RankProcess&)>& body,
+             void (*abort)(int)) {
   if (process.world.size() > 1) set_rank_label(process.world.rank(), host_name());
   try {
     return body(process);
@@ -118,20 +144,45 @@ int run_on_ranks(int* argc, char*** argv, const std::function<int(const RankProc
   } catch (...) {
     std::fprintf(stderr, "%s\n", describe_current_exception().c_str());
     const auto code = static_cast<int>(current_exception_exit_code());
-    if (process.world.size() > 1) {
-      // mpirun drops what a rank has written and it has not read when the job is aborted.
-      std::this_thread::sleep_for(std::chrono::milliseconds(200));
-      MpiSession::abort(code);
-    }
+    if (process.world.size() > 1) abort(code);
     return code;
   }
 }
 
+// mpirun drops what a rank has written and it has not read when the job is aborted; and over TCP all others
+// should hear of the rank that failed first before they hear of this one.
+constexpr auto kLastWords = std::chrono::milliseconds(200);
+
+void abort_mpi_job(int exit_code) {
+  std::this_thread::sleep_for(kLastWords);
+  MpiSession::abort(exit_code);
+}
+
+// The system closes the connections without a goodbye, so that all other ranks fail too.
+void abort_tcp_job(int exit_code) {
+  std::this_thread::sleep_for(kLastWords);
+  std::_Exit(exit_code);
+}
+
+}  // namespace
+
+int run_on_ranks(int* argc, char*** argv, const std::function<int(const RankProcess&)>& body) {
+  const auto rendezvous = has_mpi_launcher() ? std::nullopt : rendezvous_from_environment();
+  if (rendezvous) return run_rank(join_over_tcp(*rendezvous), body, abort_tcp_job);
+  MpiSession mpi(argc, argv);
+  return run_rank({mpi.world(), mpi.local_rank(), mpi.local_size()}, body, abort_mpi_job);
+}
+
 void require_single_process(const char* command) {
-  const char* size = std::getenv("OMPI_COMM_WORLD_SIZE");
-  if (size != nullptr && std::string(size) != "1") {
-    throw ConfigError(std::string("`normformer ") + command +
-                      "` works in one process: start it without mpirun");
+  for (const char* name : {"OMPI_COMM_WORLD_SIZE", "WORLD_SIZE"}) {
+    const char* value = std::getenv(name);
+    const std::string size = value == nullptr ? "" : value;
+    if (!size.empty() && size != "1") {
+      throw ConfigError(
+          fmt::format("`normformer {}` works in one process: start it without mpirun or another launcher "
+                      "({} is {})",
+                      command, name, size));
+    }
   }
 }
 

@@ -31,9 +31,10 @@ struct RankDevice {
 /// for; the same on every rank. Collective over process.world.
 RankDevice make_rank_device(const RunConfig& config, const RankProcess& process);
 
-/// Starts MPI, labels the rank and runs `body` on it. A failure that all ranks know of (AgreedError) is
-/// printed once and ends all of them in good order; any other is printed by its rank and ends the whole job.
-/// Returns the exit code.
+/// Joins the job's other ranks, labels this one and runs `body` on it. Ranks talk over TCP where the
+/// environment says how they meet (rendezvous_from_environment) and no launcher of MPI's started them, else
+/// over MPI. A failure that all ranks know of (AgreedError) is printed once and ends all of them in good
+/// order; any other is printed by its rank and ends the whole job. Returns the exit code.
 int run_on_ranks(int* argc, char*** argv, const std::function<int(const RankProcess&)>& body);
 
 /// Ends with a sentence where this process was started as one of several ranks: for commands that work alone.

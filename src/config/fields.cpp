@@ -243,8 +243,8 @@ void add_device(std::vector<Field>& all) {
   s.integer("threads", &D::threads, {0, 4096}, "threads of one rank; 0 means its share of the host's cores");
   s.boolean("tf32", &D::tf32, "on GPUs: fp32 products round their factors to 11 bits");
   s.choice("transport", &D::transport,
-           {{GpuTransport::automatic, "auto"}, {GpuTransport::nccl, "nccl"}, {GpuTransport::mpi, "mpi"}},
-           "between GPUs: nccl needs a GPU for each rank, mpi goes by way of the hosts");
+           {{GpuTransport::automatic, "auto"}, {GpuTransport::nccl, "nccl"}, {GpuTransport::host, "host"}},
+           "between GPUs: nccl needs a GPU for each rank; host goes by way of host memory");
 }
 
 }  // namespace

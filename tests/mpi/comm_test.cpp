@@ -7,6 +7,7 @@
 #include <mpi.h>
 
 #include "normformer/comm/group.h"
+#include "normformer/comm/nccl.h"
 
 #include "mpi/messages.h"
 #include "support/comm_contract.h"
@@ -25,6 +26,44 @@ class MpiWorld : public ::testing::TestWithParam<ContractCase> {};
 TEST_P(MpiWorld, KeepsTheContract) { GetParam().check(mpi_world()); }
 
 INSTANTIATE_TEST_SUITE_P(Ranks, MpiWorld, ::testing::ValuesIn(testing::comm_contract()),
+                         [](const auto& instance) { return instance.param.name; });
+
+// By way of the hosts.
+class MpiWorldOnGpu : public ::testing::TestWithParam<ContractCase> {};
+
+TEST_P(MpiWorldOnGpu, KeepsTheContract) {
+  if (list_gpus().empty()) GTEST_SKIP() << "no GPU: " << describe_cuda();
+  const testing::ContractOnGpu on_gpu;
+  GetParam().check(mpi_world());
+}
+
+INSTANTIATE_TEST_SUITE_P(Ranks, MpiWorldOnGpu, ::testing::ValuesIn(testing::comm_contract()),
+                         [](const auto& instance) { return instance.param.name; });
+
+// Several ranks may share a GPU here if each claims a host of its own (NCCL_HOSTID) and talks over sockets.
+class NcclWorld : public ::testing::TestWithParam<ContractCase> {
+ protected:
+  static void SetUpTestSuite() {
+    if (list_gpus().empty() || !has_nccl()) return;
+    context = new Context(DeviceKind::cuda);
+    world = new Group(make_nccl_world(*context, mpi_world(), 60.0));
+  }
+  static void TearDownTestSuite() {
+    delete world;
+    delete context;
+  }
+
+  static inline Context* context = nullptr;
+  static inline Group* world = nullptr;
+};
+
+TEST_P(NcclWorld, KeepsTheContract) {
+  if (world == nullptr) GTEST_SKIP() << "no GPU, or no NCCL: " << describe_cuda() << "; " << describe_nccl();
+  const testing::ContractOnGpu on_gpu;
+  GetParam().check(*world);
+}
+
+INSTANTIATE_TEST_SUITE_P(Ranks, NcclWorld, ::testing::ValuesIn(testing::comm_contract()),
                          [](const auto& instance) { return instance.param.name; });
 
 TEST(MpiTransport, AgreesWithMpiOnExactSums) {

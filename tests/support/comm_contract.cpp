@@ -15,6 +15,8 @@ namespace normformer::testing {
 
 namespace {
 
+DeviceKind contract_device = DeviceKind::cpu;
+
 constexpr int64_t kCounts[] = {0, 1, 7, 1000, 100003};
 
 // Element i of rank r: of widely different sizes, so that another order of additions gives other bits.
@@ -63,10 +65,11 @@ T expected_sum(int ranks, int64_t i) {
 template <class T, class Expected>
 int64_t wrong_bits(const Tensor& tensor, Expected&& expected) {
   int64_t wrong = 0;
-  const T* values = tensor.data<T>();
+  std::vector<T> values(static_cast<size_t>(tensor.numel()));
+  tensor.copy_out(values.data());
   for (int64_t i = 0; i < tensor.numel(); ++i) {
     const T want = expected(i);
-    wrong += std::memcmp(&values[i], &want, sizeof(T)) != 0;
+    wrong += std::memcmp(&values[static_cast<size_t>(i)], &want, sizeof(T)) != 0;
   }
   return wrong;
 }
@@ -85,7 +88,7 @@ int64_t sum_of(const std::vector<int64_t>& counts, int before) {
 
 template <class T>
 void all_reduce_sum(const Group& world) {
-  Context context(DeviceKind::cpu);
+  Context context(contract_device);
   for (const int64_t count : kCounts) {
     const Tensor tensor = make<T>(context, world.rank(), count);
     world.all_reduce(context, tensor, ReduceOp::sum);
@@ -96,7 +99,7 @@ void all_reduce_sum(const Group& world) {
 
 template <class T>
 void all_reduce_max(const Group& world) {
-  Context context(DeviceKind::cpu);
+  Context context(contract_device);
   for (const int64_t count : kCounts) {
     const Tensor tensor = make<T>(context, world.rank(), count);
     world.all_reduce(context, tensor, ReduceOp::max);
@@ -114,19 +117,20 @@ void all_reduce_max(const Group& world) {
 }
 
 void a_nan_wins_the_maximum(const Group& world) {
-  Context context(DeviceKind::cpu);
+  Context context(contract_device);
   for (int from = 0; from < world.size(); ++from) {
     const double mine = world.rank() == from ? std::nan("") : 1.0 + world.rank();
     const Tensor tensor = from_host<double>(context, std::vector<double>{mine, 5.0}, {2});
     world.all_reduce(context, tensor, ReduceOp::max);
-    EXPECT_TRUE(std::isnan(tensor.data<double>()[0])) << "from rank " << from;
-    EXPECT_EQ(tensor.data<double>()[1], 5.0);
+    const std::vector<double> most = to_host(tensor);
+    EXPECT_TRUE(std::isnan(most[0])) << "from rank " << from;
+    EXPECT_EQ(most[1], 5.0);
     EXPECT_TRUE(std::isnan(world.all_reduce(mine, ReduceOp::max)));
   }
 }
 
 void fused_all_reduce(const Group& world) {
-  Context context(DeviceKind::cpu);
+  Context context(contract_device);
   for (const int64_t count : kCounts) {
     const std::vector<Tensor> tensors = {
         make<bf16>(context, world.rank(), count), make<float>(context, world.rank(), 2 * count + 1),
@@ -144,7 +148,7 @@ void fused_all_reduce(const Group& world) {
 
 template <class T>
 void reduce_scatter(const Group& world) {
-  Context context(DeviceKind::cpu);
+  Context context(contract_device);
   for (const int64_t scale : {0, 1, 251, 25013}) {
     const std::vector<int64_t> counts = uneven_counts(world.size(), scale);
     const int64_t total = sum_of(counts, world.size());
@@ -167,7 +171,7 @@ void reduce_scatter(const Group& world) {
 
 template <class T>
 void all_gather(const Group& world) {
-  Context context(DeviceKind::cpu);
+  Context context(contract_device);
   for (const int64_t scale : {0, 1, 251, 25013}) {
     const std::vector<int64_t> counts = uneven_counts(world.size(), scale);
     const int64_t total = sum_of(counts, world.size());
@@ -191,16 +195,18 @@ void all_gather(const Group& world) {
 }
 
 void all_gather_of_integers(const Group& world) {
-  Context context(DeviceKind::cpu);
+  Context context(contract_device);
   const std::vector<int64_t> counts(static_cast<size_t>(world.size()), 1);
   const Tensor whole = context.empty({world.size()}, DType::i64);
   const std::vector<int64_t> mine = {(int64_t{1} << 60) + world.rank()};
   world.all_gather(context, from_host<int64_t>(context, mine, {1}), whole, counts);
-  for (int r = 0; r < world.size(); ++r) EXPECT_EQ(whole.data<int64_t>()[r], (int64_t{1} << 60) + r);
+  std::vector<int64_t> all(counts.size());
+  whole.copy_out(all.data());
+  for (int r = 0; r < world.size(); ++r) EXPECT_EQ(all[static_cast<size_t>(r)], (int64_t{1} << 60) + r);
 }
 
 void broadcast(const Group& world) {
-  Context context(DeviceKind::cpu);
+  Context context(contract_device);
   for (int root = 0; root < world.size(); ++root) {
     for (const int64_t count : kCounts) {
       const Tensor tensor = make<float>(context, world.rank(), count);
@@ -213,7 +219,7 @@ void broadcast(const Group& world) {
 }
 
 void messages_keep_order_and_tags(const Group& world) {
-  Context context(DeviceKind::cpu);
+  Context context(contract_device);
   const int next = (world.rank() + 1) % world.size();
   const int previous = (world.rank() + world.size() - 1) % world.size();
   for (const int64_t count : kCounts) {
@@ -240,7 +246,7 @@ void messages_keep_order_and_tags(const Group& world) {
 }
 
 void messages_do_not_meet_collectives(const Group& world) {
-  Context context(DeviceKind::cpu);
+  Context context(contract_device);
   const int next = (world.rank() + 1) % world.size();
   const int previous = (world.rank() + world.size() - 1) % world.size();
   SendRequest request = world.send(context, make<double>(context, world.rank(), 100), next, 0);
@@ -282,10 +288,10 @@ void texts(const Group& world) {
 
 // The sum of world ranks over a group, through the group itself.
 double sum_of_world_ranks(const Group& group, int world_rank) {
-  Context context(DeviceKind::cpu);
+  Context context(contract_device);
   const Tensor tensor = from_host<double>(context, std::vector<double>{1.0 * world_rank}, {1});
   group.all_reduce(context, tensor, ReduceOp::sum);
-  return tensor.data<double>()[0];
+  return to_host(tensor)[0];
 }
 
 void check_group(const Group& group, const std::string& name, const std::vector<int>& members,
@@ -355,7 +361,7 @@ void groups_work_side_by_side(const Group& world) {
 }
 
 void mistakes_are_found_before_moving(const Group& world) {
-  Context context(DeviceKind::cpu);
+  Context context(contract_device);
   const Tensor tensor = context.zeros({4}, DType::f32);
   const Tensor integers = context.zeros({4}, DType::i32);
   const std::vector<int64_t> counts(static_cast<size_t>(world.size()), 3);
@@ -375,7 +381,7 @@ void mistakes_are_found_before_moving(const Group& world) {
 }
 
 void the_ledger_counts_payloads(const Group& world) {
-  Context context(DeviceKind::cpu);
+  Context context(contract_device);
   const Group group = world.split({0, 0}, "counted");
   world.ledger().clear();
   group.all_reduce(context, context.zeros({100}, DType::f32), ReduceOp::sum);
@@ -425,7 +431,7 @@ void run_every_call(const Group& world, Context& context) {
 }
 
 void every_call_again_and_again(const Group& world) {
-  Context context(DeviceKind::cpu);
+  Context context(contract_device);
   for (int round = 0; round < 5; ++round) run_every_call(world, context);
 }
 
@@ -466,6 +472,9 @@ void expect_same(const Accounts& meta, const Accounts& real) {
   EXPECT_EQ(meta.memory.peak_reserved, real.memory.peak_reserved);
   EXPECT_EQ(meta.memory.at_peak_by_use, real.memory.at_peak_by_use);
 }
+
+ContractOnGpu::ContractOnGpu() { contract_device = DeviceKind::cuda; }
+ContractOnGpu::~ContractOnGpu() { contract_device = DeviceKind::cpu; }
 
 const std::vector<ContractCase>& comm_contract() {
   static const std::vector<ContractCase> cases = {

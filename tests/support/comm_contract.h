@@ -22,6 +22,15 @@ inline void PrintTo(const ContractCase& contract, std::ostream* out) { *out << c
 /// What every transport must do, at any number of ranks.
 const std::vector<ContractCase>& comm_contract();
 
+/// While it lives the contract's tensors are on GPUs. Made and destroyed while no check runs.
+class ContractOnGpu {
+ public:
+  ContractOnGpu();
+  ~ContractOnGpu();
+  ContractOnGpu(const ContractOnGpu&) = delete;
+  ContractOnGpu& operator=(const ContractOnGpu&) = delete;
+};
+
 /// Everything that a rank's accounts say.
 struct Accounts {
   std::vector<TrafficRecord> records;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <fstream>
 #include <iterator>
 
@@ -14,7 +15,11 @@ namespace normformer::testing_support {
 
 namespace {
 
-std::filesystem::path fixtures_folder() { return std::filesystem::path(NORMFORMER_TEST_FIXTURES) / "oracle"; }
+// NORMFORMER_TEST_FIXTURES in the environment: where they are if not where the program was built.
+std::filesystem::path fixtures_folder() {
+  const char* elsewhere = std::getenv("NORMFORMER_TEST_FIXTURES");
+  return std::filesystem::path(elsewhere != nullptr ? elsewhere : NORMFORMER_TEST_FIXTURES) / "oracle";
+}
 
 int64_t number_after(const std::string& text, const std::string& key) {
   const size_t at = text.find("\n" + key + " = ");

@@ -51,9 +51,9 @@ enum class AdamEps { torch, fairseq };
 /// The computing device of every rank.
 enum class DeviceChoice { cpu, cuda };
 
-/// What carries tensors between GPUs: NCCL where every rank has a GPU of its own (`automatic`), or else MPI
-/// by way of the hosts.
-enum class GpuTransport { automatic, nccl, mpi };
+/// What carries tensors between GPUs: NCCL, which `automatic` takes where every rank has a GPU of its own, or
+/// what joins the hosts (MPI, TCP), by way of host memory.
+enum class GpuTransport { automatic, nccl, host };
 
 /// The model's shape and switches. Sizes count elements of the whole model, never of one rank's share.
 struct ModelConfig {

@@ -31,6 +31,23 @@ INSTANTIATE_TEST_SUITE_P(Worlds, LocalWorld,
                                   std::to_string(std::get<0>(instance.param));
                          });
 
+class LocalWorldOnGpu : public ::testing::TestWithParam<std::tuple<int, ContractCase>> {};
+
+TEST_P(LocalWorldOnGpu, KeepsTheContract) {
+  if (list_gpus().empty()) GTEST_SKIP() << "no GPU: " << describe_cuda();
+  const testing::ContractOnGpu on_gpu;
+  const auto& [ranks, contract] = GetParam();
+  run_local_world(ranks, contract.check);
+}
+
+INSTANTIATE_TEST_SUITE_P(Worlds, LocalWorldOnGpu,
+                         ::testing::Combine(::testing::Values(1, 3),
+                                            ::testing::ValuesIn(testing::comm_contract())),
+                         [](const auto& instance) {
+                           return std::get<1>(instance.param).name + "Over" +
+                                  std::to_string(std::get<0>(instance.param));
+                         });
+
 class SelfWorld : public ::testing::TestWithParam<ContractCase> {};
 
 TEST_P(SelfWorld, KeepsTheContract) { GetParam().check(make_self_world()); }

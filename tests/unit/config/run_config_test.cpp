@@ -374,7 +374,7 @@ const std::map<std::string, std::string>& other_values() {
       {"checkpoint.keep", "1"},
       {"device.kind", "\"cuda\""},
       {"device.tf32", "true"},
-      {"device.transport", "\"mpi\""},
+      {"device.transport", "\"host\""},
       {"device.threads", "2"},
   };
   return values;
