@@ -8,10 +8,8 @@
 // Each variant runs in a process of its own, so that its peak memory is its own.
 
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <fstream>
-#include <functional>
 #include <string>
 #include <vector>
 
@@ -23,10 +21,14 @@
 #include "normformer/training/trainer.h"
 
 #include "library_gemm.h"
+#include "training_step.h"
 
 namespace {
 
 using namespace normformer;
+using benchmarks::foretold_bytes;
+using benchmarks::seconds_of;
+using benchmarks::Setup;
 
 struct Options {
   int threads = 2;
@@ -55,12 +57,6 @@ RunConfig make_config(const Options& options, bool normformer, Precision precisi
   c.train.precision = precision;
   c.parallel.data = 1;
   return c;
-}
-
-double seconds_of(const std::function<void()>& body) {
-  const auto start = std::chrono::steady_clock::now();
-  body();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 // The matrix products of a step, each shape once with how often it occurs.
@@ -120,46 +116,6 @@ class Products {
   Context context_;
   std::vector<Product> products_;
 };
-
-Batch random_batch(const RunConfig& config, int64_t first, int64_t count) {
-  const RandomStream stream = RandomStream{1}.with("benchmark tokens");
-  const int64_t tokens = count * config.model.length;
-  Batch batch{.sequences = count,
-              .seq_len = config.model.length,
-              .inputs = {},
-              .targets = {},
-              .document_start = {},
-              .loss_mask = {}};
-  for (int64_t i = 0; i <= tokens; ++i) {
-    const auto id = static_cast<int32_t>(stream.u64(static_cast<uint64_t>(first * config.model.length + i)) %
-                                         static_cast<uint64_t>(config.model.vocab));
-    if (i < tokens) batch.inputs.push_back(id);
-    if (i > 0) batch.targets.push_back(id);
-  }
-  return batch;
-}
-
-// A model with its trainer on any device.
-struct Setup {
-  Setup(const RunConfig& c, DeviceKind device, int threads)
-      : config(c),
-        context(device, threads),
-        model(context, Mesh(device == DeviceKind::meta ? make_meta_world(0, 1) : make_self_world(), {}),
-              config, true),
-        trainer(model, config, [this](int64_t f, int64_t n) { return random_batch(config, f, n); }) {}
-
-  RunConfig config;
-  Context context;
-  ModelInstance model;
-  Trainer trainer;
-};
-
-int64_t foretold_bytes(const RunConfig& config) {
-  Setup meta(config, DeviceKind::meta, 1);
-  meta.trainer.initialise();
-  for (int i = 0; i < 2; ++i) meta.trainer.step();
-  return meta.context.memory().report().peak_reserved;
-}
 
 // "VmHWM" or "VmRSS" of this process, in bytes.
 int64_t process_bytes(const std::string& key) {
