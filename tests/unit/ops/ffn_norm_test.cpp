@@ -300,7 +300,7 @@ TEST(FfnNorm, NarrowTypesMatchFp64) {
   };
   for (const DType dtype : {DType::f32, DType::bf16}) {
     for (const auto [n, d] : kExtents) {
-      const int64_t f = 2 * d + 3;
+      const int64_t f = d < 1000 ? 2 * d + 3 : 259;  // w2 is not to be all that the test computes
       Context context(test_device(), 2);
       const DType sum_type = accumulator_of(dtype);
       const Inputs in{random_tensor(context, dtype, {d, f}, 1, 0.1),
