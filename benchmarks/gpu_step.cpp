@@ -5,7 +5,7 @@
 //
 //   bench_gpu_step [--size 125M|355M|1.3B|2.7B ...] [--model baseline|normformer] [--length 2048] [--dropout
 //   0.1]
-//                  [--micro-batch M] [--micro-batches N] [--steps 10] [--dtype bf16|fp32]
+//                  [--micro-batch M] [--micro-batches N] [--steps 10] [--dtype bf16|fp32] [--untuned]
 //   bench_gpu_step --layers 2 --width 64 --heads 4 --vocab 512 --length 64 --ceiling 0      a size of one's
 //   own
 //
@@ -58,6 +58,7 @@ struct Options {
   std::string dtype = "bf16";
   int steps = 10;
   int64_t ceiling = 8192;
+  bool tune = true;
 };
 
 constexpr double kPeakFlops = 989e12;
@@ -168,6 +169,7 @@ void run_variant(const Options& options, const Size& size, bool normformer, Gpu&
   const int64_t foretold = foretold_bytes(config);
   const int64_t before = used_bytes(gpu);
   Setup setup(config, DeviceKind::cuda, 1, repeating_source(config));
+  setup.context.gpu().tune_products(options.tune);
   setup.trainer.initialise();
   StepReport report;
   const auto step = [&] {
@@ -251,6 +253,7 @@ int main(int argc, char** argv) {
   app.add_option("--dtype", options.dtype)->check(CLI::IsMember({"bf16", "fp32"}))->capture_default_str();
   app.add_option("--steps", options.steps, "that are measured")->check(CLI::PositiveNumber);
   app.add_option("--ceiling", options.ceiling, "extent of the large product; 0: measure no ceilings");
+  app.add_flag("!--untuned", options.tune, "products as cuBLASLt's heuristic has them");
   CLI11_PARSE(app, argc, argv);
   if (list_gpus().empty()) {
     std::printf("skipped: no GPU (%s)\n", describe_cuda().c_str());

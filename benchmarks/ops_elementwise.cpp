@@ -1,14 +1,16 @@
 // How near the element-wise operations come to the memory's bandwidth: bytes that each must move (its
-// recorded cost) over its time, as a fraction of what a plain copy reaches here. One thread unless given:
-// ops_elementwise [T].
+// recorded cost) over its time, as a fraction of what a plain copy reaches here.
+//
+//   bench_ops_elementwise [--threads 1] [--device cpu|cuda] [--rows N] [--columns D ...] [--only
+//   PART_OF_A_NAME]
 
 #include <algorithm>
-#include <cstdlib>
 #include <functional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include <CLI/CLI.hpp>
 #include <fmt/format.h>
 
 #include "normformer/ops/activation.h"
@@ -28,8 +30,8 @@ namespace {
 
 class Bench {
  public:
-  Bench(int threads, std::string only, DType dtype, int64_t rows, int64_t columns)
-      : context_(DeviceKind::cpu, threads),
+  Bench(DeviceKind device, int threads, std::string only, DType dtype, int64_t rows, int64_t columns)
+      : context_(device, threads),
         only_(std::move(only)),
         dtype_(dtype),
         rows_(rows),
@@ -81,14 +83,27 @@ class Bench {
     for (const auto& [operation, cost] : context_.costs().operations())
       bytes += static_cast<double>(cost.bytes);
     constexpr double kSeconds = 0.3;
-    const auto clock = context_.threads().size() == 1 ? benchmarks::Clock::thread : benchmarks::Clock::wall;
-    const auto best =
-        benchmarks::best_times(clock, kSeconds, call, [&] { copy(context_, copied_from_, copied_to_); });
+    const bool alone = !context_.is_cuda() && context_.threads().size() == 1;
+    const auto clock = alone ? benchmarks::Clock::thread : benchmarks::Clock::wall;
+    auto best = benchmarks::best_times(
+        clock, kSeconds, [&] { repeat(call); },
+        [&] { repeat([&] { copy(context_, copied_from_, copied_to_); }); });
+    best.ours /= calls_at_a_time();
+    best.ceiling /= calls_at_a_time();
     const double rate = bytes / best.ours;
     const double copy_rate = 2.0 * static_cast<double>(copied_from_.nbytes()) / best.ceiling;
     fmt::print("  {:<36} {:8.2f} ms {:6.1f} GB/s, copy {:5.1f} GB/s: {:4.0f} %\n", name, best.ours * 1e3,
                rate * 1e-9, copy_rate * 1e-9, 100.0 * rate / copy_rate);
   }
+
+  // A GPU starts a call while the one before it runs.
+  int calls_at_a_time() const { return context_.is_cuda() ? 20 : 1; }
+  void repeat(const std::function<void()>& call) {
+    for (int i = 0; i < calls_at_a_time(); ++i) call();
+    if (context_.is_cuda()) context_.gpu().synchronize();
+  }
+  // Heads of 64 columns where they divide them.
+  int64_t heads() const { return columns_ % 64 == 0 ? columns_ / 64 : 1; }
 
   void norms() {
     const Tensor x = matrix(), y = matrix(), dy = matrix(), residual = matrix();
@@ -97,8 +112,8 @@ class Bench {
     measure("layer_norm_forward", [&] { layer_norm_forward(context_, x, gamma, beta, 1e-5, y, mean, rstd); });
     measure("layer_norm_backward",
             [&] { layer_norm_backward(context_, dy, x, gamma, mean, rstd, residual, y, dgamma, dbeta); });
-    const Tensor scales = filled({12}, dtype_);
-    const Tensor dscales = filled({12}, accumulator_of(dtype_));
+    const Tensor scales = filled({heads()}, dtype_);
+    const Tensor dscales = filled({heads()}, accumulator_of(dtype_));
     measure("head_scale_forward", [&] { head_scale_forward(context_, x, scales, y); });
     measure("head_scale_backward", [&] { head_scale_backward(context_, dy, x, scales, y, dscales); });
   }
@@ -153,8 +168,8 @@ class Bench {
     gradients.norm_beta = row_sums();
     both("norm");
     parts.dropout = dropout(0.1);
-    parts.head_scale = filled({12}, dtype_);
-    gradients.head_scale = filled({12}, accumulator_of(dtype_));
+    parts.head_scale = filled({heads()}, dtype_);
+    gradients.head_scale = filled({heads()}, accumulator_of(dtype_));
     parts.residual_scale = row();
     gradients.residual_scale = row_sums();
     both("all");
@@ -182,9 +197,9 @@ class Bench {
 
   void embeddings() {
     const int64_t vocabulary = 8192;
-    const Tensor tokens = context_.empty({rows_}, DType::i32);
-    for (int64_t n = 0; n < rows_; ++n)
-      tokens.data<int32_t>()[n] = static_cast<int32_t>(n * 2654435761 % vocabulary);
+    std::vector<int32_t> ids;
+    for (int64_t n = 0; n < rows_; ++n) ids.push_back(static_cast<int32_t>(n * 2654435761 % vocabulary));
+    const Tensor tokens = from_host<int32_t>(context_, ids, {rows_});
     const Tensor weight = filled({vocabulary, columns_}, dtype_);
     const Tensor dweight = filled({vocabulary, columns_}, accumulator_of(dtype_));
     const Tensor positions = filled({1024, columns_}, dtype_);
@@ -202,7 +217,7 @@ class Bench {
 
   void losses() {
     const int64_t vocabulary = 51200;
-    const int64_t tokens = rows_ * columns_ / vocabulary;
+    const int64_t tokens = std::max<int64_t>(1, rows_ * columns_ / vocabulary);
     const Tensor logits = filled({tokens, vocabulary}, dtype_);
     const Tensor maxima = filled({tokens}, accumulator_of(dtype_));
     const Tensor sums = filled({tokens, 2}, accumulator_of(dtype_));
@@ -240,9 +255,30 @@ class Bench {
 
 int main(int argc, char** argv) {
   using namespace normformer;
-  const int threads = argc > 1 ? std::max(1, std::atoi(argv[1])) : 1;
-  const std::string only = argc > 2 ? argv[2] : "";
-  for (const int64_t columns : {768, 3072}) {
-    for (const DType dtype : {DType::f32, DType::bf16}) ops::Bench(threads, only, dtype, 8192, columns).run();
+  CLI::App app{"Element-wise operations beside a copy"};
+  int threads = 1;
+  std::string only;
+  std::string device = "cpu";
+  int64_t rows = 0;
+  std::vector<int64_t> columns;
+  app.add_option("--threads", threads)->capture_default_str()->check(CLI::PositiveNumber);
+  app.add_option("--device", device)->capture_default_str()->check(CLI::IsMember({"cpu", "cuda"}));
+  app.add_option("--rows", rows, "tokens; 8192 on the CPU, 16384 on a GPU")->check(CLI::PositiveNumber);
+  app.add_option("--columns", columns, "widths; those of 125M, on a GPU also 1.3B's and 2.7B's")
+      ->check(CLI::PositiveNumber);
+  app.add_option("--only", only, "operations whose name holds this");
+  CLI11_PARSE(app, argc, argv);
+  const bool cuda = device == "cuda";
+  if (cuda && list_gpus().empty()) {
+    fmt::print("skipped: no GPU ({})\n", describe_cuda());
+    return 0;
+  }
+  if (rows == 0) rows = cuda ? 16384 : 8192;
+  if (columns.empty())
+    columns = cuda ? std::vector<int64_t>{768, 2048, 2560, 3072, 8192} : std::vector<int64_t>{768, 3072};
+  for (const int64_t width : columns) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      ops::Bench(cuda ? DeviceKind::cuda : DeviceKind::cpu, threads, only, dtype, rows, width).run();
+    }
   }
 }

@@ -102,6 +102,7 @@ RankDevice make_rank_device(const RunConfig& config, const RankProcess& process)
     bound = bind_to_node(list_gpus()[static_cast<size_t>(index)].numa_node);
     made.context = std::make_unique<Context>(DeviceKind::cuda, threads, index);
     made.context->gpu().use_tf32(device.tf32);
+    made.context->gpu().tune_products(device.tune_products);
   });
   const bool nccl = uses_nccl(device, process, gpus);
   made.world = nccl ? make_nccl_world(*made.context, process.world) : process.world;

@@ -242,6 +242,10 @@ void add_device(std::vector<Field>& all) {
            "computing device of every rank; GPUs are given out by a rank's number on its host");
   s.integer("threads", &D::threads, {0, 4096}, "threads of one rank; 0 means its share of the host's cores");
   s.boolean("tf32", &D::tf32, "on GPUs: fp32 products round their factors to 11 bits");
+  s.boolean("tune_products", &D::tune_products,
+            "on GPUs: time cuBLASLt's algorithms once for each product and keep the fastest in "
+            "$NORMFORMER_CACHE or "
+            "~/.cache/normformer, for all later runs");
   s.choice("transport", &D::transport,
            {{GpuTransport::automatic, "auto"}, {GpuTransport::nccl, "nccl"}, {GpuTransport::host, "host"}},
            "between GPUs: nccl needs a GPU for each rank; host goes by way of host memory");

@@ -87,6 +87,12 @@ class Gpu {
   bool uses_tf32() const { return tf32_; }
   void use_tf32(bool use) { tf32_ = use; }
 
+  /// Whether the fastest of cuBLASLt's algorithms is sought, once for each product and machine, and kept in
+  /// the user's cache (core/kept_choices.h). Off unless set before the first product: then the library's
+  /// heuristic chooses.
+  bool tunes_products() const { return tunes_products_; }
+  void tune_products(bool tune) { tunes_products_ = tune; }
+
  private:
   class Staging;
 
@@ -95,6 +101,7 @@ class Gpu {
   std::unique_ptr<Staging> staging_;
   std::map<std::type_index, std::shared_ptr<void>> attached_;
   bool tf32_ = false;
+  bool tunes_products_ = false;
 };
 
 }  // namespace normformer

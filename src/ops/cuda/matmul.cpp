@@ -1,25 +1,24 @@
+#include <algorithm>
 #include <array>
 #include <map>
 #include <memory>
-#include <tuple>
-
-#include <cublasLt.h>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "normformer/core/error.h"
+#include "normformer/core/kept_choices.h"
+#include "normformer/core/log.h"
 #include "normformer/tensor/dispatch.h"
 
+#include "ops/cuda/product_plan.h"
 #include "ops/kernels.h"
 #include "tensor/cuda/check.h"
 
 namespace normformer::ops::cuda {
 
 namespace {
-
-void check(cublasStatus_t status, const std::source_location& where = std::source_location::current()) {
-  if (status == CUBLAS_STATUS_SUCCESS) return;
-  throw Error(ExitCode::internal, fmt::format("{}:{}: cuBLASLt: {}", where.file_name(), where.line(),
-                                              cublasLtGetStatusString(status)));
-}
 
 template <class T>
 constexpr cudaDataType_t data_type() {
@@ -31,135 +30,37 @@ constexpr cudaDataType_t data_type() {
     return CUDA_R_16BF;
 }
 
-/// d[rows, columns] = op(a) op(b) in cuBLAS's column-major terms; all matrices are packed.
-struct Product {
-  int64_t rows = 0;
-  int64_t columns = 0;
-  int64_t inner = 0;
-  bool transpose_a = false;
-  bool transpose_b = false;
-  bool accumulate = false;  ///< d += instead of d =
-  bool with_bias = false;   ///< one number added to each row of d
-  cudaDataType_t in = CUDA_R_32F;
-  cudaDataType_t out = CUDA_R_32F;
+int64_t bytes_of_element(cudaDataType_t type) { return type == CUDA_R_64F ? 8 : type == CUDA_R_32F ? 4 : 2; }
 
-  auto operator<=>(const Product&) const = default;
-};
-
-struct Operands {
-  const void* a;
-  const void* b;
-  const void* bias;
-  void* d;
-};
-
-struct Deleter {
-  void operator()(cublasLtMatmulDesc_t p) const { cublasLtMatmulDescDestroy(p); }
-  void operator()(cublasLtMatrixLayout_t p) const { cublasLtMatrixLayoutDestroy(p); }
-  void operator()(cublasLtMatmulPreference_t p) const { cublasLtMatmulPreferenceDestroy(p); }
-};
-template <class Handle>
-using Owned = std::unique_ptr<std::remove_pointer_t<Handle>, Deleter>;
-
-Owned<cublasLtMatrixLayout_t> make_layout(cudaDataType_t type, int64_t rows, int64_t columns) {
-  cublasLtMatrixLayout_t made = nullptr;
-  check(cublasLtMatrixLayoutCreate(&made, type, static_cast<uint64_t>(rows), static_cast<uint64_t>(columns),
-                                   rows));
-  return Owned<cublasLtMatrixLayout_t>(made);
-}
-
-template <class Value>
-void set(cublasLtMatmulDesc_t description, cublasLtMatmulDescAttributes_t attribute, const Value& value) {
-  check(cublasLtMatmulDescSetAttribute(description, attribute, &value, sizeof(value)));
-}
-
-template <class Value>
-void set(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t attribute,
-         const Value& value) {
-  check(cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof(value)));
-}
-
-/// The largest power of two up to 256 that divides an address.
-uint32_t alignment_of(const void* p) {
-  const auto address = reinterpret_cast<uintptr_t>(p) | 256u;
-  return static_cast<uint32_t>(address & (~address + 1));
-}
-
-using Alignments = std::array<uint32_t, 4>;
-
-/// A product with the algorithm that runs it.
-class Plan {
+/// Milliseconds that a GPU takes for work.
+class Stopwatch {
  public:
-  Plan(cublasLtHandle_t handle, const Product& product, const Operands& operands, size_t workspace_bytes,
-       bool tf32)
-      : a_(make_layout(product.in, product.transpose_a ? product.inner : product.rows,
-                       product.transpose_a ? product.rows : product.inner)),
-        b_(make_layout(product.in, product.transpose_b ? product.columns : product.inner,
-                       product.transpose_b ? product.inner : product.columns)),
-        d_(make_layout(product.out, product.rows, product.columns)) {
-    describe(product, operands, tf32);
-    choose(handle, product, operands, workspace_bytes);
+  explicit Stopwatch(cudaStream_t stream) : stream_(stream) {
+    normformer::cuda::check(cudaEventCreate(&begin_));
+    normformer::cuda::check(cudaEventCreate(&end_));
   }
+  ~Stopwatch() {
+    cudaEventDestroy(begin_);
+    cudaEventDestroy(end_);
+  }
+  Stopwatch(const Stopwatch&) = delete;
+  Stopwatch& operator=(const Stopwatch&) = delete;
 
-  void run(cublasLtHandle_t handle, const Product& product, const Operands& operands, void* workspace,
-           size_t workspace_bytes, cudaStream_t stream) {
-    if (product.with_bias) set(description_.get(), CUBLASLT_MATMUL_DESC_BIAS_POINTER, operands.bias);
-    const bool wide = product.in == CUDA_R_64F;
-    const double one64 = 1.0;
-    const double beta64 = product.accumulate ? 1.0 : 0.0;
-    const float one32 = 1.0F;
-    const float beta32 = product.accumulate ? 1.0F : 0.0F;
-    const void* alpha = wide ? static_cast<const void*>(&one64) : &one32;
-    const void* beta = wide ? static_cast<const void*>(&beta64) : &beta32;
-    check(cublasLtMatmul(handle, description_.get(), alpha, operands.a, a_.get(), operands.b, b_.get(), beta,
-                         operands.d, d_.get(), operands.d, d_.get(), &algorithm_, workspace, workspace_bytes,
-                         stream));
+  template <class Enqueue>
+  float time(Enqueue&& enqueue) {
+    float milliseconds = 0.0F;
+    normformer::cuda::check(cudaEventRecord(begin_, stream_));
+    enqueue();
+    normformer::cuda::check(cudaEventRecord(end_, stream_));
+    normformer::cuda::check(cudaEventSynchronize(end_));
+    normformer::cuda::check(cudaEventElapsedTime(&milliseconds, begin_, end_));
+    return milliseconds;
   }
 
  private:
-  void describe(const Product& product, const Operands& operands, bool tf32) {
-    const bool wide = product.in == CUDA_R_64F;
-    const cublasComputeType_t compute = wide                               ? CUBLAS_COMPUTE_64F
-                                        : tf32 && product.in == CUDA_R_32F ? CUBLAS_COMPUTE_32F_FAST_TF32
-                                                                           : CUBLAS_COMPUTE_32F;
-    cublasLtMatmulDesc_t made = nullptr;
-    check(cublasLtMatmulDescCreate(&made, compute, wide ? CUDA_R_64F : CUDA_R_32F));
-    description_.reset(made);
-    set(made, CUBLASLT_MATMUL_DESC_TRANSA, product.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
-    set(made, CUBLASLT_MATMUL_DESC_TRANSB, product.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N);
-    if (!product.with_bias) return;
-    set(made, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
-    set(made, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, product.out);
-    // The choice of an algorithm looks at its alignment.
-    set(made, CUBLASLT_MATMUL_DESC_BIAS_POINTER, operands.bias);
-  }
-
-  // The library's own first choice, which for one GPU and version is always the same: timing would not be.
-  void choose(cublasLtHandle_t handle, const Product& product, const Operands& operands,
-              size_t workspace_bytes) {
-    cublasLtMatmulPreference_t made = nullptr;
-    check(cublasLtMatmulPreferenceCreate(&made));
-    const Owned<cublasLtMatmulPreference_t> preference(made);
-    set(made, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, workspace_bytes);
-    set(made, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment_of(operands.a));
-    set(made, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment_of(operands.b));
-    set(made, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment_of(operands.d));
-    set(made, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment_of(operands.d));
-    cublasLtMatmulHeuristicResult_t result{};
-    int found = 0;
-    check(cublasLtMatmulAlgoGetHeuristic(handle, description_.get(), a_.get(), b_.get(), d_.get(), d_.get(),
-                                         made, 1, &result, &found));
-    NF_CHECK(found == 1, "cuBLASLt has no algorithm for a product [{}, {}] over {} (types {} and {})",
-             product.rows, product.columns, product.inner, static_cast<int>(product.in),
-             static_cast<int>(product.out));
-    algorithm_ = result.algo;
-  }
-
-  Owned<cublasLtMatmulDesc_t> description_;
-  Owned<cublasLtMatrixLayout_t> a_;
-  Owned<cublasLtMatrixLayout_t> b_;
-  Owned<cublasLtMatrixLayout_t> d_;
-  cublasLtMatmulAlgo_t algorithm_{};
+  cudaStream_t stream_;
+  cudaEvent_t begin_ = nullptr;
+  cudaEvent_t end_ = nullptr;
 };
 
 /// The products that a GPU has run so far, and what they share.
@@ -167,43 +68,99 @@ class Products {
  public:
   explicit Products(Gpu& gpu) : gpu_(gpu) {
     check(cublasLtCreate(&handle_));
-    workspace_ = gpu.allocate(kWorkspaceBytes);
-    NF_CHECK(workspace_ != nullptr, "no memory for the workspace of matrix products");
+    workspace_ = {gpu.allocate(kWorkspaceBytes), kWorkspaceBytes};
+    NF_CHECK(workspace_.data != nullptr, "no memory for the workspace of matrix products");
+    const auto folder = gpu.tunes_products() ? cache_folder() : std::nullopt;
+    if (folder) {
+      std::string name = fmt::format("{} cublaslt {}", gpu.description().name, cublasLtGetVersion());
+      std::replace(name.begin(), name.end(), ' ', '-');
+      choices_.emplace(*folder / name);
+    }
   }
   ~Products() {
-    gpu_.free(workspace_);
+    plans_.clear();
+    gpu_.free(workspace_.data);
     cublasLtDestroy(handle_);
   }
   Products(const Products&) = delete;
   Products& operator=(const Products&) = delete;
 
   void run(const Product& product, const Operands& operands) {
-    const Alignments alignments{alignment_of(operands.a), alignment_of(operands.b), alignment_of(operands.d),
-                                alignment_of(operands.bias)};
-    auto found = plans_.find({product, alignments});
-    if (found == plans_.end()) {
-      found =
-          plans_
-              .emplace(std::pair{product, alignments},
-                       std::make_unique<Plan>(handle_, product, operands, kWorkspaceBytes, gpu_.uses_tf32()))
-              .first;
-    }
-    found->second->run(handle_, product, operands, workspace_, kWorkspaceBytes,
-                       static_cast<cudaStream_t>(gpu_.stream()));
+    std::unique_ptr<ProductPlan>& plan = plans_[{product, operands.alignments()}];
+    if (plan == nullptr) plan = make_plan(product, operands);
+    plan->run(operands, workspace_, stream());
   }
 
  private:
+  cudaStream_t stream() const { return static_cast<cudaStream_t>(gpu_.stream()); }
+
+  std::unique_ptr<ProductPlan> make_plan(const Product& product, const Operands& operands) {
+    auto plan = std::make_unique<ProductPlan>(handle_, product);
+    const auto tuned = tuned_algorithm(*plan, product, operands);
+    plan->use(tuned ? *tuned : plan->candidates(operands, workspace_.bytes, 1).front());
+    return plan;
+  }
+
+  // Timing alone would choose now this and now that, and with it the bits of the results; so what it chose
+  // first is kept. Without a place to keep it the library's own first choice, always the same, is taken.
+  std::optional<cublasLtMatmulAlgo_t> tuned_algorithm(ProductPlan& plan, const Product& product,
+                                                      const Operands& operands) {
+    if (!choices_) return std::nullopt;
+    // Work enqueued so far may wait for another rank, which may wait for its turn to choose.
+    gpu_.synchronize();
+    const auto kept = choices_->find_or_choose(key_of(product, operands),
+                                               [&] { return text_of(fastest(plan, product, operands)); });
+    const auto algorithm = kept ? algorithm_of(*kept) : std::nullopt;
+    return algorithm && plan.accepts(*algorithm, workspace_.bytes) ? algorithm : std::nullopt;
+  }
+
+  // The file's name holds the rest of what a choice depends on.
+  static std::string key_of(const Product& p, const Operands& operands) {
+    const auto [a, b, d, bias] = operands.alignments();
+    return fmt::format("{}x{}x{} {}{} types {} {}{}{}{} aligned {} {} {} {}", p.rows, p.columns, p.inner,
+                       p.transpose_a ? 't' : 'n', p.transpose_b ? 't' : 'n', static_cast<int>(p.in),
+                       static_cast<int>(p.out), p.accumulate ? " accumulate" : "", p.with_bias ? " bias" : "",
+                       p.tf32 ? " tf32" : "", a, b, d, bias);
+  }
+
+  // Results go to memory of their own; where that is lacking, the heuristic decides.
+  cublasLtMatmulAlgo_t fastest(ProductPlan& plan, const Product& product, Operands operands) {
+    constexpr int kCandidates = 16;
+    const auto candidates = plan.candidates(operands, workspace_.bytes, kCandidates);
+    const int64_t bytes = product.rows * product.columns * bytes_of_element(product.out);
+    operands.d = candidates.size() > 1 ? gpu_.allocate(bytes) : nullptr;
+    if (operands.d == nullptr) return candidates.front();
+    gpu_.fill_zero(operands.d, bytes);
+    std::vector<float> times;
+    for (const auto& algorithm : candidates) times.push_back(time_of(plan, algorithm, operands));
+    gpu_.free(operands.d);
+    return candidates[static_cast<size_t>(std::min_element(times.begin(), times.end()) - times.begin())];
+  }
+
+  float time_of(ProductPlan& plan, const cublasLtMatmulAlgo_t& algorithm, const Operands& operands) {
+    constexpr int kTrials = 5;
+    Stopwatch watch(stream());
+    plan.use(algorithm);
+    plan.run(operands, workspace_, stream());
+    std::array<float, kTrials> times{};
+    for (float& t : times) t = watch.time([&] { plan.run(operands, workspace_, stream()); });
+    std::sort(times.begin(), times.end());
+    return times[kTrials / 2];
+  }
+
   static constexpr size_t kWorkspaceBytes = size_t{32} << 20;  // what cuBLAS asks for on Hopper
 
   Gpu& gpu_;
   cublasLtHandle_t handle_ = nullptr;
-  void* workspace_ = nullptr;
-  std::map<std::pair<Product, Alignments>, std::unique_ptr<Plan>> plans_;
+  Workspace workspace_;
+  std::optional<KeptChoices> choices_;
+  std::map<std::pair<Product, std::array<uint32_t, 4>>, std::unique_ptr<ProductPlan>> plans_;
 };
 
-void multiply(Context& context, const Product& product, const Operands& operands) {
+void multiply(Context& context, Product product, const Operands& operands) {
   if (product.rows == 0 || product.columns == 0) return;
   NF_CHECK(product.inner > 0, "a product over nothing");
+  product.tf32 = context.gpu().uses_tf32();
   context.gpu().attached<Products>().run(product, operands);
 }
 

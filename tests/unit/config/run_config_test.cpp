@@ -103,7 +103,8 @@ TEST(RunConfig, UnknownKeysNameTheNearest) {
   EXPECT_EQ(refusal("[train]\nweigth_decay = 3"),
             "x.toml:2:1: train.weigth_decay is not a key; did you mean optimizer.weight_decay?");
   EXPECT_EQ(refusal("[device]\nzzzzzz = 3"),
-            "x.toml:2:1: device.zzzzzz is not a key; the keys of device are kind, threads, tf32, transport");
+            "x.toml:2:1: device.zzzzzz is not a key; the keys of device are kind, threads, tf32, "
+            "tune_products, transport");
 }
 
 TEST(RunConfig, UnknownSectionsNameTheNearest) {
@@ -279,7 +280,8 @@ TEST(Overrides, ErrorsNameTheOverride) {
             "--set mdel.layers=3: mdel.layers is not a key; did you mean model.layers?");
   EXPECT_EQ(refusal("", {"lr=3"}), "--set lr=3: lr is not a key; did you mean optimizer.lr?");
   EXPECT_EQ(refusal("", {"device=3"}),
-            "--set device=3: device is a section; name one of its keys: kind, threads, tf32, transport");
+            "--set device=3: device is a section; name one of its keys: kind, threads, tf32, tune_products, "
+            "transport");
   EXPECT_EQ(refusal("", {"model.layers"}), "--set model.layers: an override is written section.key=value");
   EXPECT_EQ(refusal("", {"data.train.prefix=a"}),
             "--set data.train.prefix=a: data.train.prefix is not a key; the keys of data are train, valid, "
@@ -374,6 +376,7 @@ const std::map<std::string, std::string>& other_values() {
       {"checkpoint.keep", "1"},
       {"device.kind", "\"cuda\""},
       {"device.tf32", "true"},
+      {"device.tune_products", "false"},
       {"device.transport", "\"host\""},
       {"device.threads", "2"},
   };
