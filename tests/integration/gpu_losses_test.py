@@ -81,7 +81,8 @@ class Losses(unittest.TestCase):
             raise unittest.SkipTest(reason)
 
     def setUp(self):
-        self.folder = self.enterContext(Folder())
+        self.folder = Folder().__enter__()  # enterContext is newer than Python 3.10
+        self.addCleanup(self.folder.__exit__)
 
     def train(self, name, device="cuda", ranks=1, **settings):
         """Trains in a folder of this name and returns its metrics."""
