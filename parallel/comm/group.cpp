@@ -201,6 +201,10 @@ void Group::record(std::string_view kind, int64_t bytes, int peer, int tag) cons
   ledger_->record({members_, kind, bytes, peer, tag});
 }
 
+TraceScope Group::trace(Context& context, std::string_view kind, int64_t bytes) const {
+  return {context, TraceKind::communication, kind, {}, {.bytes = bytes, .group = name()}};
+}
+
 void Group::check(const Context& context, const Tensor& tensor) const {
   NF_CHECK(tensor.defined(), "an undefined tensor in group {}", name());
   NF_CHECK(tensor.device() == context.device(), "{} of another device than its context", to_string(tensor));
@@ -226,6 +230,7 @@ void Group::all_reduce_together(Context& context, std::span<const Tensor> tensor
   }
   if (size() == 1) return;
   record("all_reduce", bytes);
+  const TraceScope scope = trace(context, "all_reduce", bytes);
 
   const bool one_round = bytes <= kOneRoundBytes / size();
   const auto piece = [&](const Tensor& tensor, int r) {
@@ -267,6 +272,7 @@ void Group::reduce_scatter_sum(Context& context, const Tensor& whole, const Tens
   const auto piece = [&](int r) { return whole.flat(offsets[r], counts[r]); };
   check_piece(part, whole, counts[rank()]);
   if (size() > 1) record("reduce_scatter", whole.nbytes());
+  const TraceScope scope = trace(context, "reduce_scatter", whole.nbytes());
 
   const Inbox inbox(context, *impl_, piece(rank()));
   Moves moves(context, *impl_);
@@ -286,6 +292,7 @@ void Group::all_gather(Context& context, const Tensor& part, const Tensor& whole
   const auto piece = [&](int r) { return whole.flat(offsets[r], counts[r]); };
   check_piece(part, whole, counts[rank()]);
   if (size() > 1) record("all_gather", whole.nbytes());
+  const TraceScope scope = trace(context, "all_gather", whole.nbytes());
 
   copy(context, part, piece(rank()));
   Moves moves(context, *impl_);
@@ -301,6 +308,7 @@ void Group::broadcast(Context& context, const Tensor& tensor, int root) const {
   NF_CHECK(root >= 0 && root < size(), "root {} of group {} of {} ranks", root, name(), size());
   if (size() == 1) return;
   record("broadcast", tensor.nbytes(), root);
+  const TraceScope scope = trace(context, "broadcast", tensor.nbytes());
   if (context.is_meta() || tensor.numel() == 0) return;
   if (context.is_cuda() && impl_->moves_gpu_memory()) {
     return impl_->broadcast_on_gpu(context, bytes_of(tensor), tensor.nbytes(), root);
@@ -329,6 +337,7 @@ SendRequest Group::send(Context& context, const Tensor& tensor, int to, int tag)
   NF_CHECK(to >= 0 && to < size() && tag >= 0 && tag <= kMaxTag, "rank {} and tag {} in group {} of {} ranks",
            to, tag, name(), size());
   record("send", tensor.nbytes(), to, tag);
+  const TraceScope scope = trace(context, "send", tensor.nbytes());
   if (context.is_meta()) return SendRequest(std::make_unique<AccountedSend>(tensor));
   if (context.is_cuda() && impl_->moves_gpu_memory()) {
     return SendRequest(impl_->send_on_gpu(context, tensor, to, tag));
@@ -341,6 +350,7 @@ void Group::receive(Context& context, const Tensor& tensor, int from, int tag) c
   NF_CHECK(from >= 0 && from < size() && tag >= 0 && tag <= kMaxTag,
            "rank {} and tag {} in group {} of {} ranks", from, tag, name(), size());
   record("receive", tensor.nbytes(), from, tag);
+  const TraceScope scope = trace(context, "receive", tensor.nbytes());
   if (context.is_meta()) return;
   if (context.is_cuda() && impl_->moves_gpu_memory()) {
     return impl_->receive_on_gpu(context, tensor, from, tag);

@@ -124,6 +124,8 @@ class ScheduleRun {
 
   Tensor compute(const Action& action, const Tensor& received) {
     const int64_t micro_batch = action.micro_batch;
+    const TraceScope scope(context_, TraceKind::pipeline, name_of(action.kind), {},
+                           {.micro_batch = micro_batch, .chunk = action.chunk});
     auto& state = saved(action);
     if (action.kind == ActionKind::forward) {
       Tensor output = part(action).forward(micro_batch, received, state);
@@ -225,6 +227,7 @@ void run_schedule(Context& context, const Group& pipeline, const Schedule& sched
            schedule.num_stages(), pipeline.size());
   NF_CHECK(static_cast<int64_t>(parts.size()) == schedule.chunks, "{} parts for {} chunks", parts.size(),
            schedule.chunks);
+  const TraceScope scope(context, TraceKind::step, "forward and backward");
   ScheduleRun(context, pipeline, schedule, parts).run();
 }
 

@@ -51,6 +51,7 @@ void ShardedOptimizer::initialise(uint64_t seed) {
 
 void ShardedOptimizer::reduce_gradients() {
   Context& context = store_->context();
+  const TraceScope scope(context, TraceKind::step, "reduce gradients");
   // Backward finishes the last bucket first. Tied copies lie in different buckets on their two stages, so
   // they are summed whole before either stage cuts its bucket over data-parallel ranks.
   for (size_t i = shards_.size(); i-- > 0;) {
@@ -96,6 +97,7 @@ std::vector<Tensor> ShardedOptimizer::owned_runs() const {
 }
 
 double ShardedOptimizer::largest_gradient() {
+  const TraceScope scope(store_->context(), TraceKind::step, "largest gradient");
   double largest = 0.0;
   for (const Tensor& run : owned_runs()) {
     largest = std::max(largest, ops::absolute_max(store_->context(), run));
@@ -105,6 +107,7 @@ double ShardedOptimizer::largest_gradient() {
 
 double ShardedOptimizer::gradient_norm(double largest) {
   if (!std::isfinite(largest)) return std::numeric_limits<double>::infinity();
+  const TraceScope scope(store_->context(), TraceKind::step, "gradient norm");
   ops::OrderFreeSumOfSquares squares(largest);
   for (const Tensor& run : owned_runs()) squares.add(store_->context(), run);
   auto bins = squares.bins();
@@ -114,6 +117,7 @@ double ShardedOptimizer::gradient_norm(double largest) {
 
 void ShardedOptimizer::step(const ops::AdamW& update) {
   Context& context = store_->context();
+  const TraceScope scope(context, TraceKind::step, "update weights");
   for (const Shard& shard : shards_) {
     const int64_t size = shard.flat.size();
     ops::adamw(context, update, gradient(shard), master(shard), moment1_.flat(shard.state_offset, size),

@@ -18,17 +18,29 @@ namespace {
 struct TrainOptions {
   std::string config;
   std::vector<std::string> overrides;
+  std::string profile;
   RunOptions run;
 };
 
+ProfiledUpdates profiled_updates(const std::string& text, const RunConfig& config) {
+  if (text.empty()) return {};
+  const ProfiledUpdates updates = parse_profiled_updates(text);
+  if (updates.last > config.train.updates) {
+    throw ConfigError(
+        fmt::format("--profile {}: the run has {} updates (train.updates)", text, config.train.updates));
+  }
+  return updates;
+}
+
 int train(const TrainOptions& options, const RankProcess& process) {
   RunConfig config;
+  RunOptions run = options.run;
   run_agreed(process.world, [&] {
     config = with_vocabulary(load_run_config(options.config, options.overrides));
     config = resolve_layout(config, process.world.size());
+    run.profile = profiled_updates(options.profile, config);
   });
   const RankDevice device = make_rank_device(config, process);
-  RunOptions run = options.run;
   // mpirun gives its ranks no time on Ctrl-C; a process on its own can take its time.
   run.stop_on_terminal_signals = std::getenv("OMPI_COMM_WORLD_SIZE") == nullptr;
   return static_cast<int>(run_training(config, run, *device.context, device.world));
@@ -52,6 +64,9 @@ void add_train_command(CLI::App& app, Command& chosen) {
       ->allow_extra_args(false);
   command->add_flag("--resume", options->run.resume,
                     "Go on from the newest checkpoint of the run's folder, or start where there is none");
+  command->add_option("--profile", options->profile,
+                      "Trace these updates (12, or 10-12) on all ranks into trace_10-12.json of the run's "
+                      "folder, for ui.perfetto.dev");
   command->add_option("--dump-gradients", options->run.dump_gradients,
                       "Write the next step's gradients, gathered, as a safetensors file, and end");
   command->callback([options, &chosen] {

@@ -34,6 +34,7 @@ AttentionBlock<Stream>::AttentionBlock(const ModelEnvironment& environment, int6
                                        ParameterStore& store)
     : environment_(environment),
       layer_(layer),
+      name_(layer_prefix(layer) + "self_attn"),
       store_(&store),
       boundary_(*environment.context, environment.tensor) {
   const ModelConfig& config = environment.config;
@@ -111,6 +112,7 @@ Placed<FeatureSharded> AttentionBlock<Stream>::scaled_heads(const Tensor& heads)
 template <class Stream>
 Placed<Stream> AttentionBlock<Stream>::forward(const MicroBatch& batch, const Placed<Stream>& x,
                                                Saved& saved) const {
+  const TraceScope scope = trace_module(environment_, name_, "forward");
   Context& context = *environment_.context;
   const ModelConfig& config = environment_.config;
   const DType accumulator = accumulator_of(environment_.dtype);
@@ -152,6 +154,7 @@ Placed<Stream> AttentionBlock<Stream>::forward(const MicroBatch& batch, const Pl
 
 template <class Stream>
 Placed<Stream> AttentionBlock<Stream>::backward_input(Saved& saved, const Placed<Stream>& dout) const {
+  const TraceScope scope = trace_module(environment_, name_, "backward input");
   Context& context = *environment_.context;
   const Placed<Stream> dsum(
       is_pre() ? dout.tensor()
@@ -184,6 +187,7 @@ Placed<Stream> AttentionBlock<Stream>::backward_input(Saved& saved, const Placed
 
 template <class Stream>
 void AttentionBlock<Stream>::backward_weight(Saved& saved) const {
+  const TraceScope scope = trace_module(environment_, name_, "backward weight");
   output_linear().backward_weight(Placed<Replicated>(saved.dprojected), scaled_heads(saved.heads));
   qkv_linear().backward_weight(Placed<FeatureSharded>(saved.dqkv), Placed<Replicated>(saved.input));
   saved = {};

@@ -57,6 +57,11 @@ Parameter& ParameterDeclarer::column_sharded(const std::string& name, int64_t ro
   return declare(name, {rows, columns}, {{0, rows}, part, rows, columns}, false, initial, false);
 }
 
+TraceScope trace_module(const ModelEnvironment& environment, std::string_view module,
+                        std::string_view direction) {
+  return {*environment.context, TraceKind::module, module, direction};
+}
+
 std::string layer_prefix(int64_t layer) { return fmt::format("decoder.layers.{}.", layer); }
 
 NormParameters declare_stream_norm(const ParameterDeclarer& declare, const std::string& name, int64_t width) {

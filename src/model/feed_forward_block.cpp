@@ -34,7 +34,10 @@ FeedForwardInit feed_forward_init(const ModelConfig& config) {
 template <class Stream>
 FeedForwardBlock<Stream>::FeedForwardBlock(const ModelEnvironment& environment, int64_t layer,
                                            ParameterStore& store)
-    : environment_(environment), layer_(layer), boundary_(*environment.context, environment.tensor) {
+    : environment_(environment),
+      layer_(layer),
+      name_(layer_prefix(layer) + "feed_forward"),
+      boundary_(*environment.context, environment.tensor) {
   const ModelConfig& config = environment.config;
   const Range features = environment.features();
   const FeedForwardInit init = feed_forward_init(config);
@@ -166,6 +169,7 @@ Placed<Stream> FeedForwardBlock<Stream>::fc2_output(Saved& saved) const {
 template <class Stream>
 Placed<Stream> FeedForwardBlock<Stream>::forward(const MicroBatch& batch, const Placed<Stream>& x,
                                                  Saved& saved) const {
+  const TraceScope scope = trace_module(environment_, name_, "forward");
   Context& context = *environment_.context;
   const ModelConfig& config = environment_.config;
   saved.activation_dropout =
@@ -242,6 +246,7 @@ void FeedForwardBlock<Stream>::activation_backward(Saved& saved, const Tensor& d
 
 template <class Stream>
 Placed<Stream> FeedForwardBlock<Stream>::backward_input(Saved& saved, const Placed<Stream>& dout) const {
+  const TraceScope scope = trace_module(environment_, name_, "backward input");
   Context& context = *environment_.context;
   const Placed<Stream> dsum(
       is_pre() ? dout.tensor()
@@ -277,6 +282,7 @@ Placed<Stream> FeedForwardBlock<Stream>::backward_input(Saved& saved, const Plac
 
 template <class Stream>
 void FeedForwardBlock<Stream>::backward_weight(Saved& saved) const {
+  const TraceScope scope = trace_module(environment_, name_, "backward weight");
   const Tensor fc2_input = is_plain() ? normalised(saved) : saved.activated;
   fc2().backward_weight(Placed<Replicated>(saved.doutput), Placed<FeatureSharded>(fc2_input));
   if (is_folded()) {

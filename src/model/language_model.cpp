@@ -60,6 +60,7 @@ void LanguageModelStage::prepare() {
   Context& context = *environment_.context;
   const auto count = static_cast<int64_t>(layers_.size());
   const int64_t width = environment_.config.width;
+  const TraceScope scope = trace_module(environment_, "decoder.layers", "fold FFN LayerNorms");
   if (!folded_.defined()) folded_ = context.empty({count, 2, width}, accumulator_of(environment_.dtype));
   for (int64_t i = 0; i < count; ++i) {
     layers_[static_cast<size_t>(i)]->feed_forward.fold_weights(folded_.flat(2 * i * width, width),
@@ -108,6 +109,7 @@ double LanguageModelStage::embedding_factor() const {
 Tensor LanguageModelStage::embed(const MicroBatch& batch, SavedState& saved) const {
   Context& context = *environment_.context;
   const ModelConfig& config = environment_.config;
+  const TraceScope scope = trace_module(environment_, "decoder.embed_tokens", "forward");
   const Placed<Replicated> embedded =
       reduce_partial(context, environment_.tensor, embed_tokens(context, vocabulary_rows(), batch.tokens));
   const Tensor positions = positions_ != nullptr ? positions_->value : sinusoidal_;
@@ -121,6 +123,7 @@ Tensor LanguageModelStage::embed(const MicroBatch& batch, SavedState& saved) con
 void LanguageModelStage::embed_backward(const MicroBatch& batch, const SavedState& saved,
                                         const Tensor& dx) const {
   Context& context = *environment_.context;
+  const TraceScope scope = trace_module(environment_, "decoder.embed_tokens", "backward");
   const Tensor dpositions = positions_ != nullptr ? positions_->gradient.rows(0, batch.length) : Tensor();
   ops::add_positions_backward(context, dx, batch.length, saved.embedding_dropout, dx, dpositions);
   embed_tokens_backward(context, vocabulary_rows(), batch.tokens, Placed<Replicated>(dx), embedding_factor());
@@ -142,6 +145,7 @@ Tensor LanguageModelStage::finish(int64_t micro_batch, const Tensor& x, SavedSta
   Context& context = *environment_.context;
   const MicroBatch& batch = batches_[static_cast<size_t>(micro_batch)];
   const bool generating = batch.purpose == Purpose::generation;
+  const TraceScope scope = trace_module(environment_, "decoder.output", "forward");
   const Tensor stream = generating ? last_tokens(batch, x) : x;
   const Placed<Replicated> hidden(
       final_norm_.gamma != nullptr ? stream_norm_forward(environment_, final_norm_, stream, saved.final_norm)
@@ -162,6 +166,7 @@ Tensor LanguageModelStage::finish_backward(SavedState& saved) const {
   const Tensor dhidden = saved.dhidden.tensor();
   saved.dhidden = {};
   if (final_norm_.gamma == nullptr) return dhidden;
+  const TraceScope scope = trace_module(environment_, "decoder.layer_norm", "backward");
   return stream_norm_backward(environment_, final_norm_, saved.final_norm, dhidden, Tensor());
 }
 

@@ -17,10 +17,13 @@ namespace normformer::ops::cuda {
 #include "ops/kernels.inc"
 }  // namespace normformer::ops::cuda
 
-/// Calls a function of kernels.inc for the context's device. In a build without CUDA no context is on cuda.
+/// Calls a function of kernels.inc for the context's device, under its name in traces. In a build without
+/// CUDA no context is on cuda.
 #if NORMFORMER_WITH_CUDA
 #define NF_ON_DEVICE(kernel, context, ...) \
-  ((context).is_cuda() ? cuda::kernel((context), ##__VA_ARGS__) : cpu::kernel((context), ##__VA_ARGS__))
+  (trace_operation((context), #kernel),    \
+   (context).is_cuda() ? cuda::kernel((context), ##__VA_ARGS__) : cpu::kernel((context), ##__VA_ARGS__))
 #else
-#define NF_ON_DEVICE(kernel, context, ...) cpu::kernel((context), ##__VA_ARGS__)
+#define NF_ON_DEVICE(kernel, context, ...) \
+  (trace_operation((context), #kernel), cpu::kernel((context), ##__VA_ARGS__))
 #endif

@@ -53,6 +53,7 @@ void CostLedger::record(std::string_view operation, int64_t flops, int64_t bytes
   found->second.calls += 1;
   found->second.flops += flops;
   found->second.bytes += bytes;
+  latest_ = {1, flops, bytes};
 }
 
 int64_t CostLedger::total_flops() const {
@@ -92,6 +93,7 @@ Tensor Context::zeros(const Shape& shape, DType dtype, MemoryUse use) {
 void fill_zero(Context& context, const Tensor& tensor) {
   context.costs().record("fill_zero", 0, tensor.nbytes());
   if (context.is_meta() || tensor.numel() == 0) return;
+  const TraceScope scope = trace_operation(context, "fill_zero");
   if (context.is_cuda()) return context.gpu().fill_zero(tensor.raw(), tensor.nbytes());
   auto* bytes = static_cast<std::byte*>(tensor.raw());
   context.threads().parallel_for(tensor.nbytes(), 4 * kGrain, [&](int64_t begin, int64_t end) {
@@ -103,6 +105,7 @@ void copy(Context& context, const Tensor& from, const Tensor& to) {
   check_same_size(from, to);
   context.costs().record("copy", 0, from.nbytes() + to.nbytes());
   if (context.is_meta() || from.numel() == 0) return;
+  const TraceScope scope = trace_operation(context, "copy");
   if (from.device() != to.device()) return copy_between_devices(from, to);
   if (context.is_cuda()) return copy_on_gpu(context, from, to);
   if (from.dtype() == to.dtype()) {
@@ -128,6 +131,7 @@ void add(Context& context, const Tensor& from, const Tensor& to) {
 void scale(Context& context, const Tensor& x, double factor) {
   context.costs().record("scale", x.numel(), 2 * x.nbytes());
   if (context.is_meta() || x.numel() == 0) return;
+  const TraceScope scope = trace_operation(context, "scale");
   if (context.is_cuda()) return cuda::scale(context, x, factor);
   dispatch_floating(x.dtype(), [&]<class T>() {
     using A = Accumulator<T>;
@@ -148,6 +152,7 @@ void sum_in_order(Context& context, std::span<const Tensor> pieces, const Tensor
   const auto terms = static_cast<int64_t>(pieces.size());
   context.costs().record("sum_in_order", (terms - 1) * out.numel(), (terms + 1) * out.nbytes());
   if (context.is_meta() || out.numel() == 0) return;
+  const TraceScope scope = trace_operation(context, "sum_in_order");
   if (context.is_cuda()) return cuda::sum_in_order(context, pieces, out);
   dispatch_floating(out.dtype(), [&]<class T>() {
     using A = Accumulator<T>;
@@ -175,6 +180,7 @@ void max_in_order(Context& context, std::span<const Tensor> pieces, const Tensor
   const auto terms = static_cast<int64_t>(pieces.size());
   context.costs().record("max_in_order", (terms - 1) * out.numel(), (terms + 1) * out.nbytes());
   if (context.is_meta() || out.numel() == 0) return;
+  const TraceScope scope = trace_operation(context, "max_in_order");
   if (context.is_cuda()) return cuda::max_in_order(context, pieces, out);
   dispatch_floating(out.dtype(), [&]<class T>() {
     std::vector<const T*> in;

@@ -51,6 +51,7 @@ class TrainingRun {
   std::optional<RunCheckpoints> checkpoints_;
   std::optional<MetricsFile> metrics_;  // rank 0 only
   std::optional<StatusLine> status_;    // rank 0 only
+  Profiler profiler_;
   Speedometer speedometer_;
   int64_t saved_at_ = -1;  // batch index of the newest checkpoint
 };
@@ -63,6 +64,7 @@ TrainingRun::TrainingRun(const RunConfig& config, const RunOptions& options, Con
       world_(world),
       folder_{config.checkpoint.folder},
       signal_(options.stop_on_terminal_signals),
+      profiler_(context, world, options.profile, folder_.trace(options.profile)),
       speedometer_(training_flops_per_token(config.model)) {}
 
 void TrainingRun::say(const std::string& message) {
@@ -149,8 +151,13 @@ void TrainingRun::dump_gradients() {
 }
 
 void TrainingRun::step() {
-  const StepReport report = trainer_->step();
   const TrainingCounters& counters = trainer_->counters();
+  const int64_t update = counters.updates + 1;
+  profiler_.before_update(update);
+  const StepReport report = trainer_->step();
+  if (profiler_.after_update(update))
+    say(fmt::format("traced: open {} in ui.perfetto.dev or chrome://tracing",
+                    folder_.trace(options_.profile).string()));
   const Speed speed = speedometer_.enter_step(report.tokens, config_.train.updates - counters.updates);
   if (metrics_) metrics_->write_step(counters, report, speed);
   if (status_) status_->show_step(counters, report, speed);

@@ -83,6 +83,7 @@ void Trainer::weights_changed() {
 }
 
 std::vector<MicroBatch> Trainer::next_micro_batches() const {
+  const TraceScope scope(model_.context(), TraceKind::step, "read the batch");
   const int64_t first = counters_.batch_index * config_.train.global_batch;
   std::vector<MicroBatch> made;
   for (const Range& samples :
@@ -112,6 +113,7 @@ StepReport Trainer::compute_gradients() {
 }
 
 StepReport Trainer::step() {
+  const TraceScope scope(model_.context(), TraceKind::step, "step");
   StepReport report = compute_gradients();
   const double largest = optimizer_.largest_gradient();
   report.gradient_norm =

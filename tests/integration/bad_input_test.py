@@ -49,6 +49,11 @@ class BadInput(unittest.TestCase):
     def test_missing_configuration(self):
         self.refused(["train", self.folder.path / "absent.toml"], 64, "absent.toml")
 
+    def test_updates_to_trace_that_there_are_not(self):
+        config = self.folder.config("profile", train__updates=12)
+        self.refused(["train", config, "--profile", "5-3"], 64, "5-3", "10-12")
+        self.refused(["train", config, "--profile", "10-13"], 64, "10-13", "12 updates", "train.updates", ranks=2)
+
     def test_layout_that_does_not_fit_the_ranks(self):
         self.refused(self.train("ranks", parallel__tensor=2, parallel__pipeline=2), 64, "2", ranks=3)
 

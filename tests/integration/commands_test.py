@@ -6,7 +6,7 @@ import struct
 import sys
 import unittest
 
-from program import ROOT, Folder, metrics, run
+from program import ROOT, Folder, losses, metrics, run
 
 FIXTURE = ROOT / "tests" / "fixtures" / "oracle" / "normformer"
 ORACLE_MODEL = {
@@ -55,6 +55,31 @@ class Commands(unittest.TestCase):
         for degrees in LAYOUTS:
             ranks = math.prod(degrees)
             yield degrees, run([*arguments, *layout_flags(degrees)], ranks, expect=0).out
+
+    def test_a_profile_traces_every_rank_and_changes_no_bit(self):
+        settings = {"train__updates": 4, "parallel__tensor": 2, "parallel__pipeline": 2}
+        run(["train", self.folder.config("plain", **settings)], 4, expect=0)
+        run(["train", self.folder.config("traced", **settings), "--profile", "2-3"], 4, expect=0)
+        self.assertEqual(losses(self.folder.path / "plain"), losses(self.folder.path / "traced"))
+        trace = json.loads((self.folder.path / "traced" / "trace_2-3.json").read_text())["traceEvents"]
+        for rank in range(4):
+            spans = [event for event in trace if event["pid"] == rank and event["ph"] == "X"]
+            steps = [span for span in spans if span["name"] == "step"]
+            self.assertEqual(len(steps), 2)
+            within = [span for span in spans if any(
+                step["ts"] <= span["ts"] and span["ts"] + span["dur"] <= step["ts"] + step["dur"] for step in steps)]
+            self.assertEqual(len(within), len(spans))
+            count = lambda name: sum(span["name"] == name for span in spans)  # noqa: E731
+            # Two updates of three micro-batches; layers 0 and 1 are on the first stage, 2 on the last.
+            layer = 0 if rank < 2 else 2
+            for part in ("self_attn", "feed_forward"):
+                for direction in ("forward", "backward input", "backward weight"):
+                    self.assertEqual(count(f"decoder.layers.{layer}.{part} {direction}"), 6, (rank, part, direction))
+            self.assertEqual(count("send"), 6)
+            self.assertEqual(count("receive"), 6)
+            self.assertEqual(count("attention_forward"), 12 if rank < 2 else 6)
+            products = [span for span in spans if span["name"] == "linear_forward"]
+            self.assertTrue(all(span["args"]["FLOPs"] > 0 and span["args"]["GFLOP/s"] > 0 for span in products))
 
     def test_training_learns(self):
         losses = [line["loss"] for line in metrics(self.run_folder) if line["kind"] == "step"]

@@ -253,6 +253,7 @@ class Group {
  private:
   Group form(std::span<const SplitChoice> choices, std::string name) const;
   void record(std::string_view kind, int64_t bytes, int peer = -1, int tag = 0) const;
+  TraceScope trace(Context& context, std::string_view kind, int64_t bytes) const;
   void check(const Context& context, const Tensor& tensor) const;
   void all_reduce_together(Context& context, std::span<const Tensor> tensors, ReduceOp op) const;
   std::vector<std::string> gather_text(const std::string& mine) const;

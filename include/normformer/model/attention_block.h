@@ -57,6 +57,7 @@ class AttentionBlock {
 
   ModelEnvironment environment_;
   int64_t layer_;
+  std::string name_;  // in traces
   const ParameterStore* store_;
   StreamBoundary<Stream> boundary_;
   NormParameters norm_;

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 
 #include "normformer/comm/group.h"
 #include "normformer/config/run_config.h"
@@ -100,6 +101,10 @@ class ParameterDeclarer {
   ParameterStore* store_;
   std::string prefix_;
 };
+
+/// A module's span in traces: "decoder.layers.3.self_attn forward".
+TraceScope trace_module(const ModelEnvironment& environment, std::string_view module,
+                        std::string_view direction);
 
 /// "decoder.layers.N."
 std::string layer_prefix(int64_t layer);

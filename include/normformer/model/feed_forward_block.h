@@ -72,6 +72,7 @@ class FeedForwardBlock {
 
   ModelEnvironment environment_;
   int64_t layer_;
+  std::string name_;  // in traces
   StreamBoundary<Stream> boundary_;
   NormParameters norm_;
   Parameter* fc1_weight_ = nullptr;

@@ -11,6 +11,7 @@
 #include "normformer/tensor/memory.h"
 #include "normformer/tensor/tensor.h"
 #include "normformer/tensor/thread_pool.h"
+#include "normformer/tensor/trace.h"
 
 namespace normformer {
 
@@ -27,9 +28,14 @@ class CostLedger {
   void record(std::string_view operation, int64_t flops, int64_t bytes);
   const std::map<std::string, OperationCost, std::less<>>& operations() const { return operations_; }
   int64_t total_flops() const;
+
+  /// What the call recorded last costs: that which is about to be computed.
+  const OperationCost& latest() const { return latest_; }
+
   void clear() { operations_.clear(); }
 
  private:
+  OperationCost latest_;
   std::map<std::string, OperationCost, std::less<>> operations_;
 };
 
@@ -53,6 +59,7 @@ class Context {
   ThreadPool& threads() { return threads_; }
   Allocator& memory() { return *memory_; }
   CostLedger& costs() { return costs_; }
+  Trace& trace() { return trace_; }
 
   /// A tensor with arbitrary contents.
   Tensor empty(const Shape& shape, DType dtype, MemoryUse use = MemoryUse::activations);
@@ -67,6 +74,7 @@ class Context {
   ThreadPool threads_;
   std::unique_ptr<Context> host_;
   CostLedger costs_;
+  Trace trace_;
 };
 
 /// Sets every element to zero.

@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 #include <typeindex>
+#include <utility>
 #include <vector>
 
 namespace normformer {
@@ -27,6 +28,18 @@ std::vector<GpuDescription> list_gpus();
 
 /// "CUDA 13.0, driver 13.1", or why there is none: "this build has no CUDA (-DNORMFORMER_CUDA=ON)".
 std::string describe_cuda();
+
+/// A place in a GPU's queue of work, reached when all that was enqueued before it is done. Copies are the
+/// same place.
+class GpuMoment {
+ public:
+  GpuMoment() = default;
+
+ private:
+  friend class Gpu;
+  explicit GpuMoment(std::shared_ptr<void> event) : event_(std::move(event)) {}
+  std::shared_ptr<void> event_;  // a cudaEvent_t
+};
 
 /// One GPU as one rank uses it: its memory and a queue of work for computing. Work is done in the order in
 /// which it was enqueued, later than the call; only what is said to wait waits. Used by one thread at a time,
@@ -72,6 +85,18 @@ class Gpu {
 
   /// The queue itself, a cudaStream_t.
   void* stream() const { return stream_; }
+
+  /// Enqueues a place to take the time at; in another queue of this GPU where `stream` (a cudaStream_t) is
+  /// one.
+  GpuMoment mark(void* stream = nullptr);
+
+  /// Waits until both are reached, and returns the time from one to the other.
+  double seconds_between(const GpuMoment& from, const GpuMoment& to) const;
+
+  /// Begins and ends a range of this host thread's time, which NVIDIA's tools (Nsight) show under its name.
+  /// Ranges nest. Next to nothing where no tool is attached.
+  static void begin_range(const char* name);
+  static void end_range();
 
   /// An object of type T for this GPU, made from it on first use and kept as long as it: a library's handle,
   /// say.

@@ -7,6 +7,7 @@
 #include "normformer/config/run_config.h"
 #include "normformer/core/error.h"
 #include "normformer/tensor/context.h"
+#include "normformer/training/profile.h"
 
 namespace normformer {
 
@@ -15,6 +16,7 @@ struct RunOptions {
   bool resume =
       false;  ///< go on from the newest checkpoint of the run's folder, or start where there is none
   std::filesystem::path dump_gradients;  ///< write the next step's gradients here, as safetensors, and end
+  ProfiledUpdates profile;               ///< trace these updates into a file of the run's folder
   bool stop_on_terminal_signals =
       false;  ///< also SIGINT and SIGTERM stop cleanly: for one process without mpirun
 };
@@ -25,6 +27,9 @@ struct RunFolder {
   std::filesystem::path config() const { return root / "config.toml"; }
   std::filesystem::path metrics() const { return root / "metrics.jsonl"; }
   std::filesystem::path log() const { return root / "log.txt"; }
+  std::filesystem::path trace(const ProfiledUpdates& updates) const {
+    return root / fmt::format("trace_{}-{}.json", updates.first, updates.last);
+  }
   std::filesystem::path tokenizer() const { return root / "tokenizer"; }
   std::filesystem::path checkpoints() const { return root / "checkpoints"; }
 };

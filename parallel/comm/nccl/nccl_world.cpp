@@ -32,8 +32,9 @@ void check(ncclResult_t result) {
 /// A communicator with the queue that it works in. It never blocks a call: failures come later, to the watch.
 class Channel {
  public:
-  Channel(ncclComm_t communicator, std::shared_ptr<NcclWatch> watch, const char* kind)
-      : communicator_(communicator), watch_(std::move(watch)) {
+  /// `lane` is where traces show its work.
+  Channel(ncclComm_t communicator, std::shared_ptr<NcclWatch> watch, const char* kind, TraceLane lane)
+      : communicator_(communicator), watch_(std::move(watch)), lane_(lane) {
     wait_until_ready();
     int least = 0;
     int greatest = 0;
@@ -64,11 +65,12 @@ class Channel {
 
   ncclComm_t communicator() const { return communicator_; }
 
-  /// Runs `enqueue(communicator, stream)` behind what the GPU has been given so far.
+  /// Runs `enqueue(communicator, stream)` behind what the context's GPU has been given so far.
   template <class Enqueue>
-  void start(const Gpu& gpu, const char* what, Enqueue&& enqueue) {
-    check(cudaEventRecord(before_, compute_of(gpu)));
+  void start(Context& context, const char* what, Enqueue&& enqueue) {
+    check(cudaEventRecord(before_, compute_of(context.gpu())));
     check(cudaStreamWaitEvent(stream_, before_, 0));
+    const TraceScope scope(context, TraceKind::communication, what, {}, {}, lane_, stream_);
     check(ncclGroupStart());
     enqueue(communicator_, stream_);
     check(ncclGroupEnd());
@@ -83,14 +85,14 @@ class Channel {
   }
 
   /// A part of this communicator's ranks as a new channel; null for ranks outside (color < 0).
-  std::unique_ptr<Channel> split(int color, int key, const char* kind) const {
+  std::unique_ptr<Channel> split(int color, int key, const char* kind, TraceLane lane) const {
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;
     config.splitShare = 1;
     ncclComm_t made = nullptr;
     check(ncclCommSplit(communicator_, color < 0 ? NCCL_SPLIT_NOCOLOR : color, key, &made, &config));
     wait_until_ready();
-    return made == nullptr ? nullptr : std::make_unique<Channel>(made, watch_, kind);
+    return made == nullptr ? nullptr : std::make_unique<Channel>(made, watch_, kind, lane);
   }
 
   const std::shared_ptr<NcclWatch>& watch() const { return watch_; }
@@ -117,6 +119,7 @@ class Channel {
 
   ncclComm_t communicator_;
   std::shared_ptr<NcclWatch> watch_;
+  TraceLane lane_;
   cudaStream_t stream_ = nullptr;
   cudaEvent_t before_ = nullptr;
   cudaEvent_t after_ = nullptr;
@@ -174,23 +177,21 @@ class NcclGroup final : public GroupImpl {
 
   void exchange_on_gpu(Context& context, std::span<const Outgoing> sends,
                        std::span<const Incoming> receives) override {
-    channels_.collective->start(
-        context.gpu(), "an exchange", [&](ncclComm_t communicator, cudaStream_t stream) {
-          for (const Outgoing& s : sends) {
-            check(ncclSend(s.data, static_cast<size_t>(s.bytes), ncclInt8, s.to, communicator, stream));
-          }
-          for (const Incoming& r : receives) {
-            check(ncclRecv(r.data, static_cast<size_t>(r.bytes), ncclInt8, r.from, communicator, stream));
-          }
-        });
+    channels_.collective->start(context, "an exchange", [&](ncclComm_t communicator, cudaStream_t stream) {
+      for (const Outgoing& s : sends) {
+        check(ncclSend(s.data, static_cast<size_t>(s.bytes), ncclInt8, s.to, communicator, stream));
+      }
+      for (const Incoming& r : receives) {
+        check(ncclRecv(r.data, static_cast<size_t>(r.bytes), ncclInt8, r.from, communicator, stream));
+      }
+    });
     channels_.collective->finish(context.gpu());
   }
 
   void broadcast_on_gpu(Context& context, std::byte* data, int64_t bytes, int root) override {
-    channels_.collective->start(
-        context.gpu(), "a broadcast", [&](ncclComm_t communicator, cudaStream_t stream) {
-          check(ncclBroadcast(data, data, static_cast<size_t>(bytes), ncclInt8, root, communicator, stream));
-        });
+    channels_.collective->start(context, "a broadcast", [&](ncclComm_t communicator, cudaStream_t stream) {
+      check(ncclBroadcast(data, data, static_cast<size_t>(bytes), ncclInt8, root, communicator, stream));
+    });
     channels_.collective->finish(context.gpu());
   }
 
@@ -198,7 +199,7 @@ class NcclGroup final : public GroupImpl {
                                                  int) override {
     if (to == rank()) return keep_for_self(tensor);
     Channel& channel = to > rank() ? *channels_.up : *channels_.down;
-    channel.start(context.gpu(), "a message", [&](ncclComm_t communicator, cudaStream_t stream) {
+    channel.start(context, "a message", [&](ncclComm_t communicator, cudaStream_t stream) {
       check(ncclSend(tensor.raw(), static_cast<size_t>(tensor.nbytes()), ncclInt8, to, communicator, stream));
     });
     return std::make_unique<NcclSend>(channel, context.gpu(), tensor);
@@ -207,7 +208,7 @@ class NcclGroup final : public GroupImpl {
   void receive_on_gpu(Context& context, const Tensor& tensor, int from, int) override {
     if (from == rank()) return take_from_self(context, tensor);
     Channel& channel = from < rank() ? *channels_.up : *channels_.down;
-    channel.start(context.gpu(), "a message", [&](ncclComm_t communicator, cudaStream_t stream) {
+    channel.start(context, "a message", [&](ncclComm_t communicator, cudaStream_t stream) {
       check(
           ncclRecv(tensor.raw(), static_cast<size_t>(tensor.nbytes()), ncclInt8, from, communicator, stream));
     });
@@ -219,9 +220,10 @@ class NcclGroup final : public GroupImpl {
     const auto mine = std::find(members.begin(), members.end(), rank());
     const int color = members.empty() ? -1 : members.front();
     const int key = static_cast<int>(mine - members.begin());
-    Channels channels{.collective = channels_.collective->split(color, key, "collectives"),
-                      .up = channels_.collective->split(color, key, "messages up"),
-                      .down = channels_.collective->split(color, key, "messages down")};
+    const Channel& parent = *channels_.collective;
+    Channels channels{.collective = parent.split(color, key, "collectives", TraceLane::gpu_collectives),
+                      .up = parent.split(color, key, "messages up", TraceLane::gpu_messages_up),
+                      .down = parent.split(color, key, "messages down", TraceLane::gpu_messages_down)};
     if (host == nullptr) return nullptr;
     return std::make_unique<NcclGroup>(context_, std::move(host), std::move(channels));
   }
@@ -259,7 +261,7 @@ std::unique_ptr<Channel> join_world(GroupImpl& host, const std::shared_ptr<NcclW
   config.blocking = 0;
   ncclComm_t made = nullptr;
   check(ncclCommInitRankConfig(&made, host.size(), id, host.rank(), &config));
-  return std::make_unique<Channel>(made, watch, "the world's collectives");
+  return std::make_unique<Channel>(made, watch, "the world's collectives", TraceLane::gpu_collectives);
 }
 
 }  // namespace
@@ -276,8 +278,10 @@ Group make_nccl_world(Context& context, const Group& over, double timeout_second
   auto host = over.duplicate_transport();
   const auto watch = std::make_shared<NcclWatch>(timeout_seconds);
   Channels channels{.collective = join_world(*host, watch), .up = nullptr, .down = nullptr};
-  channels.up = channels.collective->split(0, host->rank(), "the world's messages up");
-  channels.down = channels.collective->split(0, host->rank(), "the world's messages down");
+  channels.up =
+      channels.collective->split(0, host->rank(), "the world's messages up", TraceLane::gpu_messages_up);
+  channels.down =
+      channels.collective->split(0, host->rank(), "the world's messages down", TraceLane::gpu_messages_down);
   auto impl = std::make_unique<NcclGroup>(context, std::move(host), std::move(channels));
   return Group(std::move(impl), {over.name(), over.world_ranks()}, over.shared_ledger());
 }

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <fstream>
 
+#include <nvtx3/nvToolsExt.h>
+
 #include "normformer/core/error.h"
 
 #include "tensor/cuda/check.h"
@@ -213,6 +215,27 @@ void Gpu::copy(void* to, const void* from, int64_t bytes) {
 void Gpu::fill_zero(void* block, int64_t bytes) {
   check(cudaMemsetAsync(block, 0, static_cast<size_t>(bytes), stream_of(*this)));
 }
+
+GpuMoment Gpu::mark(void* stream) {
+  cudaEvent_t event = nullptr;
+  check(cudaEventCreate(&event));
+  GpuMoment made(std::shared_ptr<void>(event, [](void* e) { cudaEventDestroy(static_cast<cudaEvent_t>(e)); }));
+  check(cudaEventRecord(event, stream != nullptr ? static_cast<cudaStream_t>(stream) : stream_of(*this)));
+  return made;
+}
+
+double Gpu::seconds_between(const GpuMoment& from, const GpuMoment& to) const {
+  auto* begin = static_cast<cudaEvent_t>(from.event_.get());
+  auto* end = static_cast<cudaEvent_t>(to.event_.get());
+  check(cudaEventSynchronize(begin));
+  check(cudaEventSynchronize(end));
+  float milliseconds = 0.0F;
+  check(cudaEventElapsedTime(&milliseconds, begin, end));
+  return 1e-3 * static_cast<double>(milliseconds);
+}
+
+void Gpu::begin_range(const char* name) { nvtxRangePushA(name); }
+void Gpu::end_range() { nvtxRangePop(); }
 
 void Gpu::synchronize() { check(cudaStreamSynchronize(stream_of(*this))); }
 

@@ -29,6 +29,10 @@ void Gpu::copy_out(void*, const void*, int64_t) { missing(); }
 void Gpu::copy(void*, const void*, int64_t) { missing(); }
 void Gpu::fill_zero(void*, int64_t) { missing(); }
 void Gpu::synchronize() { missing(); }
+GpuMoment Gpu::mark(void*) { missing(); }
+double Gpu::seconds_between(const GpuMoment&, const GpuMoment&) const { missing(); }
+void Gpu::begin_range(const char*) {}
+void Gpu::end_range() {}
 
 namespace cuda {
 

@@ -6,6 +6,8 @@
 
 #include "normformer/tensor/context.h"
 
+#include "simt/control.h"
+
 namespace normformer {
 namespace {
 
@@ -113,6 +115,34 @@ TEST(CudaTensor, SumsMorePiecesThanOnePassTakes) {
     sum_in_order(context, terms, out);
     return out;
   });
+}
+
+TEST(CudaTrace, WorkIsShownWhereItIsEnqueuedAndWhereItIsDone) {
+  Context context(DeviceKind::cuda);
+  context.trace().start(context);
+  {
+    const TraceScope module(context, TraceKind::module, "decoder.layers.0", "forward");
+    EXPECT_EQ(simt::open_ranges(), 1);
+    const Tensor some = context.zeros({1000}, DType::f32);
+    scale(context, some, 2.0);
+  }
+  EXPECT_EQ(simt::open_ranges(), 0);
+  const std::vector<TraceSpan> spans = context.trace().finish(context);
+  const std::vector<std::string> names{"decoder.layers.0 forward", "fill_zero", "scale"};
+  ASSERT_EQ(spans.size(), 2 * names.size());
+  for (size_t i = 0; i < names.size(); ++i) {
+    const TraceSpan& host = spans[i];
+    const TraceSpan& gpu = spans[names.size() + i];
+    EXPECT_EQ(host.name, names[i]);
+    EXPECT_EQ(gpu.name, names[i]);
+    EXPECT_EQ(host.lane, TraceLane::host);
+    EXPECT_EQ(gpu.lane, TraceLane::gpu_compute);
+    EXPECT_GE(gpu.duration_us, 0.0);
+    // Nothing is done before it is enqueued; the emulated GPU works only when it is waited for. Clocks that
+    // count in different units may differ by one.
+    EXPECT_GE(gpu.begin_us + 1.0, host.begin_us);
+    EXPECT_TRUE(simt::range_names().contains(names[i]));
+  }
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <set>
 #include <string>
 
 #include "simt/vector_types.h"
@@ -34,5 +35,9 @@ struct Launches {
 };
 Launches launches();
 void reset_launches();
+
+/// The names of all ranges (NVTX) so far, from all host threads, and how many of this thread's are open.
+std::set<std::string> range_names();
+int open_ranges();
 
 }  // namespace simt
