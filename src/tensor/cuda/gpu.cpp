@@ -219,7 +219,8 @@ void Gpu::fill_zero(void* block, int64_t bytes) {
 GpuMoment Gpu::mark(void* stream) {
   cudaEvent_t event = nullptr;
   check(cudaEventCreate(&event));
-  GpuMoment made(std::shared_ptr<void>(event, [](void* e) { cudaEventDestroy(static_cast<cudaEvent_t>(e)); }));
+  GpuMoment made(
+      std::shared_ptr<void>(event, [](void* e) { cudaEventDestroy(static_cast<cudaEvent_t>(e)); }));
   check(cudaEventRecord(event, stream != nullptr ? static_cast<cudaStream_t>(stream) : stream_of(*this)));
   return made;
 }
