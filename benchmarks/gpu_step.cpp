@@ -6,6 +6,7 @@
 //   bench_gpu_step [--size 125M|355M|1.3B|2.7B ...] [--model baseline|normformer] [--length 2048] [--dropout
 //   0.1]
 //                  [--micro-batch M] [--micro-batches N] [--steps 10] [--dtype bf16|fp32] [--untuned]
+//                  [--graphs]
 //   bench_gpu_step --layers 2 --width 64 --heads 4 --vocab 512 --length 64 --ceiling 0      a size of one's
 //   own
 //
@@ -59,6 +60,7 @@ struct Options {
   int steps = 10;
   int64_t ceiling = 8192;
   bool tune = true;
+  bool graphs = false;
 };
 
 constexpr double kPeakFlops = 989e12;
@@ -89,6 +91,7 @@ RunConfig make_config(const Options& options, const Size& size, bool normformer,
   c.train.precision = options.dtype == "bf16" ? Precision::bf16 : Precision::fp32;
   c.parallel.data = 1;
   c.device.kind = DeviceChoice::cuda;
+  c.device.cuda_graphs = options.graphs;
   return c;
 }
 
@@ -254,6 +257,7 @@ int main(int argc, char** argv) {
   app.add_option("--steps", options.steps, "that are measured")->check(CLI::PositiveNumber);
   app.add_option("--ceiling", options.ceiling, "extent of the large product; 0: measure no ceilings");
   app.add_flag("!--untuned", options.tune, "products as cuBLASLt's heuristic has them");
+  app.add_flag("--graphs", options.graphs, "passes of micro-batches as CUDA graphs");
   CLI11_PARSE(app, argc, argv);
   if (list_gpus().empty()) {
     std::printf("skipped: no GPU (%s)\n", describe_cuda().c_str());

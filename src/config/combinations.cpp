@@ -63,6 +63,17 @@ void check_optimizer(const OptimizerConfig& o, std::vector<Conflict>& found) {
   }
 }
 
+void check_device(const RunConfig& c, std::vector<Conflict>& found) {
+  if (c.device.cuda_graphs && (c.parallel.tensor > 1 || c.parallel.pipeline > 1)) {
+    found.push_back(
+        {{"device.cuda_graphs", "parallel.tensor", "parallel.pipeline"},
+         fmt::format(
+             "device.cuda_graphs = true needs micro-batches that stay on one GPU, not parallel.tensor "
+             "= {} and parallel.pipeline = {}",
+             c.parallel.tensor, c.parallel.pipeline)});
+  }
+}
+
 void check_train(const RunConfig& c, std::vector<Conflict>& found) {
   if (c.train.micro_batch > c.train.global_batch) {
     found.push_back({{"train.micro_batch", "train.global_batch"},
@@ -86,6 +97,7 @@ void check_combinations(const RunConfig& config,
   check_model(config.model, found);
   check_optimizer(config.optimizer, found);
   check_train(config, found);
+  check_device(config, found);
   if (found.empty()) return;
   const Conflict& first = found.front();
   // The defaults fit together, so that one of the keys was written; an override outranks the file it amends.

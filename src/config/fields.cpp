@@ -246,6 +246,9 @@ void add_device(std::vector<Field>& all) {
             "on GPUs: time cuBLASLt's algorithms once for each product and keep the fastest in "
             "$NORMFORMER_CACHE or "
             "~/.cache/normformer, for all later runs");
+  s.boolean("cuda_graphs", &D::cuda_graphs,
+            "on GPUs: give each pass of a micro-batch to the GPU as one CUDA graph; for small micro-batches, "
+            "where starting kernels one by one takes longer than they do");
   s.choice("transport", &D::transport,
            {{GpuTransport::automatic, "auto"}, {GpuTransport::nccl, "nccl"}, {GpuTransport::host, "host"}},
            "between GPUs: nccl needs a GPU for each rank; host goes by way of host memory");

@@ -94,7 +94,7 @@ void* Allocator::allocate(int64_t bytes, MemoryUse use) {
   } else {
     if (device_ != DeviceKind::meta) {
       block = take_from_device(size);
-      if (block == nullptr) {
+      if (block == nullptr && may_trim()) {
         trim_locked();
         block = take_from_device(size);
       }
@@ -113,8 +113,11 @@ void Allocator::release(void* block, int64_t bytes, MemoryUse use) noexcept {
   const std::lock_guard lock(mutex_);
   account(-size, use);
   free_[size].push_back(block);
-  if (exact_blocks) trim_locked();
+  if (exact_blocks && may_trim()) trim_locked();
 }
+
+// What goes into a graph has not been started yet and may use any block that is free here.
+bool Allocator::may_trim() const { return gpu_ == nullptr || !gpu_->is_capturing(); }
 
 void* Allocator::take_from_device(int64_t bytes) {
   return device_ == DeviceKind::cuda ? gpu_->allocate(bytes) : take_from_system(bytes);

@@ -72,8 +72,8 @@ Trace::~Trace() = default;
 void Trace::start(Context& context) {
   recording_ = std::make_unique<Recording>();
   if (context.is_cuda()) {
-    context.gpu().synchronize();
     recording_->start = context.gpu().mark();
+    context.gpu().synchronize();  // so that it is now that the GPU gets there
   }
   recording_->start_us = now_us();
 }

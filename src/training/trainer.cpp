@@ -9,6 +9,8 @@
 #include "normformer/training/agreement.h"
 #include "normformer/training/learning_rate.h"
 
+#include "graphed_stage.h"
+
 namespace normformer {
 
 namespace {
@@ -72,6 +74,8 @@ Trainer::Trainer(ModelInstance& model, const RunConfig& config, BatchSource sour
           static_cast<int64_t>(
               micro_batch_samples(model, config.train.global_batch, config.train.micro_batch).size()))) {}
 
+Trainer::~Trainer() = default;
+
 void Trainer::initialise() {
   optimizer_.initialise(config_.train.seed);
   model_.stage().prepare();
@@ -94,6 +98,16 @@ std::vector<MicroBatch> Trainer::next_micro_batches() const {
   return made;
 }
 
+// The first step makes what is made on first use; the steps behind it may go to the GPU as graphs.
+Stage& Trainer::pipeline_stage() {
+  const bool wanted = config_.device.cuda_graphs && model_.context().is_cuda();
+  if (wanted && has_run_ && graphed_ == nullptr)
+    graphed_ = std::make_unique<GraphedStage>(model_.context(), model_.stage());
+  has_run_ = true;
+  if (graphed_ != nullptr) return *graphed_;
+  return model_.stage();
+}
+
 StepReport Trainer::compute_gradients() {
   LanguageModelStage& stage = model_.stage();
   const Group& world = model_.mesh().world();
@@ -104,7 +118,7 @@ StepReport Trainer::compute_gradients() {
 
   model_.store().zero_gradients();
   stage.set_micro_batches(std::move(batches));
-  run_schedule(model_.context(), model_.mesh().pipeline(), schedule_, stage);
+  run_schedule(model_.context(), model_.mesh().pipeline(), schedule_, pipeline_stage());
   optimizer_.reduce_gradients();
 
   const double loss_sum = world.all_reduce(model_.answers_for_loss() ? stage.loss_sum() : 0.0, ReduceOp::sum);

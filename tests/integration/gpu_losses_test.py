@@ -142,6 +142,19 @@ class Losses(unittest.TestCase):
                 self.assertEqual(runs[0], runs[1])
                 self.assertEqual(weights[0], weights[1])
 
+    def test_graphs_have_the_same_bits(self):
+        settings = dict(SIZE_LAYOUTS, **NORMFORMER, train__global_batch=5, train__valid_every=3)
+        for precision in ("fp32", "bf16"):
+            for dropout in (0.0, 0.1):
+                runs = []
+                for graphs in ("false", "true"):
+                    name = f"graphs-{precision}-{dropout}-{graphs}"
+                    self.train(name, **settings, **quoted(precision), model__residual_dropout=dropout,
+                               model__attention_dropout=dropout, device__cuda_graphs=graphs)
+                    runs.append(losses(self.folder.path / name))
+                with self.subTest(precision=precision, dropout=dropout):
+                    self.assertEqual(runs[0], runs[1])
+
     def test_ranks_by_way_of_hosts(self):
         for precision in ("fp64", "fp32", "bf16"):
             settings = dict(SIZE_LAYOUTS, **NORMFORMER, **quoted(precision), train__micro_batch=1)

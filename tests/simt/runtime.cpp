@@ -137,6 +137,10 @@ const char* cudaGetErrorName(cudaError_t error) {
       return "cudaErrorNotReady";
     case cudaErrorLaunchFailure:
       return "cudaErrorLaunchFailure";
+    case cudaErrorStreamCaptureUnsupported:
+      return "cudaErrorStreamCaptureUnsupported";
+    case cudaErrorGraphExecUpdateFailure:
+      return "cudaErrorGraphExecUpdateFailure";
   }
   return "unrecognized error code";
 }
@@ -161,6 +165,10 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "device not ready";
     case cudaErrorLaunchFailure:
       return "unspecified launch failure";
+    case cudaErrorStreamCaptureUnsupported:
+      return "operation not permitted when stream is capturing";
+    case cudaErrorGraphExecUpdateFailure:
+      return "the graph update was not performed because it included changes which violated constraints";
   }
   return "unrecognized error code";
 }
@@ -299,6 +307,9 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   const simt::Location source = simt::locate(from, bytes);
   const cudaError_t result = check_copy(target, source, kind);
   if (result != cudaSuccess) return remember(result);
+  // The driver would copy whenever the graph runs; nothing here keeps the host's memory for that.
+  if (simt::captures(queue) && kind != cudaMemcpyDeviceToDevice)
+    return remember(cudaErrorStreamCaptureUnsupported);
   const bool to_device = target.place == simt::Place::device;
   const bool from_device = source.place == simt::Place::device;
   if (source.place == simt::Place::pageable && to_device && !simt::dry_run()) {
@@ -353,12 +364,14 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   const auto queue = simt::find_queue(stream);
   if (queue == nullptr) return remember(cudaErrorInvalidResourceHandle);
+  if (simt::captures(queue)) return remember(cudaErrorStreamCaptureUnsupported);
   return waiting([&] { simt::run_until(simt::mark_end(queue)); });
 }
 
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
   const auto queue = simt::find_queue(stream);
   if (queue == nullptr) return remember(cudaErrorInvalidResourceHandle);
+  if (simt::captures(queue)) return remember(cudaErrorStreamCaptureUnsupported);
   const simt::Mark end = simt::mark_end(queue);
   if (simt::reached(end)) return cudaSuccess;
   const cudaError_t result = waiting([&] { simt::run_until(end); });
@@ -369,6 +382,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
   const auto queue = simt::find_queue(stream);
   const auto found = find_event(event);
   if (queue == nullptr || !found) return remember(cudaErrorInvalidResourceHandle);
+  if (simt::captures(queue)) return remember(cudaErrorStreamCaptureUnsupported);
   if (found->mark && found->mark->queue != queue) simt::enqueue_wait(queue, *found->mark);
   return cudaSuccess;
 }
@@ -393,6 +407,8 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   const auto queue = simt::find_queue(stream);
   if (queue == nullptr || !find_event(event)) return remember(cudaErrorInvalidResourceHandle);
+  // The driver can; here a captured event would have to be an end of work that has no end yet.
+  if (simt::captures(queue)) return remember(cudaErrorStreamCaptureUnsupported);
   auto at = std::make_shared<Clock::time_point>();
   simt::enqueue(queue, [at] { *at = Clock::now(); });
   Events& all = events();

@@ -4,11 +4,13 @@
 #include <deque>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <utility>
 #include <vector>
 
 #include "block.h"
+#include "simt/control.h"
 
 namespace simt {
 
@@ -27,6 +29,7 @@ class Queue {
   uint64_t enqueued = 0;
   bool busy = false;  ///< a host thread does the work taken last
   uint64_t launches = 0;
+  std::optional<std::vector<std::function<void()>>> captured;  ///< while it captures
 };
 
 namespace {
@@ -132,10 +135,37 @@ bool remove_queue(cudaStream_t stream) {
   return all.by_handle.erase(number_of(stream)) == 1;
 }
 
+bool begin_capture(const std::shared_ptr<Queue>& queue) {
+  const std::lock_guard lock(queues().mutex);
+  if (queue->captured) return false;
+  queue->captured.emplace();
+  return true;
+}
+
+std::optional<std::vector<std::function<void()>>> end_capture(const std::shared_ptr<Queue>& queue) {
+  const std::lock_guard lock(queues().mutex);
+  return std::exchange(queue->captured, std::nullopt);
+}
+
+bool captures(const std::shared_ptr<Queue>& queue) {
+  const std::lock_guard lock(queues().mutex);
+  return queue->captured.has_value();
+}
+
 void enqueue(const std::shared_ptr<Queue>& queue, std::function<void()> work) {
   const std::lock_guard lock(queues().mutex);
+  if (queue->captured) {
+    queue->captured->push_back(std::move(work));
+    return;
+  }
   wait_for_others(queue);
   append(*queue, {std::move(work), {}});
+}
+
+void enqueue_host_work(cudaStream_t stream, std::function<void()> work) {
+  const auto queue = find_queue(stream);
+  if (queue == nullptr) throw std::invalid_argument("work for a stream that is none");
+  enqueue(queue, std::move(work));
 }
 
 void enqueue_wait(const std::shared_ptr<Queue>& queue, const Mark& mark) {

@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
+#include <vector>
 
 #include "simt/runtime_api.h"
 
@@ -23,6 +25,12 @@ std::shared_ptr<Queue> find_queue(cudaStream_t stream);
 cudaStream_t add_queue(bool blocking);
 /// False where the handle is none. Work that is left is done first.
 bool remove_queue(cudaStream_t stream);
+
+/// From now on work goes into a list of its own, until end_capture() takes that away. False where the queue
+/// captures already.
+bool begin_capture(const std::shared_ptr<Queue>& queue);
+std::optional<std::vector<std::function<void()>>> end_capture(const std::shared_ptr<Queue>& queue);
+bool captures(const std::shared_ptr<Queue>& queue);
 
 /// Appends work.
 void enqueue(const std::shared_ptr<Queue>& queue, std::function<void()> work);

@@ -155,6 +155,7 @@ struct DeviceConfig {
   int64_t threads = 0;  ///< threads of one rank; 0 means the cores of the host shared by the ranks on it
   bool tf32 = false;    ///< on GPUs: fp32 products round their factors to TF32
   bool tune_products = true;  ///< on GPUs: time cuBLASLt's algorithms once and keep the fastest
+  bool cuda_graphs = false;   ///< on GPUs: each pass of a micro-batch is given to the GPU as one CUDA graph
   GpuTransport transport = GpuTransport::automatic;
   bool operator==(const DeviceConfig&) const = default;
 };

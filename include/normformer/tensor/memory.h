@@ -79,6 +79,7 @@ class Allocator : public std::enable_shared_from_this<Allocator> {
   void account(int64_t change, MemoryUse use);
   void* take_from_device(int64_t bytes);
   void give_to_device(void* block) noexcept;
+  bool may_trim() const;
   void trim_locked() noexcept;
   [[noreturn]] void out_of_memory(int64_t bytes, MemoryUse use) const;
 

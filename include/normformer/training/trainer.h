@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <vector>
 
 #include "normformer/data/token_dataset.h"
@@ -42,6 +43,7 @@ class Trainer {
  public:
   /// `config` is resolved; `source` must give the same batches on every rank.
   Trainer(ModelInstance& model, const RunConfig& config, BatchSource source);
+  ~Trainer();
 
   /// Draws initial weights from the seed. Collective over the world.
   void initialise();
@@ -65,6 +67,7 @@ class Trainer {
 
  private:
   std::vector<MicroBatch> next_micro_batches() const;
+  Stage& pipeline_stage();
   void update_weights(StepReport& report);
 
   ModelInstance& model_;
@@ -73,6 +76,8 @@ class Trainer {
   ShardedOptimizer optimizer_;
   Schedule schedule_;
   TrainingCounters counters_;
+  std::unique_ptr<Stage> graphed_;  // from the second step on, with device.cuda_graphs
+  bool has_run_ = false;
 };
 
 /// Sum of negative log-likelihoods and count of targets over samples [0, sequences) of `source`, computed

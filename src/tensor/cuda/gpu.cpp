@@ -5,6 +5,7 @@
 #include <cctype>
 #include <cstring>
 #include <fstream>
+#include <type_traits>
 
 #include <nvtx3/nvToolsExt.h>
 
@@ -233,6 +234,60 @@ double Gpu::seconds_between(const GpuMoment& from, const GpuMoment& to) const {
   float milliseconds = 0.0F;
   check(cudaEventElapsedTime(&milliseconds, begin, end));
   return 1e-3 * static_cast<double>(milliseconds);
+}
+
+namespace {
+
+struct DestroyGraph {
+  void operator()(cudaGraph_t graph) const { cudaGraphDestroy(graph); }
+};
+using Graph = std::unique_ptr<std::remove_pointer_t<cudaGraph_t>, DestroyGraph>;
+
+// What `enqueue` gives the stream, as a graph.
+Graph capture(cudaStream_t stream, const std::function<void()>& enqueue) {
+  // Relaxed: memory may be taken from the driver meanwhile.
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed));
+  cudaGraph_t captured = nullptr;
+  try {
+    enqueue();
+  } catch (...) {
+    cudaStreamEndCapture(stream, &captured);
+    const Graph unwanted(captured);
+    throw;
+  }
+  check(cudaStreamEndCapture(stream, &captured));
+  return Graph(captured);
+}
+
+bool brought_up_to_date(cudaGraphExec_t executable, cudaGraph_t graph) {
+  if (executable == nullptr) return false;
+  cudaGraphExecUpdateResultInfo info{};
+  if (cudaGraphExecUpdate(executable, graph, &info) == cudaSuccess) return true;
+  cudaGetLastError();  // or the next check of a launch would report it again
+  return false;
+}
+
+}  // namespace
+
+void Gpu::run_as_graph(GpuGraph& graph, const std::function<void()>& enqueue) {
+  NF_CHECK(!capturing_, "a graph within a graph");
+  capturing_ = true;
+  Graph captured;
+  try {
+    captured = capture(stream_of(*this), enqueue);
+  } catch (...) {
+    capturing_ = false;
+    throw;
+  }
+  capturing_ = false;
+  auto* executable = static_cast<cudaGraphExec_t>(graph.executable_.get());
+  if (!brought_up_to_date(executable, captured.get())) {
+    executable = nullptr;
+    check(cudaGraphInstantiate(&executable, captured.get(), 0));
+    graph.executable_ = std::shared_ptr<void>(
+        executable, [](void* e) { cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(e)); });
+  }
+  check(cudaGraphLaunch(executable, stream_of(*this)));
 }
 
 void Gpu::begin_range(const char* name) { nvtxRangePushA(name); }

@@ -31,6 +31,7 @@ void Gpu::fill_zero(void*, int64_t) { missing(); }
 void Gpu::synchronize() { missing(); }
 GpuMoment Gpu::mark(void*) { missing(); }
 double Gpu::seconds_between(const GpuMoment&, const GpuMoment&) const { missing(); }
+void Gpu::run_as_graph(GpuGraph&, const std::function<void()>&) { missing(); }
 void Gpu::begin_range(const char*) {}
 void Gpu::end_range() {}
 

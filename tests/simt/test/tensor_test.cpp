@@ -145,5 +145,49 @@ TEST(CudaTrace, WorkIsShownWhereItIsEnqueuedAndWhereItIsDone) {
   }
 }
 
+TEST(CudaGraph, WorkIsDoneOnceAsIfItHadBeenEnqueued) {
+  Context context(DeviceKind::cuda);
+  const std::vector<float> values = numbers(500, 1);
+  const Tensor x = from_host<float>(context, values, {500});
+  GpuGraph graph;
+  const auto before = simt::graph_counts();
+  // The second and third differ from the first in arguments alone, the fourth in form.
+  for (const double factor : {2.0, 4.0, 0.5}) {
+    context.gpu().run_as_graph(graph, [&] {
+      EXPECT_TRUE(context.gpu().is_capturing());
+      const Tensor scratch = context.empty({500}, DType::f32);
+      copy(context, x, scratch);
+      scale(context, scratch, factor);
+      copy(context, scratch, x);
+    });
+    EXPECT_FALSE(context.gpu().is_capturing());
+  }
+  context.gpu().run_as_graph(graph, [&] { scale(context, x, 2.0); });
+  const auto after = simt::graph_counts();
+  EXPECT_EQ(after.instantiated - before.instantiated, 2);
+  EXPECT_EQ(after.updated - before.updated, 2);
+  EXPECT_EQ(after.launched - before.launched, 4);
+  const std::vector<double> got = to_host(x);
+  for (size_t i = 0; i < got.size(); ++i) EXPECT_EQ(got[i], static_cast<double>(values[i]) * 8.0) << i;
+}
+
+TEST(CudaGraph, WhatFailsOnTheWayLeavesTheQueueAsItWas) {
+  Context context(DeviceKind::cuda);
+  const Tensor x = from_host<float>(context, std::vector<float>{1.0f, 2.0f}, {2});
+  GpuGraph graph;
+  EXPECT_THROW(context.gpu().run_as_graph(graph,
+                                          [&] {
+                                            scale(context, x, 5.0);
+                                            throw Error(ExitCode::internal, "no");
+                                          }),
+               Error);
+  EXPECT_THROW(context.gpu().run_as_graph(graph, [&] { context.gpu().synchronize(); }), Error);
+  EXPECT_THROW(context.gpu().run_as_graph(graph, [&] { context.gpu().run_as_graph(graph, [] {}); }),
+               LogicError);
+  EXPECT_FALSE(context.gpu().is_capturing());
+  scale(context, x, 2.0);
+  EXPECT_EQ(to_host(x), (std::vector<double>{2.0, 4.0}));
+}
+
 }  // namespace
 }  // namespace normformer

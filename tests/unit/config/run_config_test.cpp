@@ -104,7 +104,7 @@ TEST(RunConfig, UnknownKeysNameTheNearest) {
             "x.toml:2:1: train.weigth_decay is not a key; did you mean optimizer.weight_decay?");
   EXPECT_EQ(refusal("[device]\nzzzzzz = 3"),
             "x.toml:2:1: device.zzzzzz is not a key; the keys of device are kind, threads, tf32, "
-            "tune_products, transport");
+            "tune_products, cuda_graphs, transport");
 }
 
 TEST(RunConfig, UnknownSectionsNameTheNearest) {
@@ -221,6 +221,9 @@ TEST(RunConfig, CombinationsThatCannotRunAreRefused) {
   EXPECT_EQ(refusal("[train]\nmicro_batch = 9"),
             "x.toml:2:15: train.micro_batch = 9 is more than train.global_batch = 8");
   EXPECT_EQ(refusal("[train]\nmicro_batch = 9\nglobal_batch = 9"), "accepted");
+  EXPECT_EQ(refusal("[parallel]\ntensor = 2\n[device]\ncuda_graphs = true"),
+            "x.toml:4:15: device.cuda_graphs = true needs micro-batches that stay on one GPU, not "
+            "parallel.tensor = 2 and parallel.pipeline = 1");
   EXPECT_EQ(refusal("[optimizer]\nmin_lr = 1e-3"),
             "x.toml:2:10: optimizer.min_lr = 0.001 is above optimizer.lr = 0.0006");
   EXPECT_EQ(refusal("[optimizer]\nwarmup_updates = 10\ndecay_updates = 10"),
@@ -281,7 +284,7 @@ TEST(Overrides, ErrorsNameTheOverride) {
   EXPECT_EQ(refusal("", {"lr=3"}), "--set lr=3: lr is not a key; did you mean optimizer.lr?");
   EXPECT_EQ(refusal("", {"device=3"}),
             "--set device=3: device is a section; name one of its keys: kind, threads, tf32, tune_products, "
-            "transport");
+            "cuda_graphs, transport");
   EXPECT_EQ(refusal("", {"model.layers"}), "--set model.layers: an override is written section.key=value");
   EXPECT_EQ(refusal("", {"data.train.prefix=a"}),
             "--set data.train.prefix=a: data.train.prefix is not a key; the keys of data are train, valid, "
@@ -377,6 +380,7 @@ const std::map<std::string, std::string>& other_values() {
       {"device.kind", "\"cuda\""},
       {"device.tf32", "true"},
       {"device.tune_products", "false"},
+      {"device.cuda_graphs", "true"},
       {"device.transport", "\"host\""},
       {"device.threads", "2"},
   };

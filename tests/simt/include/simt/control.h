@@ -4,10 +4,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <set>
 #include <string>
 
+#include "simt/runtime_api.h"
 #include "simt/vector_types.h"
 
 namespace simt {
@@ -35,6 +37,17 @@ struct Launches {
 };
 Launches launches();
 void reset_launches();
+
+/// Puts work of the host into a stream's order.
+void enqueue_host_work(cudaStream_t stream, std::function<void()> work);
+
+/// What has been done with graphs so far.
+struct GraphCounts {
+  int64_t instantiated = 0;
+  int64_t updated = 0;
+  int64_t launched = 0;
+};
+GraphCounts graph_counts();
 
 /// The names of all ranges (NVTX) so far, from all host threads, and how many of this thread's are open.
 std::set<std::string> range_names();
