@@ -26,6 +26,10 @@ class NcclWatch {
   void add(ncclComm_t communicator, std::string name);
   void remove(ncclComm_t communicator);
 
+  /// While this is held the watch keeps off all communicators: NCCL lets one thread at a time work with one,
+  /// and to ask a communicator how it does is to work with it.
+  [[nodiscard]] std::unique_lock<std::mutex> hold() { return std::unique_lock(mutex_); }
+
   /// Everything enqueued on `stream` so far must be done within the time-out.
   void expect(cudaStream_t stream, std::string what);
 

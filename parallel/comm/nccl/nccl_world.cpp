@@ -1,6 +1,7 @@
 #include <array>
 #include <chrono>
 #include <cstring>
+#include <exception>
 #include <thread>
 
 #include <cuda_runtime.h>
@@ -32,9 +33,8 @@ void check(ncclResult_t result) {
 /// A communicator with the queue that it works in. It never blocks a call: failures come later, to the watch.
 class Channel {
  public:
-  /// `lane` is where traces show its work.
-  Channel(ncclComm_t communicator, std::shared_ptr<NcclWatch> watch, const char* kind, TraceLane lane)
-      : communicator_(communicator), watch_(std::move(watch)), lane_(lane) {
+  Channel(ncclComm_t communicator, std::shared_ptr<NcclWatch> watch, const char* kind)
+      : communicator_(communicator), watch_(std::move(watch)) {
     wait_until_ready();
     int least = 0;
     int greatest = 0;
@@ -47,6 +47,8 @@ class Channel {
 
   ~Channel() {
     watch_->remove(communicator_);
+    // After a failure other ranks may never send what the queue waits for; the process is about to end.
+    if (std::uncaught_exceptions() > exceptions_) return;
     cudaStreamSynchronize(stream_);
     cudaEventDestroy(before_);
     cudaEventDestroy(after_);
@@ -65,15 +67,17 @@ class Channel {
 
   ncclComm_t communicator() const { return communicator_; }
 
-  /// Runs `enqueue(communicator, stream)` behind what the context's GPU has been given so far.
+  /// Runs `enqueue(communicator, stream)` behind what the GPU has been given so far.
   template <class Enqueue>
-  void start(Context& context, const char* what, Enqueue&& enqueue) {
-    check(cudaEventRecord(before_, compute_of(context.gpu())));
+  void start(const Gpu& gpu, const char* what, Enqueue&& enqueue) {
+    check(cudaEventRecord(before_, compute_of(gpu)));
     check(cudaStreamWaitEvent(stream_, before_, 0));
-    const TraceScope scope(context, TraceKind::communication, what, {}, {}, lane_, stream_);
-    check(ncclGroupStart());
-    enqueue(communicator_, stream_);
-    check(ncclGroupEnd());
+    {
+      const auto held = watch_->hold();
+      check(ncclGroupStart());
+      enqueue(communicator_, stream_);
+      check(ncclGroupEnd());
+    }
     wait_until_ready();
     watch_->expect(stream_, what);
   }
@@ -85,14 +89,18 @@ class Channel {
   }
 
   /// A part of this communicator's ranks as a new channel; null for ranks outside (color < 0).
-  std::unique_ptr<Channel> split(int color, int key, const char* kind, TraceLane lane) const {
+  std::unique_ptr<Channel> split(int color, int key, const char* kind) const {
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;
-    config.splitShare = 1;
+    // What shares resources runs one after the other: messages up would hold up those down.
+    config.splitShare = 0;
     ncclComm_t made = nullptr;
-    check(ncclCommSplit(communicator_, color < 0 ? NCCL_SPLIT_NOCOLOR : color, key, &made, &config));
+    {
+      const auto held = watch_->hold();
+      check(ncclCommSplit(communicator_, color < 0 ? NCCL_SPLIT_NOCOLOR : color, key, &made, &config));
+    }
     wait_until_ready();
-    return made == nullptr ? nullptr : std::make_unique<Channel>(made, watch_, kind, lane);
+    return made == nullptr ? nullptr : std::make_unique<Channel>(made, watch_, kind);
   }
 
   const std::shared_ptr<NcclWatch>& watch() const { return watch_; }
@@ -107,7 +115,10 @@ class Channel {
     const auto start = std::chrono::steady_clock::now();
     ncclResult_t state = ncclInProgress;
     while (state == ncclInProgress) {
-      check(ncclCommGetAsyncError(communicator_, &state));
+      {
+        const auto held = watch_->hold();
+        check(ncclCommGetAsyncError(communicator_, &state));
+      }
       if (state != ncclInProgress) break;
       if (std::chrono::steady_clock::now() - start > kReadyTimeout) {
         throw CommError("NCCL: the other ranks of a group did not come within 300 s");
@@ -119,14 +130,15 @@ class Channel {
 
   ncclComm_t communicator_;
   std::shared_ptr<NcclWatch> watch_;
-  TraceLane lane_;
+  int exceptions_ = std::uncaught_exceptions();
   cudaStream_t stream_ = nullptr;
   cudaEvent_t before_ = nullptr;
   cudaEvent_t after_ = nullptr;
 };
 
-/// The channels of a group. Messages up (to a higher rank) and down have channels of their own: each is a
-/// chain from rank to rank, in which a rank that waits holds up nothing that the other direction needs.
+/// The channels of a group; none in a group of one. Messages up (to a higher rank) and down have channels of
+/// their own: each is a chain from rank to rank, in which a rank that waits holds up nothing that the other
+/// direction needs.
 struct Channels {
   std::unique_ptr<Channel> collective;
   std::unique_ptr<Channel> up;
@@ -177,21 +189,23 @@ class NcclGroup final : public GroupImpl {
 
   void exchange_on_gpu(Context& context, std::span<const Outgoing> sends,
                        std::span<const Incoming> receives) override {
-    channels_.collective->start(context, "an exchange", [&](ncclComm_t communicator, cudaStream_t stream) {
-      for (const Outgoing& s : sends) {
-        check(ncclSend(s.data, static_cast<size_t>(s.bytes), ncclInt8, s.to, communicator, stream));
-      }
-      for (const Incoming& r : receives) {
-        check(ncclRecv(r.data, static_cast<size_t>(r.bytes), ncclInt8, r.from, communicator, stream));
-      }
-    });
+    channels_.collective->start(
+        context.gpu(), "an exchange", [&](ncclComm_t communicator, cudaStream_t stream) {
+          for (const Outgoing& s : sends) {
+            check(ncclSend(s.data, static_cast<size_t>(s.bytes), ncclInt8, s.to, communicator, stream));
+          }
+          for (const Incoming& r : receives) {
+            check(ncclRecv(r.data, static_cast<size_t>(r.bytes), ncclInt8, r.from, communicator, stream));
+          }
+        });
     channels_.collective->finish(context.gpu());
   }
 
   void broadcast_on_gpu(Context& context, std::byte* data, int64_t bytes, int root) override {
-    channels_.collective->start(context, "a broadcast", [&](ncclComm_t communicator, cudaStream_t stream) {
-      check(ncclBroadcast(data, data, static_cast<size_t>(bytes), ncclInt8, root, communicator, stream));
-    });
+    channels_.collective->start(
+        context.gpu(), "a broadcast", [&](ncclComm_t communicator, cudaStream_t stream) {
+          check(ncclBroadcast(data, data, static_cast<size_t>(bytes), ncclInt8, root, communicator, stream));
+        });
     channels_.collective->finish(context.gpu());
   }
 
@@ -199,7 +213,7 @@ class NcclGroup final : public GroupImpl {
                                                  int) override {
     if (to == rank()) return keep_for_self(tensor);
     Channel& channel = to > rank() ? *channels_.up : *channels_.down;
-    channel.start(context, "a message", [&](ncclComm_t communicator, cudaStream_t stream) {
+    channel.start(context.gpu(), "a message", [&](ncclComm_t communicator, cudaStream_t stream) {
       check(ncclSend(tensor.raw(), static_cast<size_t>(tensor.nbytes()), ncclInt8, to, communicator, stream));
     });
     return std::make_unique<NcclSend>(channel, context.gpu(), tensor);
@@ -208,7 +222,7 @@ class NcclGroup final : public GroupImpl {
   void receive_on_gpu(Context& context, const Tensor& tensor, int from, int) override {
     if (from == rank()) return take_from_self(context, tensor);
     Channel& channel = from < rank() ? *channels_.up : *channels_.down;
-    channel.start(context, "a message", [&](ncclComm_t communicator, cudaStream_t stream) {
+    channel.start(context.gpu(), "a message", [&](ncclComm_t communicator, cudaStream_t stream) {
       check(
           ncclRecv(tensor.raw(), static_cast<size_t>(tensor.nbytes()), ncclInt8, from, communicator, stream));
     });
@@ -218,12 +232,15 @@ class NcclGroup final : public GroupImpl {
   std::unique_ptr<GroupImpl> subgroup(std::span<const int> members) override {
     auto host = host_->subgroup(members);
     const auto mine = std::find(members.begin(), members.end(), rank());
-    const int color = members.empty() ? -1 : members.front();
+    // A group of one has nobody to talk to: a communicator would take memory and time for nothing.
+    const int color = members.size() < 2 ? -1 : members.front();
     const int key = static_cast<int>(mine - members.begin());
-    const Channel& parent = *channels_.collective;
-    Channels channels{.collective = parent.split(color, key, "collectives", TraceLane::gpu_collectives),
-                      .up = parent.split(color, key, "messages up", TraceLane::gpu_messages_up),
-                      .down = parent.split(color, key, "messages down", TraceLane::gpu_messages_down)};
+    Channels channels;
+    if (size() > 1) {
+      channels = {.collective = channels_.collective->split(color, key, "collectives"),
+                  .up = channels_.collective->split(color, key, "messages up"),
+                  .down = channels_.collective->split(color, key, "messages down")};
+    }
     if (host == nullptr) return nullptr;
     return std::make_unique<NcclGroup>(context_, std::move(host), std::move(channels));
   }
@@ -261,7 +278,7 @@ std::unique_ptr<Channel> join_world(GroupImpl& host, const std::shared_ptr<NcclW
   config.blocking = 0;
   ncclComm_t made = nullptr;
   check(ncclCommInitRankConfig(&made, host.size(), id, host.rank(), &config));
-  return std::make_unique<Channel>(made, watch, "the world's collectives", TraceLane::gpu_collectives);
+  return std::make_unique<Channel>(made, watch, "the world's collectives");
 }
 
 }  // namespace
@@ -278,10 +295,8 @@ Group make_nccl_world(Context& context, const Group& over, double timeout_second
   auto host = over.duplicate_transport();
   const auto watch = std::make_shared<NcclWatch>(timeout_seconds);
   Channels channels{.collective = join_world(*host, watch), .up = nullptr, .down = nullptr};
-  channels.up =
-      channels.collective->split(0, host->rank(), "the world's messages up", TraceLane::gpu_messages_up);
-  channels.down =
-      channels.collective->split(0, host->rank(), "the world's messages down", TraceLane::gpu_messages_down);
+  channels.up = channels.collective->split(0, host->rank(), "the world's messages up");
+  channels.down = channels.collective->split(0, host->rank(), "the world's messages down");
   auto impl = std::make_unique<NcclGroup>(context, std::move(host), std::move(channels));
   return Group(std::move(impl), {over.name(), over.world_ranks()}, over.shared_ledger());
 }
