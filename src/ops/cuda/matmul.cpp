@@ -111,7 +111,7 @@ class Products {
     const auto kept = choices_->find_or_choose(key_of(product, operands),
                                                [&] { return text_of(fastest(plan, product, operands)); });
     const auto algorithm = kept ? algorithm_of(*kept) : std::nullopt;
-    return algorithm && plan.accepts(*algorithm, workspace_.bytes) ? algorithm : std::nullopt;
+    return algorithm && plan.accepts(*algorithm, operands, workspace_.bytes) ? algorithm : std::nullopt;
   }
 
   // The file's name holds the rest of what a choice depends on.

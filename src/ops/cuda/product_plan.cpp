@@ -71,10 +71,14 @@ void ProductPlan::describe() {
   set(made, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, product_.out);
 }
 
+// The heuristic and the check of an algorithm look at the bias' alignment.
+void ProductPlan::set_bias(const void* bias) {
+  if (product_.with_bias) set(description_.get(), CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
+}
+
 std::vector<cublasLtMatmulAlgo_t> ProductPlan::candidates(const Operands& operands, size_t workspace_bytes,
                                                           int most) {
-  // The heuristic looks at the bias' alignment.
-  if (product_.with_bias) set(description_.get(), CUBLASLT_MATMUL_DESC_BIAS_POINTER, operands.bias);
+  set_bias(operands.bias);
   cublasLtMatmulPreference_t made = nullptr;
   check(cublasLtMatmulPreferenceCreate(&made));
   const Owned<cublasLtMatmulPreference_t> preference(made);
@@ -101,7 +105,9 @@ std::vector<cublasLtMatmulAlgo_t> ProductPlan::candidates(const Operands& operan
   return algorithms;
 }
 
-bool ProductPlan::accepts(const cublasLtMatmulAlgo_t& algorithm, size_t workspace_bytes) const {
+bool ProductPlan::accepts(const cublasLtMatmulAlgo_t& algorithm, const Operands& operands,
+                          size_t workspace_bytes) {
+  set_bias(operands.bias);
   cublasLtMatmulHeuristicResult_t result{};
   return cublasLtMatmulAlgoCheck(handle_, description_.get(), a_.get(), b_.get(), d_.get(), d_.get(),
                                  &algorithm, &result) == CUBLAS_STATUS_SUCCESS &&
@@ -109,7 +115,7 @@ bool ProductPlan::accepts(const cublasLtMatmulAlgo_t& algorithm, size_t workspac
 }
 
 void ProductPlan::run(const Operands& operands, const Workspace& workspace, cudaStream_t stream) {
-  if (product_.with_bias) set(description_.get(), CUBLASLT_MATMUL_DESC_BIAS_POINTER, operands.bias);
+  set_bias(operands.bias);
   const bool wide = product_.in == CUDA_R_64F;
   const double one64 = 1.0;
   const double beta64 = product_.accumulate ? 1.0 : 0.0;

@@ -61,7 +61,7 @@ class ProductPlan {
   std::vector<cublasLtMatmulAlgo_t> candidates(const Operands& operands, size_t workspace_bytes, int most);
 
   /// Whether an algorithm can run the product with a workspace of so many bytes.
-  bool accepts(const cublasLtMatmulAlgo_t& algorithm, size_t workspace_bytes) const;
+  bool accepts(const cublasLtMatmulAlgo_t& algorithm, const Operands& operands, size_t workspace_bytes);
 
   void use(const cublasLtMatmulAlgo_t& algorithm) { algorithm_ = algorithm; }
 
@@ -79,6 +79,7 @@ class ProductPlan {
 
   static Owned<cublasLtMatrixLayout_t> make_layout(cudaDataType_t type, int64_t rows, int64_t columns);
   void describe();
+  void set_bias(const void* bias);
 
   cublasLtHandle_t handle_;
   Product product_;
