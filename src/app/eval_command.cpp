@@ -49,8 +49,7 @@ void write_nll(const std::filesystem::path& path, const BpeTokenizer& tokenizer,
   if (!file.flush()) throw IoError(fmt::format("cannot write {}: {}", path.string(), system_reason()));
 }
 
-int eval_text(const EvalOptions& options, const RankProcess& process) {
-  TrainedModel loaded = load_trained_model(options.model, process);
+int eval_text(const EvalOptions& options, const RankProcess& process, const TrainedModel& loaded) {
   std::string text;
   std::vector<int32_t> tokens;
   int32_t before = 0;
@@ -74,6 +73,11 @@ int eval_text(const EvalOptions& options, const RankProcess& process) {
   return 0;
 }
 
+int load_and_eval(const EvalOptions& options, const RankProcess& process) {
+  const TrainedModel loaded = load_trained_model(options.model, process);
+  return run_on_device(process, [&] { return eval_text(options, process, loaded); });
+}
+
 }  // namespace
 
 void add_eval_command(CLI::App& app, Command& chosen) {
@@ -86,7 +90,7 @@ void add_eval_command(CLI::App& app, Command& chosen) {
   command->callback([options, &chosen] {
     chosen = [options](int* argc, char*** argv) {
       return run_on_ranks(argc, argv,
-                          [&](const RankProcess& process) { return eval_text(*options, process); });
+                          [&](const RankProcess& process) { return load_and_eval(*options, process); });
     };
   });
 }

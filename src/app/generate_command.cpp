@@ -18,8 +18,7 @@ struct GenerateOptions {
   GenerationOptions generation;
 };
 
-int generate_text(const GenerateOptions& options, const RankProcess& process) {
-  TrainedModel loaded = load_trained_model(options.model, process);
+int generate_text(const GenerateOptions& options, const RankProcess& process, const TrainedModel& loaded) {
   std::vector<int32_t> prompt;
   GenerationOptions generation = options.generation;
   run_agreed(process.world, [&] {
@@ -42,6 +41,13 @@ int generate_text(const GenerateOptions& options, const RankProcess& process) {
   });
   if (prints) std::puts("");
   return 0;
+}
+
+int load_and_generate(GenerateOptions options, const RankProcess& process) {
+  // Every token makes products of new shapes: to time a GPU's algorithms for each would take far longer.
+  options.model.overrides.insert(options.model.overrides.begin(), "device.tune_products=false");
+  const TrainedModel loaded = load_trained_model(options.model, process);
+  return run_on_device(process, [&] { return generate_text(options, process, loaded); });
 }
 
 }  // namespace
@@ -68,7 +74,7 @@ void add_generate_command(CLI::App& app, Command& chosen) {
   command->callback([options, &chosen] {
     chosen = [options](int* argc, char*** argv) {
       return run_on_ranks(argc, argv,
-                          [&](const RankProcess& process) { return generate_text(*options, process); });
+                          [&](const RankProcess& process) { return load_and_generate(*options, process); });
     };
   });
 }

@@ -90,6 +90,9 @@ RankDevice make_rank_device(const RunConfig& config, const RankProcess& process)
   if (device.kind == DeviceChoice::cpu) {
     return {std::make_unique<Context>(DeviceKind::cpu, threads), process.world};
   }
+  // Streams that share one of the driver's queues, 8 unless told otherwise, wait for each other, and each
+  // kind of traffic has a stream of its own.
+  setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
   RankDevice made;
   const auto gpus = static_cast<int>(list_gpus().size());
   bool bound = false;
@@ -121,35 +124,6 @@ bool has_mpi_launcher() {
   return is_set("OMPI_COMM_WORLD_SIZE") || is_set("PMI_RANK") || is_set("PMIX_RANK");
 }
 
-// Where the launcher does not say who shares a host, the hosts' names do.
-RankProcess join_over_tcp(const Rendezvous& rendezvous) {
-  RankProcess process{make_tcp_world(rendezvous), rendezvous.local_rank, rendezvous.local_size};
-  if (process.local_rank >= 0 && process.local_size > 0) return process;
-  const auto hosts = process.world.all_gather_text(host_name());
-  process.world.ledger().clear();
-  const auto mine = hosts.begin() + process.world.rank();
-  process.local_size = static_cast<int>(std::count(hosts.begin(), hosts.end(), *mine));
-  if (process.local_rank < 0) process.local_rank = static_cast<int>(std::count(hosts.begin(), mine, *mine));
-  return process;
-}
-
-// Runs `body`; `abort` ends this process and so the job.
-int run_rank(const RankProcess& process, const std::function<int(const RankProcess&)>& body,
-             void (*abort)(int)) {
-  if (process.world.size() > 1) set_rank_label(process.world.rank(), host_name());
-  try {
-    return body(process);
-  } catch (const AgreedError& e) {
-    if (process.world.rank() == 0) std::fprintf(stderr, "normformer: %s\n", e.what());
-    return static_cast<int>(e.exit_code());
-  } catch (...) {
-    std::fprintf(stderr, "%s\n", describe_current_exception().c_str());
-    const auto code = static_cast<int>(current_exception_exit_code());
-    if (process.world.size() > 1) abort(code);
-    return code;
-  }
-}
-
 // mpirun drops what a rank has written and it has not read when the job is aborted; and over TCP all others
 // should hear of the rank that failed first before they hear of this one.
 constexpr auto kLastWords = std::chrono::milliseconds(200);
@@ -165,13 +139,56 @@ void abort_tcp_job(int exit_code) {
   std::_Exit(exit_code);
 }
 
+// Where the launcher does not say who shares a host, the hosts' names do.
+RankProcess join_over_tcp(const Rendezvous& rendezvous) {
+  RankProcess process{make_tcp_world(rendezvous), rendezvous.local_rank, rendezvous.local_size,
+                      abort_tcp_job};
+  if (process.local_rank >= 0 && process.local_size > 0) return process;
+  const auto hosts = process.world.all_gather_text(host_name());
+  process.world.ledger().clear();
+  const auto mine = hosts.begin() + process.world.rank();
+  process.local_size = static_cast<int>(std::count(hosts.begin(), hosts.end(), *mine));
+  if (process.local_rank < 0) process.local_rank = static_cast<int>(std::count(hosts.begin(), mine, *mine));
+  return process;
+}
+
+// Prints the current exception, ends the job where there are other ranks, and returns the exit code.
+int fail_alone(const RankProcess& process) {
+  std::fprintf(stderr, "%s\n", describe_current_exception().c_str());
+  const auto code = static_cast<int>(current_exception_exit_code());
+  if (process.world.size() > 1) process.end_job(code);
+  return code;
+}
+
+int run_rank(const RankProcess& process, const std::function<int(const RankProcess&)>& body) {
+  if (process.world.size() > 1) set_rank_label(process.world.rank(), host_name());
+  try {
+    return body(process);
+  } catch (const AgreedError& e) {
+    if (process.world.rank() == 0) std::fprintf(stderr, "normformer: %s\n", e.what());
+    return static_cast<int>(e.exit_code());
+  } catch (...) {
+    return fail_alone(process);
+  }
+}
+
 }  // namespace
+
+int run_on_device(const RankProcess& process, const std::function<int()>& work) {
+  try {
+    return work();
+  } catch (const AgreedError&) {
+    throw;
+  } catch (...) {
+    return fail_alone(process);
+  }
+}
 
 int run_on_ranks(int* argc, char*** argv, const std::function<int(const RankProcess&)>& body) {
   const auto rendezvous = has_mpi_launcher() ? std::nullopt : rendezvous_from_environment();
-  if (rendezvous) return run_rank(join_over_tcp(*rendezvous), body, abort_tcp_job);
+  if (rendezvous) return run_rank(join_over_tcp(*rendezvous), body);
   MpiSession mpi(argc, argv);
-  return run_rank({mpi.world(), mpi.local_rank(), mpi.local_size()}, body, abort_mpi_job);
+  return run_rank({mpi.world(), mpi.local_rank(), mpi.local_size(), abort_mpi_job}, body);
 }
 
 void require_single_process(const char* command) {

@@ -14,6 +14,7 @@ struct RankProcess {
   Group world;
   int local_rank = 0;
   int local_size = 1;
+  void (*end_job)(int exit_code) = nullptr;  ///< ends this process, and so the job
 
   /// Threads of this rank: as configured, or this host's cores shared by its ranks.
   int threads(const DeviceConfig& device) const;
@@ -30,6 +31,12 @@ struct RankDevice {
 /// NUMA node of its GPU, and rank 0 logs who has which. ConfigError where no rank can have what was asked
 /// for; the same on every rank. Collective over process.world.
 RankDevice make_rank_device(const RunConfig& config, const RankProcess& process);
+
+/// Runs `work`, which uses what make_rank_device made, and returns what it returns. Where it fails on this
+/// rank alone, prints why and ends the job at once, as run_on_ranks would, but before the device is given up:
+/// that waits for all that was enqueued, and so for what other ranks may never send. AgreedError passes
+/// through.
+int run_on_device(const RankProcess& process, const std::function<int()>& work);
 
 /// Joins the job's other ranks, labels this one and runs `body` on it. Ranks talk over TCP where the
 /// environment says how they meet (rendezvous_from_environment) and no launcher of MPI's started them, else

@@ -43,7 +43,8 @@ int train(const TrainOptions& options, const RankProcess& process) {
   const RankDevice device = make_rank_device(config, process);
   // mpirun gives its ranks no time on Ctrl-C; a process on its own can take its time.
   run.stop_on_terminal_signals = std::getenv("OMPI_COMM_WORLD_SIZE") == nullptr;
-  return static_cast<int>(run_training(config, run, *device.context, device.world));
+  return run_on_device(
+      process, [&] { return static_cast<int>(run_training(config, run, *device.context, device.world)); });
 }
 
 }  // namespace
