@@ -157,9 +157,17 @@ class Products {
   std::map<std::pair<Product, std::array<uint32_t, 4>>, std::unique_ptr<ProductPlan>> plans_;
 };
 
-void multiply(Context& context, Product product, const Operands& operands) {
+void multiply(Context& context, Product product, Operands operands) {
   if (product.rows == 0 || product.columns == 0) return;
-  NF_CHECK(product.inner > 0, "a product over nothing");
+  Tensor zeros;
+  if (product.inner == 0) {
+    // A sum of nothing, which cuBLASLt does not take, is that of one zero.
+    const int64_t bytes = std::max(product.rows, product.columns) * bytes_of_element(product.in);
+    zeros = context.empty({bytes}, DType::u8, MemoryUse::workspace);
+    context.gpu().fill_zero(zeros.raw(), bytes);
+    product.inner = 1;
+    operands.a = operands.b = zeros.raw();
+  }
   product.tf32 = context.gpu().uses_tf32();
   context.gpu().attached<Products>().run(product, operands);
 }

@@ -84,6 +84,9 @@ std::vector<cublasLtMatmulAlgo_t> ProductPlan::candidates(const Operands& operan
   const Owned<cublasLtMatmulPreference_t> preference(made);
   const auto [a, b, d, bias] = operands.alignments();
   set(made, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, workspace_bytes);
+  // Parts of a sum that are kept in bf16 would each be rounded.
+  if (product_.out == CUDA_R_16BF)
+    set(made, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, uint32_t{CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE});
   set(made, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, a);
   set(made, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, b);
   set(made, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, d);
