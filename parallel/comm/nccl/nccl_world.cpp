@@ -30,18 +30,13 @@ void check(ncclResult_t result) {
   }
 }
 
-/// A communicator with the queue that it works in. It never blocks a call: failures come later, to the watch.
+/// A communicator, and the queue of its own that messages work in. It never blocks a call: failures come
+/// later, to the watch.
 class Channel {
  public:
   Channel(ncclComm_t communicator, std::shared_ptr<NcclWatch> watch, const char* kind)
       : communicator_(communicator), watch_(std::move(watch)) {
     wait_until_ready();
-    int least = 0;
-    int greatest = 0;
-    check(cudaDeviceGetStreamPriorityRange(&least, &greatest));
-    check(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest));
-    check(cudaEventCreateWithFlags(&before_, cudaEventDisableTiming));
-    check(cudaEventCreateWithFlags(&after_, cudaEventDisableTiming));
     watch_->add(communicator_, kind);
   }
 
@@ -49,10 +44,7 @@ class Channel {
     watch_->remove(communicator_);
     // After a failure other ranks may never send what the queue waits for; the process is about to end.
     if (std::uncaught_exceptions() > exceptions_) return;
-    cudaStreamSynchronize(stream_);
-    cudaEventDestroy(before_);
-    cudaEventDestroy(after_);
-    cudaStreamDestroy(stream_);
+    if (stream_ != nullptr) give_up_queue();
     ncclCommFinalize(communicator_);
     ncclResult_t state = ncclInProgress;
     for (int i = 0; i < kMostPolls && state == ncclInProgress; ++i) {
@@ -67,19 +59,19 @@ class Channel {
 
   ncclComm_t communicator() const { return communicator_; }
 
-  /// Runs `enqueue(communicator, stream)` behind what the GPU has been given so far.
+  /// Runs `enqueue(communicator, stream)` in the GPU's own queue.
+  template <class Enqueue>
+  void run(const Gpu& gpu, const char* what, Enqueue&& enqueue) {
+    run_in(compute_of(gpu), what, enqueue);
+  }
+
+  /// The same beside the GPU's own queue, behind what that has been given so far.
   template <class Enqueue>
   void start(const Gpu& gpu, const char* what, Enqueue&& enqueue) {
+    if (stream_ == nullptr) make_queue();
     check(cudaEventRecord(before_, compute_of(gpu)));
     check(cudaStreamWaitEvent(stream_, before_, 0));
-    {
-      const auto held = watch_->hold();
-      check(ncclGroupStart());
-      enqueue(communicator_, stream_);
-      check(ncclGroupEnd());
-    }
-    wait_until_ready();
-    watch_->expect(stream_, what);
+    run_in(stream_, what, enqueue);
   }
 
   /// What the GPU is given later waits for what has been started.
@@ -110,6 +102,35 @@ class Channel {
   static constexpr std::chrono::seconds kReadyTimeout{300};
 
   static cudaStream_t compute_of(const Gpu& gpu) { return static_cast<cudaStream_t>(gpu.stream()); }
+
+  template <class Enqueue>
+  void run_in(cudaStream_t stream, const char* what, Enqueue&& enqueue) {
+    {
+      const auto held = watch_->hold();
+      check(ncclGroupStart());
+      enqueue(communicator_, stream);
+      check(ncclGroupEnd());
+    }
+    wait_until_ready();
+    watch_->expect(stream, what);
+  }
+
+  // Only where messages are sent: the driver has few queues, and streams that share one wait for each other.
+  void make_queue() {
+    int least = 0;
+    int greatest = 0;
+    check(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+    check(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest));
+    check(cudaEventCreateWithFlags(&before_, cudaEventDisableTiming));
+    check(cudaEventCreateWithFlags(&after_, cudaEventDisableTiming));
+  }
+
+  void give_up_queue() {
+    cudaStreamSynchronize(stream_);
+    cudaEventDestroy(before_);
+    cudaEventDestroy(after_);
+    cudaStreamDestroy(stream_);
+  }
 
   void wait_until_ready() const {
     const auto start = std::chrono::steady_clock::now();
@@ -189,7 +210,7 @@ class NcclGroup final : public GroupImpl {
 
   void exchange_on_gpu(Context& context, std::span<const Outgoing> sends,
                        std::span<const Incoming> receives) override {
-    channels_.collective->start(
+    channels_.collective->run(
         context.gpu(), "an exchange", [&](ncclComm_t communicator, cudaStream_t stream) {
           for (const Outgoing& s : sends) {
             check(ncclSend(s.data, static_cast<size_t>(s.bytes), ncclInt8, s.to, communicator, stream));
@@ -198,15 +219,13 @@ class NcclGroup final : public GroupImpl {
             check(ncclRecv(r.data, static_cast<size_t>(r.bytes), ncclInt8, r.from, communicator, stream));
           }
         });
-    channels_.collective->finish(context.gpu());
   }
 
   void broadcast_on_gpu(Context& context, std::byte* data, int64_t bytes, int root) override {
-    channels_.collective->start(
+    channels_.collective->run(
         context.gpu(), "a broadcast", [&](ncclComm_t communicator, cudaStream_t stream) {
           check(ncclBroadcast(data, data, static_cast<size_t>(bytes), ncclInt8, root, communicator, stream));
         });
-    channels_.collective->finish(context.gpu());
   }
 
   std::unique_ptr<SendRequest::Impl> send_on_gpu(Context& context, const Tensor& tensor, int to,
