@@ -24,6 +24,15 @@ uint32_t alignment_of(const void* p) {
   return static_cast<uint32_t>(address & (~address + 1));
 }
 
+// How sums may be cut into parts. Some of cuBLASLt 12's and 13's algorithms lose what is left of a cut sum
+// after the last whole block of terms (https://github.com/facebookexperimental/triton/pull/2767), and parts
+// that are kept in bf16 would each be rounded.
+uint32_t reduction_schemes(const Product& product) {
+  constexpr int64_t kMostOfABlock = 128;
+  if (product.inner % kMostOfABlock != 0) return CUBLASLT_REDUCTION_SCHEME_NONE;
+  return product.out == CUDA_R_16BF ? CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE : CUBLASLT_REDUCTION_SCHEME_MASK;
+}
+
 }  // namespace
 
 void check(cublasStatus_t status, const std::source_location& where) {
@@ -84,9 +93,7 @@ std::vector<cublasLtMatmulAlgo_t> ProductPlan::candidates(const Operands& operan
   const Owned<cublasLtMatmulPreference_t> preference(made);
   const auto [a, b, d, bias] = operands.alignments();
   set(made, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, workspace_bytes);
-  // Parts of a sum that are kept in bf16 would each be rounded.
-  if (product_.out == CUDA_R_16BF)
-    set(made, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, uint32_t{CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE});
+  set(made, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, reduction_schemes(product_));
   set(made, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, a);
   set(made, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, b);
   set(made, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, d);
