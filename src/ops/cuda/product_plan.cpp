@@ -24,13 +24,13 @@ uint32_t alignment_of(const void* p) {
   return static_cast<uint32_t>(address & (~address + 1));
 }
 
-// How sums may be cut into parts. Some of cuBLASLt 12's and 13's algorithms lose what is left of a cut sum
-// after the last whole block of terms (https://github.com/facebookexperimental/triton/pull/2767), and parts
-// that are kept in bf16 would each be rounded.
+// How sums may be cut into parts: not in place, where parts are added as they come, nor with parts in bf16,
+// which would each be rounded. Some of cuBLASLt 12's and 13's algorithms lose what is left of a cut sum after
+// the last whole block of terms (https://github.com/facebookexperimental/triton/pull/2767).
 uint32_t reduction_schemes(const Product& product) {
   constexpr int64_t kMostOfABlock = 128;
-  if (product.inner % kMostOfABlock != 0) return CUBLASLT_REDUCTION_SCHEME_NONE;
-  return product.out == CUDA_R_16BF ? CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE : CUBLASLT_REDUCTION_SCHEME_MASK;
+  return product.inner % kMostOfABlock == 0 ? CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE
+                                            : CUBLASLT_REDUCTION_SCHEME_NONE;
 }
 
 }  // namespace
@@ -125,6 +125,11 @@ bool ProductPlan::accepts(const cublasLtMatmulAlgo_t& algorithm, const Operands&
 }
 
 void ProductPlan::run(const Operands& operands, const Workspace& workspace, cudaStream_t stream) {
+  check(try_to_run(operands, workspace, stream));
+}
+
+cublasStatus_t ProductPlan::try_to_run(const Operands& operands, const Workspace& workspace,
+                                       cudaStream_t stream) {
   set_bias(operands.bias);
   const bool wide = product_.in == CUDA_R_64F;
   const double one64 = 1.0;
@@ -133,9 +138,9 @@ void ProductPlan::run(const Operands& operands, const Workspace& workspace, cuda
   const float beta32 = product_.accumulate ? 1.0F : 0.0F;
   const void* alpha = wide ? static_cast<const void*>(&one64) : &one32;
   const void* beta = wide ? static_cast<const void*>(&beta64) : &beta32;
-  check(cublasLtMatmul(handle_, description_.get(), alpha, operands.a, a_.get(), operands.b, b_.get(), beta,
-                       operands.d, d_.get(), operands.d, d_.get(), &algorithm_, workspace.data,
-                       workspace.bytes, stream));
+  return cublasLtMatmul(handle_, description_.get(), alpha, operands.a, a_.get(), operands.b, b_.get(), beta,
+                        operands.d, d_.get(), operands.d, d_.get(), &algorithm_, workspace.data,
+                        workspace.bytes, stream);
 }
 
 std::string text_of(const cublasLtMatmulAlgo_t& algorithm) {

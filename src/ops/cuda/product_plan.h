@@ -68,6 +68,9 @@ class ProductPlan {
   /// Enqueues the product on a stream.
   void run(const Operands& operands, const Workspace& workspace, cudaStream_t stream);
 
+  /// The same, but says what the library says: an algorithm that the heuristic proposes may yet be refused.
+  cublasStatus_t try_to_run(const Operands& operands, const Workspace& workspace, cudaStream_t stream);
+
  private:
   struct Deleter {
     void operator()(cublasLtMatmulDesc_t p) const { cublasLtMatmulDescDestroy(p); }
