@@ -32,8 +32,6 @@ std::string_view name_of(TraceLane lane) {
       return "host";
     case TraceLane::gpu_compute:
       return "GPU: compute";
-    case TraceLane::gpu_collectives:
-      return "GPU: collectives";
     case TraceLane::gpu_messages_up:
       return "GPU: messages up";
     case TraceLane::gpu_messages_down:

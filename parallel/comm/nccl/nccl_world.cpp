@@ -65,12 +65,13 @@ class Channel {
     run_in(compute_of(gpu), what, enqueue);
   }
 
-  /// The same beside the GPU's own queue, behind what that has been given so far.
+  /// The same beside the GPU's own queue, behind what that has been given so far; traces show it on `lane`.
   template <class Enqueue>
-  void start(const Gpu& gpu, const char* what, Enqueue&& enqueue) {
+  void start(Context& context, TraceLane lane, const char* what, Enqueue&& enqueue) {
     if (stream_ == nullptr) make_queue();
-    check(cudaEventRecord(before_, compute_of(gpu)));
+    check(cudaEventRecord(before_, compute_of(context.gpu())));
     check(cudaStreamWaitEvent(stream_, before_, 0));
+    const TraceScope scope(context, TraceKind::communication, what, {}, {}, lane, stream_);
     run_in(stream_, what, enqueue);
   }
 
@@ -231,8 +232,9 @@ class NcclGroup final : public GroupImpl {
   std::unique_ptr<SendRequest::Impl> send_on_gpu(Context& context, const Tensor& tensor, int to,
                                                  int) override {
     if (to == rank()) return keep_for_self(tensor);
-    Channel& channel = to > rank() ? *channels_.up : *channels_.down;
-    channel.start(context.gpu(), "a message", [&](ncclComm_t communicator, cudaStream_t stream) {
+    const bool up = to > rank();
+    Channel& channel = up ? *channels_.up : *channels_.down;
+    channel.start(context, lane_of(up), "send", [&](ncclComm_t communicator, cudaStream_t stream) {
       check(ncclSend(tensor.raw(), static_cast<size_t>(tensor.nbytes()), ncclInt8, to, communicator, stream));
     });
     return std::make_unique<NcclSend>(channel, context.gpu(), tensor);
@@ -240,8 +242,9 @@ class NcclGroup final : public GroupImpl {
 
   void receive_on_gpu(Context& context, const Tensor& tensor, int from, int) override {
     if (from == rank()) return take_from_self(context, tensor);
-    Channel& channel = from < rank() ? *channels_.up : *channels_.down;
-    channel.start(context.gpu(), "a message", [&](ncclComm_t communicator, cudaStream_t stream) {
+    const bool up = from < rank();
+    Channel& channel = up ? *channels_.up : *channels_.down;
+    channel.start(context, lane_of(up), "receive", [&](ncclComm_t communicator, cudaStream_t stream) {
       check(
           ncclRecv(tensor.raw(), static_cast<size_t>(tensor.nbytes()), ncclInt8, from, communicator, stream));
     });
@@ -265,6 +268,8 @@ class NcclGroup final : public GroupImpl {
   }
 
  private:
+  static TraceLane lane_of(bool up) { return up ? TraceLane::gpu_messages_up : TraceLane::gpu_messages_down; }
+
   class Kept final : public SendRequest::Impl {
    public:
     void wait() override {}
