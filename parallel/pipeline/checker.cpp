@@ -128,6 +128,8 @@ ScheduleReport check_schedule(const Schedule& schedule) {
   NF_CHECK(schedule.num_stages() >= 1, "a schedule without stages");
   NF_CHECK(schedule.chunks >= 1, "a schedule of {} chunks", schedule.chunks);
   NF_CHECK(schedule.micro_batches >= 0, "a schedule of {} micro-batches", schedule.micro_batches);
+  NF_CHECK(schedule.placement == Placement::round_robin || schedule.placement == Placement::v_shape,
+           "a schedule of unknown placement {}", static_cast<int>(schedule.placement));
   ScheduleReport report;
   for (int64_t s = 0; s < schedule.num_stages(); ++s)
     report.peak_saved.push_back(ListCheck(schedule, s).peak_saved());

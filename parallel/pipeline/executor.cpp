@@ -39,6 +39,16 @@ Tensor receive_boundary(Context& context, const Group& pipeline, const StageBoun
   return tensor;
 }
 
+// Tensors on their way between two parts of this rank.
+class OwnMessages {
+ public:
+  void put(const Message& message, const Tensor& tensor) { waiting_.emplace(message, tensor); }
+  Tensor take(const Message& message) { return waiting_.extract(message).mapped(); }
+
+ private:
+  std::map<Message, Tensor> waiting_;
+};
+
 // Which entry of its list a neighbour sends each message to this rank with, and which one receives each
 // message from it.
 class NeighbourPlaces {
@@ -103,6 +113,7 @@ class ScheduleRun {
   Tensor receive(const Action& action) {
     const auto message = received_by(schedule_, rank_, action);
     if (!message) return {};
+    if (message->from == rank_) return own_.take(*message);
     Tensor tensor = receive_boundary(context_, pipeline_, part(action), *message);
     if (!is_empty(part(action), action.micro_batch))
       complete_received(message->from, neighbours_.sent_at(*message));
@@ -147,7 +158,9 @@ class ScheduleRun {
   void send(const Action& action, const Tensor& tensor) {
     const auto message = sent_by(schedule_, rank_, action);
     check_returned(part(action), action.micro_batch, tensor, message.has_value());
-    if (!message || is_empty(part(action), action.micro_batch)) return;
+    if (!message) return;
+    if (message->to == rank_) return own_.put(*message, tensor);
+    if (is_empty(part(action), action.micro_batch)) return;
     sent_.push_back({message->to, neighbours_.received_at(*message),
                      pipeline_.send(context_, tensor, static_cast<int>(message->to), tag_of(message->kind))});
   }
@@ -159,24 +172,26 @@ class ScheduleRun {
   int64_t rank_;
   NeighbourPlaces neighbours_;
   std::vector<std::unique_ptr<Stage::Saved>> saved_;  // [chunk][micro_batch]
+  OwnMessages own_;
   std::vector<Sent> sent_;
 };
 
 class ForwardRun {
  public:
   ForwardRun(Context& context, const Group& pipeline, int64_t micro_batches,
-             std::span<ForwardStage* const> parts)
+             std::span<ForwardStage* const> parts, Placement placement)
       : context_(context),
         pipeline_(pipeline),
         parts_(parts),
         rank_(pipeline.rank()),
         wiring_{micro_batches, static_cast<int64_t>(parts.size()),
-                std::vector<std::vector<Action>>(static_cast<size_t>(pipeline.size()))} {}
+                std::vector<std::vector<Action>>(static_cast<size_t>(pipeline.size())), placement} {}
 
   // As many micro-batches as stages go through a chunk before the next chunk takes them, so that a chunk's
   // first one has just come round. All ranks run the same order, and send_window() covers one such group: a
   // rank that waits for its neighbour to receive therefore waits for an earlier place in that order, or for
-  // the same place further down the pipeline, and some rank can always go on.
+  // the same place further down the pipeline, and some rank can always go on. (In a V a message is received
+  // in the place in which it was sent, so any window would do.)
   void run() {
     const int64_t group = wiring_.num_stages();
     for (int64_t begin = 0; begin < wiring_.micro_batches; begin += group)
@@ -194,11 +209,14 @@ class ForwardRun {
     const auto to = sent_by(wiring_, rank_, action);
     const Tensor output = part.forward(micro_batch, receive(part, received_by(wiring_, rank_, action)));
     check_returned(part, micro_batch, output, to.has_value());
-    if (to && !is_empty(part, micro_batch)) send(*to, output);
+    if (!to) return;
+    if (to->to == rank_) return own_.put(*to, output);
+    if (!is_empty(part, micro_batch)) send(*to, output);
   }
 
   Tensor receive(const ForwardStage& part, const std::optional<Message>& message) {
     if (!message) return {};
+    if (message->from == rank_) return own_.take(*message);
     return receive_boundary(context_, pipeline_, part, *message);
   }
 
@@ -216,6 +234,7 @@ class ForwardRun {
   int64_t rank_;
   Schedule wiring_;  // sizes only: who sends to whom
   std::deque<SendRequest> sent_;
+  OwnMessages own_;
 };
 
 }  // namespace
@@ -237,10 +256,10 @@ void run_schedule(Context& context, const Group& pipeline, const Schedule& sched
 }
 
 void run_forward(Context& context, const Group& pipeline, int64_t micro_batches,
-                 std::span<ForwardStage* const> parts) {
+                 std::span<ForwardStage* const> parts, Placement placement) {
   NF_CHECK(micro_batches >= 0, "{} micro-batches", micro_batches);
   NF_CHECK(!parts.empty(), "a rank of a pipeline without a part of the model");
-  ForwardRun(context, pipeline, micro_batches, parts).run();
+  ForwardRun(context, pipeline, micro_batches, parts, placement).run();
 }
 
 void run_forward(Context& context, const Group& pipeline, int64_t micro_batches, ForwardStage& stage) {

@@ -1,9 +1,10 @@
 #include "replay.h"
 
-#include <array>
 #include <deque>
+#include <map>
 #include <source_location>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include <fmt/format.h>
@@ -23,9 +24,7 @@ std::string describe(const Message& message) {
 class Replay {
  public:
   Replay(const Schedule& schedule, const ReplayVisitor& visit)
-      : schedule_(schedule), visit_(visit), next_(schedule.stages.size(), 0) {
-    for (auto& of_kind : channels_) of_kind.resize(schedule.stages.size());
-  }
+      : schedule_(schedule), visit_(visit), next_(schedule.stages.size(), 0) {}
 
   void run() {
     std::deque<int64_t> ready;
@@ -46,10 +45,9 @@ class Replay {
     ActionPlace sender;
   };
 
-  // Each stage sends activations to one stage and gradients to one stage, so a channel is a kind and a
-  // sender.
+  // Messages of one channel arrive in the order sent.
   std::deque<Sent>& channel(const Message& message) {
-    return channels_[static_cast<size_t>(message.kind)][static_cast<size_t>(message.from)];
+    return channels_[{message.kind, message.from, message.to}];
   }
 
   const Action* current(int64_t stage) const {
@@ -99,7 +97,7 @@ class Replay {
   const Schedule& schedule_;
   const ReplayVisitor& visit_;
   std::vector<int64_t> next_;
-  std::array<std::vector<std::deque<Sent>>, 2> channels_;
+  std::map<std::tuple<MessageKind, int64_t, int64_t>, std::deque<Sent>> channels_;  // kind, from, to
 };
 
 }  // namespace

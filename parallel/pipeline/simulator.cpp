@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "normformer/core/error.h"
 #include "normformer/pipeline/checker.h"
@@ -38,12 +39,25 @@ double duration(const StageTimes& times, ActionKind kind, int64_t part) {
 
 }  // namespace
 
+double bubble_fraction(const std::vector<std::vector<TimedAction>>& rows) {
+  double begin = std::numeric_limits<double>::infinity();
+  double end = -begin;
+  double busy = 0;
+  for (const auto& row : rows)
+    for (const TimedAction& timed : row) {
+      begin = std::min(begin, timed.start);
+      end = std::max(end, timed.end);
+      busy += timed.end - timed.start;
+    }
+  const double available = (end - begin) * static_cast<double>(rows.size());
+  return available > 0 ? (available - busy) / available : 0;
+}
+
 Simulation simulate(const Schedule& schedule, const StageTimes& times) {
   check_schedule(schedule);
   check_times(schedule, times);
   Simulation result;
   result.stages.resize(schedule.stages.size());
-  double busy = 0;
   const auto run = [&](detail::ActionPlace here, const std::optional<detail::ActionPlace>& sender) {
     auto& done = result.stages[static_cast<size_t>(here.stage)];
     const Action& action = schedule.stages[static_cast<size_t>(here.stage)][static_cast<size_t>(here.index)];
@@ -55,12 +69,10 @@ Simulation simulate(const Schedule& schedule, const StageTimes& times) {
     }
     const double takes = duration(times, action.kind, schedule.part(here.stage, action.chunk));
     done.push_back({action, start, start + takes});
-    busy += takes;
     result.makespan = std::max(result.makespan, start + takes);
   };
   detail::replay(schedule, run);
-  const double available = result.makespan * static_cast<double>(schedule.num_stages());
-  if (available > 0) result.bubble_fraction = 1 - busy / available;
+  result.bubble_fraction = bubble_fraction(result.stages);
   return result;
 }
 

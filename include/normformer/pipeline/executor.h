@@ -10,7 +10,8 @@
 namespace normformer {
 
 /// Runs this rank's list: rank s of the group is stage s, `parts` its chunks. Receives from its neighbours,
-/// calls the parts, sends what they return, and destroys each Saved after its last use.
+/// calls the parts, sends what they return, and destroys each Saved after its last use. Between two parts of
+/// this rank nothing is sent or copied: the next one gets the tensor itself.
 ///
 /// Memory: an input or gradient received lives no longer than the call that takes it, unless the part keeps
 /// it. A message sent is completed when something received later shows that it has arrived (only the last
@@ -30,7 +31,7 @@ void run_schedule(Context& context, const Group& pipeline, const Schedule& sched
 /// `parts` its chunks, as in Schedule. At most as many messages as there are stages are on their way from
 /// each rank. Collective over `pipeline`.
 void run_forward(Context& context, const Group& pipeline, int64_t micro_batches,
-                 std::span<ForwardStage* const> parts);
+                 std::span<ForwardStage* const> parts, Placement placement = Placement::round_robin);
 
 /// As above, for one part a rank.
 void run_forward(Context& context, const Group& pipeline, int64_t micro_batches, ForwardStage& stage);

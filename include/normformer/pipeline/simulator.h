@@ -22,11 +22,15 @@ struct TimedAction {
   double end = 0;
 };
 
+/// The idle share of all rows' time from the first start to the last end; 0 where nothing takes time. A row
+/// is what one stage does, simulated or measured.
+double bubble_fraction(const std::vector<std::vector<TimedAction>>& rows);
+
 /// A schedule on a time axis that begins at 0.
 struct Simulation {
   std::vector<std::vector<TimedAction>> stages;  ///< [stage]: in the order of the schedule
   double makespan = 0;                           ///< end of the last action
-  double bubble_fraction = 0;  ///< idle share of all stages' time from 0 to makespan; 0 for an empty schedule
+  double bubble_fraction = 0;                    ///< of `stages`
 };
 
 /// When each action runs if every stage takes its actions in order and begins each as soon as its message is

@@ -28,7 +28,8 @@ class StageBoundary {
 ///
 /// Tensors are handles: who still needs the elements keeps a copy. The pipeline drops its handles of an input
 /// or a gradient when the call returns, of an output when the neighbour has it. So a part puts into `Saved`
-/// what it goes back with, the input included, and must not write to a tensor that it has returned.
+/// what it goes back with, the input included, and must not write to a tensor that it has returned or was
+/// given: where two parts on one rank follow each other, both may hold it.
 class Stage : public StageBoundary {
  public:
   /// What one micro-batch's way back needs. The pipeline owns it, from forward to the end of backward or of

@@ -107,6 +107,24 @@ INSTANTIATE_TEST_SUITE_P(
             "neighbours_disagree_on_order", lists(2, {"F1 F0 B0 B1", "F0 F1 B0 B1"}),
             "stage 1, action 0 (forward of micro-batch 0): waits for the activation of micro-batch 0 for "
             "chunk 0 from stage 0, but next to arrive is the activation of micro-batch 1"},
+        WrongList{"turn_before_it_is_reached",
+                  lists(1, {"F0a F0b I0b W0b I0a W0a", "F0b F0a I0b W0b I0a W0a"}, 2, Placement::v_shape),
+                  "deadlock, waits for ever for the activation of micro-batch 0 for chunk 1 from stage 1"},
+        WrongList{
+            "turn_in_another_order",
+            lists(2, {"F0a F1a F0b F1b B0b B1b B0a B1a", "F0a F1a F1b F0b B0b B1b B0a B1a"}, 2,
+                  Placement::v_shape),
+            "stage 1, action 2 (forward of micro-batch 1, chunk 1): waits for the activation of "
+            "micro-batch 1 for chunk 1 from stage 1, but next to arrive is the activation of micro-batch "
+            "0 for chunk 1"},
+        WrongList{"weight_of_a_chunk_missing",
+                  lists(1, {"F0a F0b I0b I0a W0a", "F0a F0b B0b B0a"}, 2, Placement::v_shape),
+                  "stage 0: backward_weight of micro-batch 0, chunk 1 is missing"},
+        WrongList{"weight_of_a_chunk_twice",
+                  lists(1, {"F0a F0b B0b B0a", "F0a F0b I0b W0b W0b I0a W0a"}, 2, Placement::v_shape),
+                  "stage 1, action 4 (backward_weight of micro-batch 0, chunk 1): the micro-batch has its"},
+        WrongList{"no_such_placement", Schedule{0, 1, {{}}, static_cast<Placement>(7)},
+                  "a schedule of unknown placement 7"},
         WrongList{"no_stages", Schedule{1, 1, {}}, "a schedule without stages"},
         WrongList{"no_chunks", Schedule{1, 0, {{}}}, "a schedule of 0 chunks"},
         WrongList{"negative_micro_batches", Schedule{-1, 1, {{}}}, "a schedule of -1 micro-batches"}),
@@ -124,6 +142,28 @@ TEST(Checker, DeadlockBetweenChunksIsRefused) {
   EXPECT_THAT(refuses(lists(1, {"F0a B0a F0b B0b", "F0a F0b B0b B0a"}, 2)),
               ThrowsMessage<LogicError>(HasSubstr("deadlock")));
   EXPECT_THAT(refuses(lists(1, {"F0b F0a B0b B0a"}, 2)), ThrowsMessage<LogicError>(HasSubstr("deadlock")));
+}
+
+TEST(Checker, ListsMadeForOnePlacementAreRefusedInTheOther) {
+  for (int64_t p = 2; p <= 5; ++p) {
+    Schedule v = zb_v_schedule(p, 2 * p);
+    check_schedule(v);
+    v.placement = Placement::round_robin;
+    EXPECT_THROW(check_schedule(v), LogicError) << p;
+    Schedule round = interleaved_schedule(p, 2 * p, 2);
+    check_schedule(round);
+    round.placement = Placement::v_shape;
+    EXPECT_THROW(check_schedule(round), LogicError) << p;
+  }
+}
+
+TEST(Checker, ChunksExchangedOnOneRankAreRefused) {
+  for (const Schedule& schedule : {zb_v_schedule(3, 5), interleaved_schedule(3, 6, 2)})
+    for (size_t s = 0; s < 3; ++s) {
+      Schedule exchanged = schedule;
+      for (Action& action : exchanged.stages[s]) action.chunk = 1 - action.chunk;
+      EXPECT_THROW(check_schedule(exchanged), LogicError) << s;
+    }
 }
 
 TEST(Checker, ThreeStageDeadlockInTheMiddleIsRefused) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <random>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -121,6 +122,11 @@ TEST_P(ExecutorSizes, EveryScheduleGivesTheGradientsOfTheWholeModel) {
     expect_exact(gpipe_schedule(stages, micro_batches), rows);
     expect_exact(one_f_one_b_schedule(stages, micro_batches), rows);
     expect_exact(with_split_backward(one_f_one_b_schedule(stages, micro_batches)), rows);
+    expect_exact(interleaved_schedule(stages, micro_batches, 2), rows);
+    expect_exact(interleaved_schedule(stages, micro_batches, 3, stages + 1), rows);
+    expect_exact(zb_h1_schedule(stages, micro_batches), rows);
+    expect_exact(zb_h2_schedule(stages, micro_batches), rows);
+    expect_exact(zb_v_schedule(stages, micro_batches), rows);
   }
 }
 
@@ -128,9 +134,20 @@ INSTANTIATE_TEST_SUITE_P(Worlds, ExecutorSizes,
                          testing::Combine(testing::Range<int64_t>(1, 5),
                                           testing::Values<int64_t>(0, 1, 2, 3, 5, 8)));
 
-TEST(Executor, ZeroBubbleListRuns) {
-  expect_exact(zero_bubble_two_stages(), uneven_rows(4));
-  expect_exact(zero_bubble_two_stages(), {3, 1, 2, 5});
+TEST(Executor, RandomSchedulesRun) {
+  std::mt19937 random(7);
+  const auto draw = [&](int64_t low, int64_t high) {
+    return std::uniform_int_distribution<int64_t>(low, high)(random);
+  };
+  for (int i = 0; i < 30; ++i) {
+    const int64_t stages = draw(1, 6);
+    const int64_t micro_batches = draw(0, 20);
+    const int64_t chunks = draw(2, 4);
+    const auto rows = uneven_rows(micro_batches);
+    expect_exact(interleaved_schedule(stages, micro_batches, chunks, draw(stages, 2 * stages)), rows);
+    expect_exact(zb_v_schedule(stages, micro_batches), rows);
+    expect_exact(zb_h2_schedule(stages, micro_batches), rows);
+  }
 }
 
 TEST(Executor, ChunksOfARankRun) {
@@ -143,33 +160,34 @@ TEST(Executor, ChunksOfARankRun) {
 
 TEST(Executor, AllMicroBatchesMayBeEmpty) { expect_exact(one_f_one_b_schedule(3, 4), {0, 0, 0, 0}); }
 
-class ForwardSizes : public testing::TestWithParam<std::tuple<int, int64_t, int64_t>> {};
+class ForwardSizes : public testing::TestWithParam<std::tuple<int, int64_t, int64_t, Placement>> {};
 
 TEST_P(ForwardSizes, LossIsTheWholeModels) {
-  const auto [ranks, chunks, micro_batches] = GetParam();
+  const auto [ranks, chunks, micro_batches, placed] = GetParam();
   const ToyModel model(ranks * chunks, uneven_rows(micro_batches));
   std::vector<double> losses(static_cast<size_t>(ranks), -1.0);
-  const int64_t num_chunks = chunks;
   const int64_t num_micro_batches = micro_batches;
+  const Schedule wiring{0, chunks, std::vector<std::vector<Action>>(static_cast<size_t>(ranks)), placed};
   run_local_world(ranks, [&](const Group& world) {
     Context context(DeviceKind::cpu);
     std::vector<std::unique_ptr<ToyForwardStage>> stages;
     std::vector<ForwardStage*> parts;
-    for (int64_t c = 0; c < num_chunks; ++c) {
-      stages.push_back(std::make_unique<ToyForwardStage>(context, model, c * world.size() + world.rank()));
+    for (int64_t c = 0; c < wiring.chunks; ++c) {
+      stages.push_back(std::make_unique<ToyForwardStage>(context, model, wiring.part(world.rank(), c)));
       parts.push_back(stages.back().get());
     }
-    run_forward(context, world, num_micro_batches, parts);
+    run_forward(context, world, num_micro_batches, parts, wiring.placement);
     losses[static_cast<size_t>(world.rank())] = stages.back()->loss();
     world.barrier();  // a receiver may hold a message's memory until it leaves its receive
     EXPECT_EQ(context.memory().report().live, 0);
   });
-  EXPECT_EQ(losses.back(), model.loss());
+  EXPECT_EQ(losses[static_cast<size_t>(wiring.stage_of(model.parts() - 1))], model.loss());
 }
 
 INSTANTIATE_TEST_SUITE_P(Worlds, ForwardSizes,
                          testing::Combine(testing::Range(1, 5), testing::Values<int64_t>(1, 2, 3),
-                                          testing::Values<int64_t>(0, 1, 3, 9)));
+                                          testing::Values<int64_t>(0, 1, 3, 9),
+                                          testing::Values(Placement::round_robin, Placement::v_shape)));
 
 // One rank's transport without the others: whatever is received is zeros; counts the requests that the rank
 // has not completed.
@@ -220,10 +238,16 @@ Group counting_group(int rank, int size, CountingTransport::Count& count) {
 CountingTransport::Count count_sends(int rank, const Schedule& schedule) {
   CountingTransport::Count count;
   const auto size = static_cast<int>(schedule.num_stages());
-  const ToyModel model(size, std::vector<int64_t>(static_cast<size_t>(schedule.micro_batches), 1));
+  const ToyModel model(schedule.num_parts(),
+                       std::vector<int64_t>(static_cast<size_t>(schedule.micro_batches), 1));
   Context context(DeviceKind::cpu);
-  ToyStage stage(context, model, rank);
-  run_schedule(context, counting_group(rank, size, count), schedule, stage);
+  std::vector<std::unique_ptr<ToyStage>> stages;
+  std::vector<Stage*> parts;
+  for (int64_t c = 0; c < schedule.chunks; ++c) {
+    stages.push_back(std::make_unique<ToyStage>(context, model, schedule.part(rank, c)));
+    parts.push_back(stages.back().get());
+  }
+  run_schedule(context, counting_group(rank, size, count), schedule, parts);
   EXPECT_EQ(count.open, 0);
   return count;
 }
@@ -238,6 +262,17 @@ TEST(Executor, OpenSendsOf1F1BDependOnStagesOnly) {
     EXPECT_LE(many.peak, 4) << "stage " << rank;
     EXPECT_EQ(many.sent, rank == 0 || rank == 3 ? 100 : 200);
   }
+}
+
+TEST(Executor, OpenSendsOfAVDependOnStagesOnlyAndNothingIsSentToOneself) {
+  for (int rank = 0; rank < 4; ++rank) {
+    const auto few = count_sends(rank, zb_v_schedule(4, 20));
+    const auto many = count_sends(rank, zb_v_schedule(4, 100));
+    EXPECT_EQ(many.peak, few.peak) << "rank " << rank;
+    EXPECT_LE(many.peak, 2 * 4) << "rank " << rank;
+    EXPECT_EQ(many.sent, rank == 0 || rank == 3 ? 200 : 400);
+  }
+  EXPECT_EQ(count_sends(0, interleaved_schedule(1, 5, 3)).sent, 0);
 }
 
 TEST(Executor, OpenSendsOfAForwardRunAreAsManyAsStages) {

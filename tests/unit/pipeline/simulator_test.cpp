@@ -12,12 +12,6 @@
 namespace normformer {
 namespace {
 
-StageTimes equal_times(int64_t parts, double forward, double input, double weight, double transfer = 0) {
-  const auto n = static_cast<size_t>(parts);
-  return {std::vector<double>(n, forward), std::vector<double>(n, input), std::vector<double>(n, weight),
-          transfer};
-}
-
 TEST(Simulator, BubbleOfEqualStagesIsTheTextbooks) {
   for (int64_t p = 1; p <= 8; ++p)
     for (int64_t m = 1; m <= 12; ++m) {
