@@ -159,4 +159,17 @@ Schedule zb_v_schedule(int64_t stages, int64_t micro_batches) {
   return schedule;
 }
 
+Schedule repeated(const Schedule& schedule, int64_t steps) {
+  NF_CHECK(steps >= 1, "{} steps", steps);
+  Schedule all = schedule;
+  all.micro_batches *= steps;
+  for (int64_t k = 1; k < steps; ++k)
+    for (size_t s = 0; s < all.stages.size(); ++s)
+      for (Action action : schedule.stages[s]) {
+        action.micro_batch += k * schedule.micro_batches;
+        all.stages[s].push_back(action);
+      }
+  return all;
+}
+
 }  // namespace normformer

@@ -76,4 +76,27 @@ Simulation simulate(const Schedule& schedule, const StageTimes& times) {
   return result;
 }
 
+double steady_step_time(const Schedule& schedule, const StageTimes& times) {
+  check_schedule(schedule);
+  if (schedule.micro_batches == 0) return 0;
+  const int64_t steps = schedule.num_stages();
+  const Simulation run = simulate(repeated(schedule, steps), times);
+  double longest = 0;
+  for (const auto& stage : run.stages) {
+    const auto end_of = [&](int64_t step) {
+      const auto done = stage.size() / static_cast<size_t>(steps) * static_cast<size_t>(step);
+      return done == 0 ? 0.0 : stage[done - 1].end;
+    };
+    double mean = std::numeric_limits<double>::infinity();
+    for (int64_t k = 0; k < steps; ++k)
+      mean = std::min(mean, (end_of(steps) - end_of(k)) / static_cast<double>(steps - k));
+    longest = std::max(longest, mean);
+  }
+  return longest;
+}
+
+double barrier_cost(const Schedule& schedule, const StageTimes& times) {
+  return simulate(schedule, times).makespan - steady_step_time(schedule, times);
+}
+
 }  // namespace normformer

@@ -111,7 +111,7 @@ Schedule zb_h1_schedule(int64_t stages, int64_t micro_batches);
 
 /// Twice ZB-H1's forwards ahead and twice its delay of weight gradients (ZB-H2; the same, section 2.2). No
 /// stage idles between its first and its last action for F = B = W and m >= 2p - 1; generally
-/// max(0, (p - 1)(F + B - 2W)) for W <= F.
+/// max(0, (p - 1)(F + B - 2W)) for W <= F. Stages still begin and end one after the other: see barrier_cost.
 /// Every stage keeps min(2p - 1, m).
 Schedule zb_h2_schedule(int64_t stages, int64_t micro_batches);
 
@@ -120,5 +120,9 @@ Schedule zb_h2_schedule(int64_t stages, int64_t micro_batches);
 /// last action for equal F, B and W of all parts and m >= 2p - 1. Every rank keeps at most min(2p, 2m), each
 /// half of the layers: 1F1B's p micro-batches.
 Schedule zb_v_schedule(int64_t stages, int64_t micro_batches);
+
+/// The same step `steps` times, at least once, as one schedule: micro-batch i of step k is k m + i. As sound
+/// as the schedule itself.
+Schedule repeated(const Schedule& schedule, int64_t steps);
 
 }  // namespace normformer

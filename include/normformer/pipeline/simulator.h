@@ -38,4 +38,15 @@ struct Simulation {
 /// are negative.
 Simulation simulate(const Schedule& schedule, const StageTimes& times);
 
+/// How long a step takes in the long run if every rank begins its next step when its own list is done. This
+/// is an optimizer that updates without waiting for the norm or the finiteness of all gradients and takes the
+/// update back where it must (optimistic update with post-validation; Qi et al. 2024, section 4). Exact: the
+/// largest mean of a cycle of waits (Karp 1978), from as many steps as there are stages. The optimizer itself
+/// takes no time here. LogicError as simulate.
+double steady_step_time(const Schedule& schedule, const StageTimes& times);
+
+/// What a barrier between steps (clipping by the global norm, the check for finite gradients) costs: each
+/// rank idles so much longer per step than in steady_step_time. LogicError as simulate.
+double barrier_cost(const Schedule& schedule, const StageTimes& times);
+
 }  // namespace normformer

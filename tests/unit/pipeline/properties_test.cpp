@@ -210,6 +210,46 @@ TEST(Bubble, OfZbVIsNone) {
           << p << " ranks, " << m << " micro-batches";
 }
 
+// With equal times a step without barrier is as long as the busiest stage from its first to its last action,
+// and with it as long as from the first stage's first to the last stage's last.
+TEST(Bubble, ABarrierCostsZeroBubbleSchedulesTheWayToTheLastStage) {
+  for (int64_t p = 1; p <= 6; ++p)
+    for (int64_t m = 2 * p - 1; m <= 4 * p; ++m) {
+      const StageTimes times = equal_times(p, 1, 1, 1);
+      const auto steps_between = static_cast<double>(p - 1);
+      const auto busy = static_cast<double>(3 * m);
+      EXPECT_EQ(steady_step_time(zb_h2_schedule(p, m), times), busy) << p << " " << m;
+      EXPECT_EQ(barrier_cost(zb_h2_schedule(p, m), times), steps_between) << p << " " << m;
+      EXPECT_EQ(steady_step_time(zb_v_schedule(p, m), equal_times(2 * p, 1, 1, 1)), 2 * busy)
+          << p << " " << m;
+      EXPECT_EQ(barrier_cost(zb_v_schedule(p, m), equal_times(2 * p, 1, 1, 1)), steps_between)
+          << p << " " << m;
+      EXPECT_EQ(steady_step_time(zb_h1_schedule(p, m), times), busy + steps_between) << p << " " << m;
+      EXPECT_EQ(barrier_cost(zb_h1_schedule(p, m), times), 0) << p << " " << m;
+      EXPECT_EQ(barrier_cost(one_f_one_b_schedule(p, m), times), 0) << p << " " << m;
+    }
+}
+
+// The mean over many steps tends to the exact one, and a barrier never saves time.
+TEST(Bubble, StepsWithoutBarrierTendToTheSteadyStep) {
+  Random random(4);
+  for (int i = 0; i < 200; ++i) {
+    const Sample sample = draw(random);
+    if (sample.schedule.micro_batches == 0 || sample.schedule.num_stages() > 4) continue;
+    StageTimes times =
+        equal_times(sample.schedule.num_parts(), 0, 0, 0, static_cast<double>(random.between(0, 2)));
+    for (auto* kind : {&times.forward, &times.backward_input, &times.backward_weight})
+      for (double& time : *kind) time = static_cast<double>(random.between(1, 9));
+    const double steady = steady_step_time(sample.schedule, times);
+    const double makespan = simulate(sample.schedule, times).makespan;
+    const int64_t steps = 60;
+    const double many = simulate(repeated(sample.schedule, steps), times).makespan;
+    EXPECT_GE(makespan, steady) << describe(sample);
+    EXPECT_GE(many + 1e-9, steady * static_cast<double>(steps)) << describe(sample);
+    EXPECT_LE(many, steady * static_cast<double>(steps) + 2 * makespan) << describe(sample);
+  }
+}
+
 TEST(Bubble, ZeroBubbleSchedulesAreAsShortAsCanBe) {
   for (int64_t p = 1; p <= 8; ++p)
     for (int64_t m = 2 * p - 1; m <= 4 * p + 2; ++m)

@@ -92,6 +92,14 @@ TEST(Schedule, FewerMicroBatchesThanStages) {
   EXPECT_EQ(gpipe_schedule(2, 0).stages, lists(0, {"", ""}).stages);
 }
 
+TEST(Schedule, StepsOneAfterTheOther) {
+  const Schedule twice = repeated(zb_h1_schedule(2, 1), 2);
+  EXPECT_EQ(twice.stages, lists(2, {"F0 I0 W0 F1 I1 W1", "F0 I0 W0 F1 I1 W1"}).stages);
+  EXPECT_EQ(twice.micro_batches, 2);
+  EXPECT_EQ(repeated(zb_v_schedule(2, 3), 3).placement, Placement::v_shape);
+  EXPECT_THROW(repeated(gpipe_schedule(2, 1), 0), LogicError);
+}
+
 TEST(Schedule, ImpossibleSizesAreRefused) {
   EXPECT_THROW(gpipe_schedule(0, 4), LogicError);
   EXPECT_THROW(one_f_one_b_schedule(0, 4), LogicError);

@@ -59,6 +59,56 @@ TEST(Simulator, ChunksTakeTheTimesOfTheirParts) {
   EXPECT_EQ(two.stages[1].back().end, 13);
 }
 
+TEST(Barrier, CostsNothingWhereTheFirstStageEndsLast) {
+  // stage 0: F0 0-1, F1 1-2, B0 4-6, B1 7-9; stage 1: F0 1-2, B0 2-4, F1 4-5, B1 5-7. The next F0 begins at 9
+  // and reaches stage 1, done since 7, at 10.
+  EXPECT_EQ(steady_step_time(one_f_one_b_schedule(2, 2), equal_times(2, 1, 1, 1)), 9);
+  EXPECT_EQ(barrier_cost(one_f_one_b_schedule(2, 2), equal_times(2, 1, 1, 1)), 0);
+  EXPECT_EQ(barrier_cost(one_f_one_b_schedule(1, 5), equal_times(1, 1, 1, 1)), 0);
+}
+
+TEST(Barrier, CostsZbH2OneForward) {
+  // stage 0 is busy 0-9, stage 1 1-10: without a barrier steps follow each other every 9, with it every 10.
+  const StageTimes times = equal_times(2, 1, 1, 1);
+  EXPECT_EQ(simulate(zb_h2_schedule(2, 3), times).makespan, 10);
+  EXPECT_EQ(steady_step_time(zb_h2_schedule(2, 3), times), 9);
+  EXPECT_EQ(barrier_cost(zb_h2_schedule(2, 3), times), 1);
+}
+
+TEST(Barrier, CostsASlowStageItsWayToAndFrom) {
+  // stage 0: F0 0-1, F1 1-2, B0 7-9, B1 13-15; stage 1: F0 1-3, B0 3-7, F1 7-9, B1 9-13. The step's way from
+  // stage 0's F0 to its B1 takes 15, stage 1 alone 12; stage 1's next F0 begins at 16: a barrier adds
+  // nothing.
+  const StageTimes slow_last{{1, 2}, {1, 2}, {1, 2}};
+  EXPECT_EQ(steady_step_time(one_f_one_b_schedule(2, 2), slow_last), 15);
+  EXPECT_EQ(barrier_cost(one_f_one_b_schedule(2, 2), slow_last), 0);
+  // ZB-H2's stage 0: F0 0-1, F1 1-2, I0 5-6, W0 6-7, I1 9-10, W1 10-11; stage 1: F0 1-3, I0 3-5, F1 5-7, I1
+  // 7-9, W0 9-11, W1 11-13. The next F0 is there at 12, so stage 1 goes on at 13: 12 a step.
+  EXPECT_EQ(simulate(zb_h2_schedule(2, 2), slow_last).makespan, 13);
+  EXPECT_EQ(steady_step_time(zb_h2_schedule(2, 2), slow_last), 12);
+  EXPECT_EQ(barrier_cost(zb_h2_schedule(2, 2), slow_last), 1);
+}
+
+TEST(Barrier, CountsTransfers) {
+  // stage 0: F0 0-1, B0 6-8; stage 1: F0 2-3, B0 3-5.
+  EXPECT_EQ(steady_step_time(one_f_one_b_schedule(2, 1), equal_times(2, 1, 1, 1, 1)), 8);
+  EXPECT_EQ(barrier_cost(one_f_one_b_schedule(2, 1), equal_times(2, 1, 1, 1, 1)), 0);
+}
+
+TEST(Barrier, OfEmptyAndUnsoundSchedules) {
+  EXPECT_EQ(steady_step_time(one_f_one_b_schedule(3, 0), equal_times(3, 1, 1, 1)), 0);
+  EXPECT_EQ(barrier_cost(one_f_one_b_schedule(3, 0), equal_times(3, 1, 1, 1)), 0);
+  EXPECT_THROW(steady_step_time(lists(1, {"F0"}), equal_times(1, 1, 1, 1)), LogicError);
+  EXPECT_THROW(barrier_cost(gpipe_schedule(2, 1), equal_times(1, 1, 1, 1)), LogicError);
+}
+
+TEST(Simulator, BubbleOfRowsThatBeginLate) {
+  const std::vector<std::vector<TimedAction>> rows{{{{}, 10, 12}, {{}, 13, 14}}, {{{}, 11, 14}}};
+  EXPECT_DOUBLE_EQ(bubble_fraction(rows), 2.0 / 8);
+  EXPECT_EQ(bubble_fraction({}), 0);
+  EXPECT_EQ(bubble_fraction({{}, {}}), 0);
+}
+
 TEST(Simulator, NothingToDoTakesNoTime) {
   const Simulation nothing = simulate(one_f_one_b_schedule(3, 0), equal_times(3, 1, 1, 1));
   EXPECT_EQ(nothing.makespan, 0);
