@@ -83,7 +83,7 @@ std::optional<Message> sent_by(const Schedule& schedule, int64_t stage, const Ac
 // The schedules of the field, for any `stages` p of at least 1 and `micro_batches` m of at least 0;
 // LogicError otherwise. F, B and W are the times of a stage's forward, backward_input and backward_weight,
 // all its chunks together. "Bubble" is what each stage idles per step, on equal stages and with free
-// transfers; "keeps" is the report of check_schedule.
+// transfers; "keeps" is the report of check_schedule. Why, and measured: docs/pipeline.md.
 
 /// All forwards, then all backwards, both in the order of micro-batches (GPipe, Huang et al. 2019, section
 /// 2.3; there backwards run in reverse, here not, so that every schedule adds weight gradients in one order).
@@ -98,8 +98,8 @@ Schedule one_f_one_b_schedule(int64_t stages, int64_t micro_batches);
 /// micro-batches go through a chunk before the rank turns to its next one (Megatron-LM's
 /// --microbatch-group-size-per-virtual-pipeline-stage): at least p, and p where nothing is given; more keep
 /// more and give transfers more time. Bubble (p - 1)(F + B + W) / v where g divides m. Rank s keeps
-/// min(v m, 2(p - s - 1) + (v - 1) min(g, m) + 1), each 1/v of the layers; fewer where g does not divide m:
-/// the order is then that of the next multiple, without the micro-batches that are not there. One chunk:
+/// min(v m, 2(p - s - 1) + (v - 1) min(g, m) + 1), each 1/v of the layers; no more where g does not divide
+/// m: the order is then that of the next multiple, without the micro-batches that are not there. One chunk:
 /// 1F1B.
 Schedule interleaved_schedule(int64_t stages, int64_t micro_batches, int64_t chunks,
                               std::optional<int64_t> group = std::nullopt);

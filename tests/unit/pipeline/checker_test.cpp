@@ -166,6 +166,18 @@ TEST(Checker, ChunksExchangedOnOneRankAreRefused) {
     }
 }
 
+TEST(Checker, InterleavingGroupsSmallerThanThePipelineDeadlocks) {
+  // Each micro-batch alone through both chunks: stage 0's last forward waits for stage 2, which first wants
+  // the gradient of micro-batch 0's first chunk from stage 0.
+  EXPECT_THAT(refuses(lists(3,
+                            {"F0a F0b F1a F1b F2a F2b B0b B0a B1b B1a B2b B2a",
+                             "F0a F0b F1a F1b B0b F2a B0a F2b B1b B1a B2b B2a",
+                             "F0a F0b B0b F1a B0a F1b B1b F2a B1a F2b B2b B2a"},
+                            2)),
+              ThrowsMessage<LogicError>(HasSubstr(
+                  "stage 0, action 5 (forward of micro-batch 2, chunk 1): deadlock, waits for ever")));
+}
+
 TEST(Checker, ThreeStageDeadlockInTheMiddleIsRefused) {
   EXPECT_THAT(refuses(lists(3, {"F0 F1 F2 B0 B1 B2", "F0 B0 F1 B1 F2 B2", "F0 F1 B0 B1 F2 B2"})),
               ThrowsMessage<LogicError>(HasSubstr("deadlock")));
