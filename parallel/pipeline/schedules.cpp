@@ -87,7 +87,9 @@ class OrderedList {
   std::vector<Action> list_;
 };
 
-// Rank `stage` of `stages`, for at least 2 * stages - 1 micro-batches.
+// Rank `stage` of `stages`, for at least 2 * stages - 1 micro-batches: forwards of the first chunk until
+// micro-batch 0 has turned and is back, both chunks forward until its gradient is there, then each chunk in
+// turn. What weight gradients are late at the end fill the time in which the last gradients come round.
 std::vector<Action> zb_v_list(int64_t stages, int64_t micro_batches, int64_t stage) {
   OrderedList list;
   const int64_t to_turn = stages - stage;  // ranks from here to the last one
