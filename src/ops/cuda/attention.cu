@@ -1,7 +1,13 @@
+#include <functional>
+#include <string>
+
+#include <fmt/format.h>
+
 #include "normformer/tensor/dispatch.h"
 
 #include "ops/cuda/attention_input.h"
 #include "ops/cuda/cudnn_attention.h"
+#include "ops/cuda/tuning.h"
 #include "ops/kernels.h"
 #include "tensor/cuda/launch.h"
 
@@ -50,12 +56,8 @@ void find_delta(Context& context, const AttentionInput<T>& input, const T* dout,
          input.length, input.heads, input.head_size, delta);
 }
 
-}  // namespace
-
-void attention_forward(Context& context, const AttentionShape& shape, const Tensor& qkv,
-                       const Tensor& document_start, const Dropout& dropout, const Tensor& out,
-                       const Tensor& lse) {
-  if (cudnn_attention_forward(context, shape, qkv, document_start, dropout, out, lse)) return;
+void own_forward(Context& context, const AttentionShape& shape, const Tensor& qkv,
+                 const Tensor& document_start, const Dropout& dropout, const Tensor& out, const Tensor& lse) {
   dispatch_floating(qkv.dtype(), [&]<class T>() {
     const AttentionInput<T> input(shape, qkv, document_start, dropout);
     T* to = out.data<T>();
@@ -69,15 +71,9 @@ void attention_forward(Context& context, const AttentionShape& shape, const Tens
   });
 }
 
-// What find_delta finds: [batch, heads, length].
-Shape attention_backward_workspace(Context&, const AttentionShape& shape) {
-  return {shape.batch, shape.heads, shape.length};
-}
-
-void attention_backward(Context& context, const AttentionShape& shape, const Tensor& dout, const Tensor& qkv,
-                        const Tensor& document_start, const Dropout& dropout, const Tensor& out,
-                        const Tensor& lse, const Tensor& dqkv, const Tensor& workspace) {
-  if (cudnn_attention_backward(context, shape, dout, qkv, document_start, dropout, out, lse, dqkv)) return;
+void own_backward(Context& context, const AttentionShape& shape, const Tensor& dout, const Tensor& qkv,
+                  const Tensor& document_start, const Dropout& dropout, const Tensor& out, const Tensor& lse,
+                  const Tensor& dqkv, const Tensor& workspace) {
   dispatch_floating(qkv.dtype(), [&]<class T>() {
     using A = Accumulator<T>;
     const AttentionInput<T> input(shape, qkv, document_start, dropout);
@@ -92,6 +88,48 @@ void attention_backward(Context& context, const AttentionShape& shape, const Ten
     }
     plain_attention_backward(context, input, saved, to);
   });
+}
+
+/// cuDNN's kernels and our own: who attends.
+struct AttentionWays {
+  explicit AttentionWays(Gpu& gpu) : faster(gpu, describe_cudnn()) {}
+  FasterWay faster;
+};
+
+void run_faster(Context& context, const char* direction, const AttentionShape& s,
+                const std::function<bool()>& by_cudnn, const std::function<void()>& by_own) {
+  const std::string key = fmt::format("attention {} {}x{} heads {} of {}{}", direction, s.batch, s.length,
+                                      s.heads, s.head_size, s.causal ? " causal" : "");
+  context.gpu().attached<AttentionWays>().faster.run(key, by_cudnn, by_own);
+}
+
+}  // namespace
+
+void attention_forward(Context& context, const AttentionShape& shape, const Tensor& qkv,
+                       const Tensor& document_start, const Dropout& dropout, const Tensor& out,
+                       const Tensor& lse) {
+  const auto by_cudnn = [&] {
+    return cudnn_attention_forward(context, shape, qkv, document_start, dropout, out, lse);
+  };
+  const auto by_own = [&] { own_forward(context, shape, qkv, document_start, dropout, out, lse); };
+  run_faster(context, "forward", shape, by_cudnn, by_own);
+}
+
+// What find_delta finds: [batch, heads, length].
+Shape attention_backward_workspace(Context&, const AttentionShape& shape) {
+  return {shape.batch, shape.heads, shape.length};
+}
+
+void attention_backward(Context& context, const AttentionShape& shape, const Tensor& dout, const Tensor& qkv,
+                        const Tensor& document_start, const Dropout& dropout, const Tensor& out,
+                        const Tensor& lse, const Tensor& dqkv, const Tensor& workspace) {
+  const auto by_cudnn = [&] {
+    return cudnn_attention_backward(context, shape, dout, qkv, document_start, dropout, out, lse, dqkv);
+  };
+  const auto by_own = [&] {
+    own_backward(context, shape, dout, qkv, document_start, dropout, out, lse, dqkv, workspace);
+  };
+  run_faster(context, "backward", shape, by_cudnn, by_own);
 }
 
 }  // namespace normformer::ops::cuda

@@ -9,11 +9,11 @@
 #include <vector>
 
 #include "normformer/core/error.h"
-#include "normformer/core/kept_choices.h"
 #include "normformer/core/log.h"
 #include "normformer/tensor/dispatch.h"
 
 #include "ops/cuda/product_plan.h"
+#include "ops/cuda/tuning.h"
 #include "ops/kernels.h"
 #include "tensor/cuda/check.h"
 
@@ -33,50 +33,14 @@ constexpr cudaDataType_t data_type() {
 
 int64_t bytes_of_element(cudaDataType_t type) { return type == CUDA_R_64F ? 8 : type == CUDA_R_32F ? 4 : 2; }
 
-/// Milliseconds that a GPU takes for work.
-class Stopwatch {
- public:
-  explicit Stopwatch(cudaStream_t stream) : stream_(stream) {
-    normformer::cuda::check(cudaEventCreate(&begin_));
-    normformer::cuda::check(cudaEventCreate(&end_));
-  }
-  ~Stopwatch() {
-    cudaEventDestroy(begin_);
-    cudaEventDestroy(end_);
-  }
-  Stopwatch(const Stopwatch&) = delete;
-  Stopwatch& operator=(const Stopwatch&) = delete;
-
-  template <class Enqueue>
-  float time(Enqueue&& enqueue) {
-    float milliseconds = 0.0F;
-    normformer::cuda::check(cudaEventRecord(begin_, stream_));
-    enqueue();
-    normformer::cuda::check(cudaEventRecord(end_, stream_));
-    normformer::cuda::check(cudaEventSynchronize(end_));
-    normformer::cuda::check(cudaEventElapsedTime(&milliseconds, begin_, end_));
-    return milliseconds;
-  }
-
- private:
-  cudaStream_t stream_;
-  cudaEvent_t begin_ = nullptr;
-  cudaEvent_t end_ = nullptr;
-};
-
 /// The products that a GPU has run so far, and what they share.
 class Products {
  public:
-  explicit Products(Gpu& gpu) : gpu_(gpu) {
+  explicit Products(Gpu& gpu)
+      : gpu_(gpu), choices_(kept_choices_of(gpu, fmt::format("cublaslt {}", cublasLtGetVersion()))) {
     check(cublasLtCreate(&handle_));
     workspace_ = {gpu.allocate(kWorkspaceBytes), kWorkspaceBytes};
     NF_CHECK(workspace_.data != nullptr, "no memory for the workspace of matrix products");
-    const auto folder = gpu.tunes_products() ? cache_folder() : std::nullopt;
-    if (folder) {
-      std::string name = fmt::format("{} cublaslt {}", gpu.description().name, cublasLtGetVersion());
-      std::replace(name.begin(), name.end(), ' ', '-');
-      choices_.emplace(*folder / name);
-    }
   }
   ~Products() {
     plans_.clear();
@@ -102,8 +66,7 @@ class Products {
     return plan;
   }
 
-  // Timing alone would choose now this and now that, and with it the bits of the results; so what it chose
-  // first is kept. Without a place to keep it the library's own first choice, always the same, is taken.
+  // Without a place to keep choices the library's own first one, always the same, is taken.
   std::optional<cublasLtMatmulAlgo_t> tuned_algorithm(ProductPlan& plan, const Product& product,
                                                       const Operands& operands) {
     if (!choices_) return std::nullopt;
@@ -139,23 +102,18 @@ class Products {
   }
 
   float time_of(ProductPlan& plan, const cublasLtMatmulAlgo_t& algorithm, const Operands& operands) {
-    constexpr int kTrials = 5;
-    Stopwatch watch(stream());
     plan.use(algorithm);
     if (plan.try_to_run(operands, workspace_, stream()) != CUBLAS_STATUS_SUCCESS)
       return std::numeric_limits<float>::infinity();
-    std::array<float, kTrials> times{};
-    for (float& t : times) t = watch.time([&] { plan.run(operands, workspace_, stream()); });
-    std::sort(times.begin(), times.end());
-    return times[kTrials / 2];
+    return median_milliseconds(gpu_, [&] { plan.run(operands, workspace_, stream()); });
   }
 
   static constexpr size_t kWorkspaceBytes = size_t{32} << 20;  // what cuBLAS asks for on Hopper
 
   Gpu& gpu_;
+  std::optional<KeptChoices> choices_;
   cublasLtHandle_t handle_ = nullptr;
   Workspace workspace_;
-  std::optional<KeptChoices> choices_;
   std::map<std::pair<Product, std::array<uint32_t, 4>>, std::unique_ptr<ProductPlan>> plans_;
 };
 
