@@ -24,10 +24,15 @@ Shape local_shape(const ParameterSpec& spec) {
 
 Parameter& ParameterStore::declare(ParameterSpec spec) {
   NF_CHECK(!values_.defined(), "{} is declared after the store was allocated", spec.name);
-  for (const Parameter& p : parameters_)
-    NF_CHECK(p.spec.name != spec.name, "{} is declared twice", spec.name);
+  NF_CHECK(find(spec.name) == nullptr, "{} is declared twice", spec.name);
   parameters_.push_back({std::move(spec), 0, {}, {}});
   return parameters_.back();
+}
+
+Parameter* ParameterStore::find(std::string_view name) {
+  const auto found = std::find_if(parameters_.begin(), parameters_.end(),
+                                  [&](const Parameter& p) { return p.spec.name == name; });
+  return found == parameters_.end() ? nullptr : &*found;
 }
 
 void ParameterStore::place_parameters() {

@@ -87,7 +87,7 @@ TrainedModel load_trained_model(const TrainedModelOptions& options, const RankPr
     throw AgreedError(ExitCode::bad_data,
                       fmt::format("{} holds no checkpoint", folder.checkpoints().string()));
   }
-  loaded.model->stage().prepare();
+  loaded.model->prepare();
   return loaded;
 }
 

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <numeric>
 
 #include <fmt/format.h>
 
@@ -63,6 +64,38 @@ void check_optimizer(const OptimizerConfig& o, std::vector<Conflict>& found) {
   }
 }
 
+void check_parallel(const RunConfig& c, std::vector<Conflict>& found) {
+  const ParallelConfig& p = c.parallel;
+  const bool interleaved = p.schedule == PipelineSchedule::interleaved;
+  if (p.virtual_stages > 1 && !interleaved) {
+    found.push_back({{"parallel.virtual_stages", "parallel.schedule"},
+                     fmt::format("parallel.virtual_stages = {} needs parallel.schedule = \"interleaved\"",
+                                 p.virtual_stages)});
+  }
+  if (p.interleave_group > 0 && !interleaved) {
+    found.push_back({{"parallel.interleave_group", "parallel.schedule"},
+                     fmt::format("parallel.interleave_group = {} needs parallel.schedule = \"interleaved\"",
+                                 p.interleave_group)});
+  }
+  if (p.interleave_group > 0 && p.interleave_group < p.pipeline) {
+    found.push_back({{"parallel.interleave_group", "parallel.pipeline"},
+                     fmt::format("parallel.interleave_group = {} is less than parallel.pipeline = {}: ranks "
+                                 "would wait for each other",
+                                 p.interleave_group, p.pipeline)});
+  }
+  if (p.split.empty()) return;
+  const int64_t layers = std::accumulate(p.split.begin(), p.split.end(), int64_t{0});
+  if (static_cast<int64_t>(p.split.size()) != p.parts()) {
+    found.push_back(
+        {{"parallel.split", "parallel.pipeline", "parallel.virtual_stages"},
+         fmt::format("parallel.split has {} parts, but the pipeline has {}", p.split.size(), p.parts())});
+  } else if (layers != c.model.layers) {
+    found.push_back({{"parallel.split", "model.layers"},
+                     fmt::format("the layers of parallel.split are {} together, not model.layers = {}",
+                                 layers, c.model.layers)});
+  }
+}
+
 void check_device(const RunConfig& c, std::vector<Conflict>& found) {
   if (c.device.cuda_graphs && (c.parallel.tensor > 1 || c.parallel.pipeline > 1)) {
     found.push_back(
@@ -97,6 +130,7 @@ void check_combinations(const RunConfig& config,
   check_model(config.model, found);
   check_optimizer(config.optimizer, found);
   check_train(config, found);
+  check_parallel(config, found);
   check_device(config, found);
   if (found.empty()) return;
   const Conflict& first = found.front();

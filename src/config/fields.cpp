@@ -4,6 +4,7 @@
 #include <vector>
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include "normformer/core/error.h"
 
@@ -53,6 +54,20 @@ class SectionFields {
           return static_cast<Int>(read_integer(f, range, n, o));
         },
         [](Int v) { return fmt::format("{}", v); });
+  }
+
+  /// A list; `none` is written for an empty one.
+  void integers(const char* key, std::vector<int64_t> Section::*value, Integers range, const char* none,
+                const char* doc) {
+    add(
+        key, fmt::format("\"{}\" or an array, each {}", none, kind_of(range)), doc, value,
+        [range, none](const Field& f, const toml::node& n, const Origin& o) {
+          return read_integers(f, range, none, n, o);
+        },
+        [none](const std::vector<int64_t>& v) {
+          return v.empty() ? quoted(none) : fmt::format("[{}]", fmt::join(v, ", "));
+        },
+        true);
   }
 
   void real(const char* key, double Section::*value, Reals range, const char* doc) {
@@ -170,8 +185,21 @@ void add_parallel(std::vector<Field>& all) {
   s.integer("data", &P::data, {0, largest_degree},
             "replicas that share the batch; 0 means the ranks left over");
   s.choice("schedule", &P::schedule,
-           {{PipelineSchedule::gpipe, "gpipe"}, {PipelineSchedule::one_f_one_b, "1f1b"}},
-           "order in which the stages run their micro-batches");
+           {{PipelineSchedule::gpipe, "gpipe"},
+            {PipelineSchedule::one_f_one_b, "1f1b"},
+            {PipelineSchedule::interleaved, "interleaved"},
+            {PipelineSchedule::zb_h1, "zb_h1"},
+            {PipelineSchedule::zb_h2, "zb_h2"},
+            {PipelineSchedule::zb_v, "zb_v"}},
+           "order in which the stages run their micro-batches; docs/pipeline.md says which suits when");
+  s.integer("virtual_stages", &P::virtual_stages, {1, largest_degree},
+            "parts of the model on each rank, with schedule = \"interleaved\"");
+  s.integer(
+      "interleave_group", &P::interleave_group, {0, largest_size},
+      "with schedule = \"interleaved\": micro-batches that pass a part in a row; 0 means as many as stages");
+  s.integers(
+      "split", &P::split, {1, largest_size}, "auto",
+      "layers of each part of the pipeline, first to last; auto weighs layers against the output's logits");
   s.integer("bucket_mib", &P::bucket_mib, {1, 65536},
             "gradients are reduced over replicas in pieces of this many MiB");
 }

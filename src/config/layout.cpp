@@ -23,7 +23,8 @@ struct Degrees {
 
 Degrees largest_degrees(const RunConfig& c) {
   const int64_t vocab = c.model.vocab > 0 ? c.model.vocab : std::numeric_limits<int64_t>::max();
-  return {std::min({c.model.heads, c.model.ffn, vocab}), c.model.layers, c.train.global_batch};
+  return {std::min({c.model.heads, c.model.ffn, vocab}), c.model.layers / c.parallel.parts_of_rank(),
+          c.train.global_batch};
 }
 
 std::vector<int64_t> divisors_of(int64_t n) {
@@ -107,9 +108,11 @@ std::string misfit(const RunConfig& c, int64_t world) {
   if (c.model.vocab > 0 && p.tensor > c.model.vocab) {
     return fmt::format("parallel.tensor = {} is more than model.vocab = {}", p.tensor, c.model.vocab);
   }
-  if (p.pipeline > c.model.layers) {
-    return fmt::format("model.layers = {} are too few layers for the stages of parallel.pipeline = {}",
-                       c.model.layers, p.pipeline);
+  if (p.parts() > c.model.layers) {
+    const std::string of_rank =
+        p.parts_of_rank() > 1 ? fmt::format(" with {} parts on each rank", p.parts_of_rank()) : "";
+    return fmt::format("model.layers = {} are too few layers for the stages of parallel.pipeline = {}{}",
+                       c.model.layers, p.pipeline, of_rank);
   }
   const int64_t shared = checked_mul(p.tensor, p.pipeline);
   if (p.data == 0 && world % shared != 0) {
@@ -145,6 +148,10 @@ RunConfig resolve_layout(RunConfig config, int64_t world) {
 RunConfig nearest_layout(RunConfig config, int64_t world) {
   if (config.model.ffn == 0) config.model.ffn = checked_mul(4, config.model.width);
   if (!misfit(config, world).empty()) {
+    // Neither matters to what is computed, and both are made for the stages that there were.
+    config.parallel.schedule = PipelineSchedule::one_f_one_b;
+    config.parallel.virtual_stages = 1;
+    config.parallel.split.clear();
     const std::vector<Degrees> layouts = nearest_first(config, world);
     if (!layouts.empty()) {
       config.parallel.tensor = layouts.front().tensor;

@@ -103,6 +103,16 @@ int64_t read_integer(const Field& field, const Integers& range, const toml::node
   return integer->get();
 }
 
+std::vector<int64_t> read_integers(const Field& field, const Integers& range, std::string_view none,
+                                   const toml::node& node, const Origin& origin) {
+  if (node.is_string() && node.as_string()->get() == none) return {};
+  const toml::array* array = node.as_array();
+  if (array == nullptr || array->empty()) refuse_value(field, node, origin);
+  std::vector<int64_t> values;
+  for (const toml::node& entry : *array) values.push_back(read_integer(field, range, entry, origin));
+  return values;
+}
+
 double read_real(const Field& field, const Reals& range, const toml::node& node, const Origin& origin) {
   const std::optional<double> value = node.is_number() ? node.value<double>() : std::nullopt;
   if (!value || !std::isfinite(*value)) refuse_value(field, node, origin);

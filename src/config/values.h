@@ -2,6 +2,7 @@
 
 #include <limits>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include <toml++/toml.h>
@@ -34,6 +35,9 @@ std::string kind_of(const Reals& range);
                                const std::string& cure = "");
 
 int64_t read_integer(const Field& field, const Integers& range, const toml::node& node, const Origin& origin);
+/// The string `none` is an empty list.
+std::vector<int64_t> read_integers(const Field& field, const Integers& range, std::string_view none,
+                                   const toml::node& node, const Origin& origin);
 double read_real(const Field& field, const Reals& range, const toml::node& node, const Origin& origin);
 std::vector<DataSource> read_sources(const Field& field, const toml::node& node, const Origin& origin);
 

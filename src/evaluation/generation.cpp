@@ -24,7 +24,7 @@ std::vector<int64_t> likeliest_first(std::span<const double> logits) {
 std::vector<double> whole_logits(ModelInstance& model, const Tensor& mine) {
   Context& context = model.context();
   const Group& tensor = model.mesh().tensor();
-  const int64_t vocab = model.stage().environment().config.vocab;
+  const int64_t vocab = model.environment().config.vocab;
   const Tensor whole = context.empty({vocab}, mine.dtype());
   tensor.all_gather(context, mine.view({mine.numel()}), whole, shard_sizes(vocab, tensor.size()));
   return to_host(whole);
@@ -36,7 +36,7 @@ MicroBatch context_batch(ModelInstance& model, std::span<const int32_t> tokens) 
   batch.sequences = 1;
   batch.length = length;
   batch.purpose = Purpose::generation;
-  if (model.stage().part().first) batch.tokens = from_host<int32_t>(model.context(), tokens, {length});
+  if (model.has_first_part()) batch.tokens = from_host<int32_t>(model.context(), tokens, {length});
   return batch;
 }
 
@@ -72,18 +72,17 @@ std::vector<int32_t> generate(ModelInstance& model, std::span<const int32_t> pro
                               const GenerationOptions& options,
                               const std::function<void(int32_t token)>& visit) {
   NF_CHECK(!prompt.empty(), "an empty prompt");
-  const auto window = static_cast<size_t>(model.stage().environment().config.length);
+  const auto window = static_cast<size_t>(model.environment().config.length);
   const RandomStream stream = RandomStream{options.seed}.with("generation");
   std::vector<int32_t> text(prompt.begin(), prompt.end());
-  ForwardOnlyStage forward_only(model.stage());
   for (int64_t i = 0; i < options.max_tokens; ++i) {
     const std::span<const int32_t> seen(text.end() - static_cast<int64_t>(std::min(window, text.size())),
                                         text.end());
-    model.stage().set_micro_batches({context_batch(model, seen)});
-    run_forward(model.context(), model.mesh().pipeline(), 1, forward_only);
+    model.set_micro_batches({context_batch(model, seen)});
+    model.forward(1);
     double token = -1.0;
-    if (model.stage().part().last) {
-      const std::vector<double> logits = whole_logits(model, model.stage().result(0));
+    if (model.has_last_part()) {
+      const std::vector<double> logits = whole_logits(model, model.result(0));
       if (model.answers_for_loss()) token = sample_token(logits, options, stream, i);
     }
     token = model.mesh().world().all_reduce(token, ReduceOp::max);

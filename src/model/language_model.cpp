@@ -35,10 +35,12 @@ LanguageModelStage::LanguageModelStage(ModelEnvironment environment, StagePart p
       InitialValue::normal(gpt2 ? 0.02 : 1.0 / std::sqrt(static_cast<double>(config.width)));
   const ParameterDeclarer declare(environment_, store, "decoder.");
   if (part_.first || part_.last) {
+    embedding_ = store.find("decoder.embed_tokens.weight");
+  }
+  if (embedding_ == nullptr && (part_.first || part_.last)) {
     embedding_ = &declare.row_sharded("embed_tokens.weight", config.vocab, config.width,
                                       environment_.vocabulary(), embedding_init);
-    // Where one rank is not both ends, another stage holds the other copy.
-    embedding_->spec.sum_over.embedding = part_.first != part_.last;
+    embedding_->spec.sum_over.embedding = !part_.holds_both_ends;
     embedding_->spec.owned = part_.first;
   }
   if (part_.first && config.positions == Positions::learned) {

@@ -1,6 +1,7 @@
 #include "normformer/model/model_instance.h"
 
-#include "normformer/mesh/layout.h"
+#include "normformer/model/parts.h"
+#include "normformer/pipeline/executor.h"
 
 namespace normformer {
 
@@ -16,17 +17,43 @@ DType model_dtype(Precision precision) {
   return DType::f32;
 }
 
-StagePart stage_part(int64_t layers, int64_t stages, int64_t rank) {
-  return {stage_layers(layers, stages, rank), rank == 0, rank == stages - 1};
-}
-
 ModelInstance::ModelInstance(Context& context, const Mesh& mesh, const RunConfig& config, bool with_gradients)
     : context_(&context),
       mesh_(mesh),
       store_(context, model_dtype(config.train.precision)),
-      stage_({&context, config.model, model_dtype(config.train.precision), mesh.tensor(), config.train.seed},
-             stage_part(config.model.layers, mesh.pipeline().size(), mesh.pipeline().rank()), store_) {
+      placement_(make_schedule(config.parallel, mesh.pipeline().size(), 0).placement) {
+  const ModelEnvironment environment{&context, config.model, store_.dtype(), mesh.tensor(),
+                                     config.train.seed};
+  for (const StagePart& part : parts_of_stage(config, mesh.pipeline().size(), mesh.pipeline().rank()))
+    parts_.push_back(std::make_unique<LanguageModelStage>(environment, part, store_));
   store_.allocate(config.parallel.bucket_mib << 20, with_gradients);
+}
+
+bool ModelInstance::has_first_part() const { return parts_.front()->part().first; }
+
+bool ModelInstance::has_last_part() const { return parts_.back()->part().last; }
+
+void ModelInstance::prepare() {
+  for (const auto& part : parts_) part->prepare();
+}
+
+void ModelInstance::set_micro_batches(const std::vector<MicroBatch>& batches) {
+  for (const auto& part : parts_) part->set_micro_batches(batches);
+}
+
+double ModelInstance::loss_sum() const { return has_last_part() ? parts_.back()->loss_sum() : 0.0; }
+
+const Tensor& ModelInstance::result(int64_t micro_batch) const {
+  NF_CHECK(has_last_part(), "a result is asked of a rank without the model's last part");
+  return parts_.back()->result(micro_batch);
+}
+
+void ModelInstance::forward(int64_t micro_batches) {
+  std::vector<ForwardOnlyStage> stages;
+  for (const auto& part : parts_) stages.emplace_back(*part);
+  std::vector<ForwardStage*> pointers;
+  for (ForwardOnlyStage& stage : stages) pointers.push_back(&stage);
+  run_forward(*context_, mesh_.pipeline(), micro_batches, pointers, placement_);
 }
 
 int64_t ModelInstance::count_parameters() const {
@@ -35,7 +62,7 @@ int64_t ModelInstance::count_parameters() const {
   return mesh_.world().all_reduce_sum(mine);
 }
 
-bool ModelInstance::answers_for_loss() const { return stage_.part().last && mesh_.tensor().rank() == 0; }
+bool ModelInstance::answers_for_loss() const { return has_last_part() && mesh_.tensor().rank() == 0; }
 
 double training_flops_per_token(const ModelConfig& config) {
   const auto d = static_cast<double>(config.width);

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "normformer/mesh/layout.h"
+#include "normformer/model/parts.h"
 #include "normformer/pipeline/checker.h"
 #include "normformer/pipeline/executor.h"
 #include "normformer/training/agreement.h"
@@ -15,9 +16,8 @@ namespace normformer {
 
 namespace {
 
-Schedule make_schedule(PipelineSchedule kind, int64_t stages, int64_t micro_batches) {
-  Schedule schedule = kind == PipelineSchedule::gpipe ? gpipe_schedule(stages, micro_batches)
-                                                      : one_f_one_b_schedule(stages, micro_batches);
+Schedule checked_schedule(const RunConfig& config, int64_t stages, int64_t micro_batches) {
+  Schedule schedule = make_schedule(config.parallel, stages, micro_batches);
   check_schedule(schedule);
   return schedule;
 }
@@ -44,7 +44,8 @@ Tensor to_device(Context& context, const std::vector<T>& values) {
 MicroBatch make_micro_batch(ModelInstance& model, const Batch& batch, int64_t first_sample,
                             uint64_t batch_index, Purpose purpose) {
   Context& context = model.context();
-  const StagePart& part = model.stage().part();
+  const bool first = model.has_first_part();
+  const bool last = model.has_last_part();
   MicroBatch made{.sequences = batch.sequences,
                   .length = batch.seq_len,
                   .first_sample = first_sample,
@@ -57,9 +58,9 @@ MicroBatch make_micro_batch(ModelInstance& model, const Batch& batch, int64_t fi
                   .counted = batch.loss_mask.empty()
                                  ? static_cast<int64_t>(batch.targets.size())
                                  : std::count(batch.loss_mask.begin(), batch.loss_mask.end(), uint8_t{1})};
-  if (part.first) made.tokens = to_device(context, batch.inputs);
-  if (part.last) made.targets = to_device(context, batch.targets);
-  if (part.last && !batch.loss_mask.empty()) made.weights = to_device(context, batch.loss_mask);
+  if (first) made.tokens = to_device(context, batch.inputs);
+  if (last) made.targets = to_device(context, batch.targets);
+  if (last && !batch.loss_mask.empty()) made.weights = to_device(context, batch.loss_mask);
   if (!batch.document_start.empty()) made.document_start = to_device(context, batch.document_start);
   return made;
 }
@@ -69,8 +70,8 @@ Trainer::Trainer(ModelInstance& model, const RunConfig& config, BatchSource sour
       config_(config),
       source_(std::move(source)),
       optimizer_(model.store(), model.mesh().data(), model.mesh().embedding(), model.mesh().world()),
-      schedule_(make_schedule(
-          config.parallel.schedule, model.mesh().pipeline().size(),
+      schedule_(checked_schedule(
+          config, model.mesh().pipeline().size(),
           static_cast<int64_t>(
               micro_batch_samples(model, config.train.global_batch, config.train.micro_batch).size()))) {}
 
@@ -78,12 +79,12 @@ Trainer::~Trainer() = default;
 
 void Trainer::initialise() {
   optimizer_.initialise(config_.train.seed);
-  model_.stage().prepare();
+  model_.prepare();
 }
 
 void Trainer::weights_changed() {
   optimizer_.publish_masters();
-  model_.stage().prepare();
+  model_.prepare();
 }
 
 std::vector<MicroBatch> Trainer::next_micro_batches() const {
@@ -99,17 +100,19 @@ std::vector<MicroBatch> Trainer::next_micro_batches() const {
 }
 
 // The first step makes what is made on first use; the steps behind it may go to the GPU as graphs.
-Stage& Trainer::pipeline_stage() {
-  const bool wanted = config_.device.cuda_graphs && model_.context().is_cuda();
-  if (wanted && has_run_ && graphed_ == nullptr)
-    graphed_ = std::make_unique<GraphedStage>(model_.context(), model_.stage());
+std::vector<Stage*> Trainer::pipeline_parts() {
+  std::vector<Stage*> parts;
+  for (const auto& part : model_.parts()) parts.push_back(part.get());
+  if (config_.device.cuda_graphs && model_.context().is_cuda()) {
+    for (size_t i = 0; has_run_ && graphed_.size() < parts.size(); ++i)
+      graphed_.push_back(std::make_unique<GraphedStage>(model_.context(), *parts[i]));
+    for (size_t i = 0; i < graphed_.size(); ++i) parts[i] = graphed_[i].get();
+  }
   has_run_ = true;
-  if (graphed_ != nullptr) return *graphed_;
-  return model_.stage();
+  return parts;
 }
 
 StepReport Trainer::compute_gradients() {
-  LanguageModelStage& stage = model_.stage();
   const Group& world = model_.mesh().world();
   std::vector<MicroBatch> batches;
   run_agreed(world, [&] { batches = next_micro_batches(); });
@@ -117,11 +120,12 @@ StepReport Trainer::compute_gradients() {
   report.tokens = world.all_reduce_sum(counted_targets(model_, batches));
 
   model_.store().zero_gradients();
-  stage.set_micro_batches(std::move(batches));
-  run_schedule(model_.context(), model_.mesh().pipeline(), schedule_, pipeline_stage());
+  model_.set_micro_batches(batches);
+  run_schedule(model_.context(), model_.mesh().pipeline(), schedule_, pipeline_parts());
   optimizer_.reduce_gradients();
 
-  const double loss_sum = world.all_reduce(model_.answers_for_loss() ? stage.loss_sum() : 0.0, ReduceOp::sum);
+  const double loss_sum =
+      world.all_reduce(model_.answers_for_loss() ? model_.loss_sum() : 0.0, ReduceOp::sum);
   report.loss = loss_sum / static_cast<double>(std::max<int64_t>(1, report.tokens));
   return report;
 }
@@ -155,15 +159,13 @@ void Trainer::update_weights(StepReport& report) {
   // torch.nn.utils.clip_grad_norm_: the factor is max / (norm + 1e-6), at most 1.
   if (o.clip_norm > 0.0) update.grad_factor *= std::min(1.0, o.clip_norm / (report.gradient_norm + 1e-6));
   optimizer_.step(update);
-  model_.stage().prepare();
+  model_.prepare();
 }
 
 EvaluationResult evaluate(ModelInstance& model, const RunConfig& config, const BatchSource& source,
                           int64_t sequences, const NllVisitor& visit) {
-  LanguageModelStage& stage = model.stage();
   const std::vector<Range> samples = micro_batch_samples(model, sequences, config.train.micro_batch);
   EvaluationResult mine;
-  ForwardOnlyStage forward_only(stage);
   // Some micro-batches at a time fill the pipeline; their tokens and losses need little memory.
   const size_t window = 4 * static_cast<size_t>(model.mesh().pipeline().size());
   for (size_t begin = 0; begin < samples.size(); begin += window) {
@@ -177,14 +179,14 @@ EvaluationResult evaluate(ModelInstance& model, const RunConfig& config, const B
       }
     });
     const int64_t targets = counted_targets(model, batches);
-    stage.set_micro_batches(std::move(batches));
-    run_forward(model.context(), model.mesh().pipeline(), static_cast<int64_t>(end - begin), forward_only);
+    model.set_micro_batches(batches);
+    model.forward(static_cast<int64_t>(end - begin));
     if (!model.answers_for_loss()) continue;
-    mine.nll_sum += stage.loss_sum();
+    mine.nll_sum += model.loss_sum();
     mine.tokens += targets;
     for (size_t i = begin; visit && i < end; ++i) {
       if (samples[i].empty()) continue;
-      visit(samples[i].begin, read[i - begin], stage.result(static_cast<int64_t>(i - begin)));
+      visit(samples[i].begin, read[i - begin], model.result(static_cast<int64_t>(i - begin)));
     }
   }
   const Group& world = model.mesh().world();

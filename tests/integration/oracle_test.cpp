@@ -73,12 +73,64 @@ TEST_P(Oracle, EveryLayoutFp32) {
   }
 }
 
+// Schedules, with one and several parts a rank, alone and beside other axes.
+std::vector<OracleLayout> schedule_layouts() {
+  std::vector<OracleLayout> layouts;
+  const auto add = [&](PipelineSchedule schedule, int64_t virtual_stages, const MeshDegrees& degrees) {
+    layouts.push_back({.degrees = degrees, .schedule = schedule, .virtual_stages = virtual_stages});
+  };
+  const auto degrees = [](int64_t tp, int64_t pp, int64_t dp) {
+    return MeshDegrees{.tensor = tp, .context = 1, .data = dp, .pipeline = pp};
+  };
+  for (const auto schedule : {PipelineSchedule::gpipe, PipelineSchedule::zb_h1, PipelineSchedule::zb_h2}) {
+    for (const int64_t stages : {1, 2, 3}) add(schedule, 1, degrees(1, stages, 1));
+  }
+  add(PipelineSchedule::interleaved, 2, degrees(1, 1, 1));
+  add(PipelineSchedule::interleaved, 2, degrees(1, 2, 1));
+  add(PipelineSchedule::interleaved, 2, degrees(2, 2, 1));
+  add(PipelineSchedule::interleaved, 2, degrees(1, 2, 3));
+  add(PipelineSchedule::interleaved, 4, degrees(3, 1, 1));
+  add(PipelineSchedule::zb_h1, 1, degrees(2, 2, 2));
+  add(PipelineSchedule::zb_v, 1, degrees(1, 1, 1));
+  add(PipelineSchedule::zb_v, 1, degrees(1, 2, 1));
+  add(PipelineSchedule::zb_v, 1, degrees(2, 2, 2));
+  add(PipelineSchedule::zb_v, 1, degrees(1, 2, 3));
+  return layouts;
+}
+
+TEST_P(Oracle, EveryScheduleFp64) {
+  const OracleFixture fixture = load_oracle_fixture(GetParam());
+  for (const OracleLayout& layout : schedule_layouts()) {
+    EXPECT_EQ(run_on(fixture, layout, 1e-9), std::vector<std::string>{}) << to_string(layout);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Fixtures, Oracle, testing::ValuesIn(oracle_fixture_names()),
                          [](const auto& fixture) {
                            std::string name = fixture.param;
                            std::replace(name.begin(), name.end(), '-', '_');
                            return name;
                          });
+
+TEST(DropoutAcrossSchedules, LossesEqualOneProcess) {
+  constexpr int64_t kSteps = 20;
+  const OracleFixture fixture = load_oracle_fixture("normformer-resscale");
+  const auto losses_on = [&](const OracleLayout& layout) {
+    std::vector<double> losses;
+    run_local_world(static_cast<int>(num_ranks(layout.degrees)), [&](const Group& world) {
+      auto mine = dropout_losses(fixture, layout, world, kSteps);
+      if (world.rank() == 0) losses = std::move(mine);
+    });
+    return losses;
+  };
+  const std::vector<double> expected = losses_on({.degrees = {}});
+  for (const OracleLayout& layout : schedule_layouts()) {
+    const std::vector<double> losses = losses_on(layout);
+    ASSERT_EQ(losses.size(), expected.size());
+    for (size_t i = 0; i < losses.size(); ++i)
+      EXPECT_NEAR(losses[i], expected[i], 1e-12 * expected[i]) << "step " << i << " on " << to_string(layout);
+  }
+}
 
 TEST(DropoutAcrossLayouts, LossesEqualOneProcess) {
   constexpr int64_t kSteps = 50;

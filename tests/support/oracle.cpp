@@ -44,6 +44,7 @@ struct Run {
     c.parallel.pipeline = layout.degrees.pipeline;
     c.parallel.data = layout.degrees.data;
     c.parallel.schedule = layout.schedule;
+    c.parallel.virtual_stages = layout.virtual_stages;
     c.model.ffn_norm_form = layout.form;
     c.train.precision = layout.precision;
     c.train.global_batch = f.sequences;
@@ -212,9 +213,10 @@ std::vector<MeshDegrees> oracle_degrees() {
 }
 
 std::string to_string(const OracleLayout& layout) {
-  return fmt::format("tp{} pp{} dp{} {} micro-batch {}", layout.degrees.tensor, layout.degrees.pipeline,
-                     layout.degrees.data, layout.form == FfnNormForm::plain ? "plain" : "folded",
-                     layout.micro_batch);
+  return fmt::format("tp{} pp{} dp{} {} micro-batch {} schedule {} virtual stages {}", layout.degrees.tensor,
+                     layout.degrees.pipeline, layout.degrees.data,
+                     layout.form == FfnNormForm::plain ? "plain" : "folded", layout.micro_batch,
+                     static_cast<int>(layout.schedule), layout.virtual_stages);
 }
 
 std::vector<std::string> compare_with_oracle(const OracleFixture& fixture, const OracleLayout& layout,

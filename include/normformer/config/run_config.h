@@ -42,7 +42,7 @@ enum class Precision { fp64, fp32, bf16 };
 enum class DecayStyle { constant, linear, cosine, polynomial };
 
 /// Which order a pipeline's stages run their micro-batches in; `one_f_one_b` is "1f1b" in files.
-enum class PipelineSchedule { gpipe, one_f_one_b };
+enum class PipelineSchedule { gpipe, one_f_one_b, interleaved, zb_h1, zb_h2, zb_v };
 
 /// Where Adam's eps stands: torch adds it to sqrt(v_hat); fairseq adds it to sqrt(v) before the bias
 /// correction.
@@ -89,7 +89,14 @@ struct ParallelConfig {
   int64_t pipeline = 1;
   int64_t data = 0;
   PipelineSchedule schedule = PipelineSchedule::one_f_one_b;
+  int64_t virtual_stages = 1;       ///< parts of the model on each rank; other than 1 with `interleaved` only
+  int64_t interleave_group = 0;     ///< micro-batches that pass a part in a row; 0 means as many as stages
+  std::vector<int64_t> split = {};  ///< layers of each part, in their order; empty: by what the parts cost
   int64_t bucket_mib = 32;  ///< gradients are reduced over data-parallel ranks in pieces of about this size
+
+  /// Parts of the model on each rank: `zb_v` always has two.
+  int64_t parts_of_rank() const { return schedule == PipelineSchedule::zb_v ? 2 : virtual_stages; }
+  int64_t parts() const { return pipeline * parts_of_rank(); }
   bool operator==(const ParallelConfig&) const = default;
 };
 

@@ -32,13 +32,6 @@ constexpr Range vocabulary_shard(int64_t vocabulary, int64_t tensor_degree, int6
   return even_part(vocabulary, tensor_degree, tensor_rank);
 }
 
-/// The layers of chunk `chunk` of `chunks` of pipeline stage `stage` of `stages`. Layers pass all stages once
-/// for every chunk, so chunk c of stage s is part c * stages + s of them.
-constexpr Range stage_layers(int64_t layers, int64_t stages, int64_t stage, int64_t chunks = 1,
-                             int64_t chunk = 0) {
-  return even_part(layers, stages * chunks, chunk * stages + stage);
-}
-
 /// The elements of a flat bucket that data rank `data_rank` of `data_degree` reduces, updates and gathers.
 constexpr Range bucket_shard(int64_t elements, int64_t data_degree, int64_t data_rank) {
   return even_part(elements, data_degree, data_rank);

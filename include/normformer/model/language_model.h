@@ -12,20 +12,22 @@
 
 namespace normformer {
 
-/// Which part of the model one rank of the pipeline holds.
+/// A part of the model that one rank of the pipeline holds.
 struct StagePart {
-  Range layers;       ///< global numbers
-  bool first = true;  ///< holds the embeddings
-  bool last = true;   ///< holds the final LayerNorm, the output logits and the loss
+  Range layers;                 ///< global numbers
+  bool first = true;            ///< holds the embeddings
+  bool last = true;             ///< holds the final LayerNorm, the output logits and the loss
+  bool holds_both_ends = true;  ///< one rank holds the first and the last part, if not this one then another
 };
 
-/// One pipeline stage of a language model: the one place that says what is where. Embeddings on the first
-/// stage, the tied output on the last; where these are different ranks both hold a copy of the token
-/// embedding, whose gradients are summed over the embedding group (the first stage owns it). The whole model
-/// is the stage that is first and last.
+/// One part of a language model: the one place that says what is where. Embeddings in the first part, the
+/// tied output in the last; where these are on different ranks both hold a copy of the token embedding, whose
+/// gradients are summed over the embedding group (the first owns it), and where they are on one rank they
+/// share it. The whole model is the part that is first and last.
 class LanguageModelStage final : public Stage {
  public:
-  /// Declares the stage's parameters in the store, which the caller then allocates and fills.
+  /// Declares the part's parameters in the store, which the caller then allocates and fills; of one rank's
+  /// parts the earlier first.
   LanguageModelStage(ModelEnvironment environment, StagePart part, ParameterStore& store);
   ~LanguageModelStage() override;
 

@@ -1,8 +1,12 @@
 #pragma once
 
+#include <memory>
+#include <vector>
+
 #include "normformer/config/run_config.h"
 #include "normformer/mesh/mesh.h"
 #include "normformer/model/language_model.h"
+#include "normformer/pipeline/schedule.h"
 #include "normformer/sharding/parameter_store.h"
 
 namespace normformer {
@@ -10,10 +14,7 @@ namespace normformer {
 /// The type of weights and activations under a precision.
 DType model_dtype(Precision precision);
 
-/// Which layers stage `rank` of `stages` holds, and whether it is an end.
-StagePart stage_part(int64_t layers, int64_t stages, int64_t rank);
-
-/// One rank's part of a model with its memory: parameters declared and allocated, values not yet set.
+/// What one rank holds of a model, with its memory: parameters declared and allocated, values not yet set.
 class ModelInstance {
  public:
   /// `config` is resolved for the mesh and has a vocabulary. `with_gradients` false leaves out main
@@ -24,20 +25,42 @@ class ModelInstance {
   bool is_meta() const { return context_->is_meta(); }
   const Mesh& mesh() const { return mesh_; }
   ParameterStore& store() { return store_; }
-  LanguageModelStage& stage() { return stage_; }
+
+  /// This rank's parts, as chunks of the configuration's schedule.
+  const std::vector<std::unique_ptr<LanguageModelStage>>& parts() const { return parts_; }
+
+  /// What every part was made with.
+  const ModelEnvironment& environment() const { return parts_.front()->environment(); }
+
+  /// Whether this rank holds the first part, which reads tokens, and the last, which has the loss.
+  bool has_first_part() const;
+  bool has_last_part() const;
+
+  /// LanguageModelStage's functions for all parts. Collective over the tensor group: prepare().
+  void prepare();
+  void set_micro_batches(const std::vector<MicroBatch>& batches);
+  double loss_sum() const;
+
+  /// Result of the last part; LogicError on ranks without it.
+  const Tensor& result(int64_t micro_batch) const;
+
+  /// Passes micro-batches 0 ... micro_batches - 1 through the whole model, nothing saved. Collective over the
+  /// model's ranks.
+  void forward(int64_t micro_batches);
 
   /// Scalars of the whole model. Collective over the world.
   int64_t count_parameters() const;
 
   /// True on the one rank of each data-parallel replica that answers for its losses: the first of the tensor
-  /// group on the last stage.
+  /// group that holds the last part.
   bool answers_for_loss() const;
 
  private:
   Context* context_;
   Mesh mesh_;
   ParameterStore store_;
-  LanguageModelStage stage_;
+  std::vector<std::unique_ptr<LanguageModelStage>> parts_;
+  Placement placement_;
 };
 
 /// Floating-point operations that training on one token needs: three times the products of a forward pass,

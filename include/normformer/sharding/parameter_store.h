@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <string_view>
 #include <vector>
 
 #include "normformer/mesh/parameter.h"
@@ -28,6 +29,9 @@ class ParameterStore {
 
   /// Adds a parameter. LogicError for a name declared before, or after allocate().
   Parameter& declare(ParameterSpec spec);
+
+  /// The parameter of that name; null where none was declared.
+  Parameter* find(std::string_view name);
 
   /// Makes the buffers: values undefined, gradients zero. Buckets are of about `bucket_bytes` of main
   /// gradients, and all parameters of one have the same gradient sum. With `with_gradients` false

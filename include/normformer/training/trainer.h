@@ -67,7 +67,7 @@ class Trainer {
 
  private:
   std::vector<MicroBatch> next_micro_batches() const;
-  Stage& pipeline_stage();
+  std::vector<Stage*> pipeline_parts();
   void update_weights(StepReport& report);
 
   ModelInstance& model_;
@@ -76,7 +76,7 @@ class Trainer {
   ShardedOptimizer optimizer_;
   Schedule schedule_;
   TrainingCounters counters_;
-  std::unique_ptr<Stage> graphed_;  // from the second step on, with device.cuda_graphs
+  std::vector<std::unique_ptr<Stage>> graphed_;  // from the second step on, with device.cuda_graphs
   bool has_run_ = false;
 };
 

@@ -163,6 +163,8 @@ TEST(RunConfig, RangesAreChecked) {
       {"parallel.tensor", "0"},
       {"parallel.pipeline", "0"},
       {"parallel.data", "-1"},
+      {"parallel.virtual_stages", "0"},
+      {"parallel.interleave_group", "-1"},
       {"parallel.bucket_mib", "0"},
       {"optimizer.lr", "0.0"},
       {"optimizer.beta1", "1.0"},
@@ -224,6 +226,22 @@ TEST(RunConfig, CombinationsThatCannotRunAreRefused) {
   EXPECT_EQ(refusal("[parallel]\ntensor = 2\n[device]\ncuda_graphs = true"),
             "x.toml:4:15: device.cuda_graphs = true needs micro-batches that stay on one GPU, not "
             "parallel.tensor = 2 and parallel.pipeline = 1");
+  EXPECT_EQ(refusal("[parallel]\nvirtual_stages = 2"),
+            "x.toml:2:18: parallel.virtual_stages = 2 needs parallel.schedule = \"interleaved\"");
+  EXPECT_EQ(refusal("[parallel]\ninterleave_group = 2"),
+            "x.toml:2:20: parallel.interleave_group = 2 needs parallel.schedule = \"interleaved\"");
+  EXPECT_EQ(refusal("[parallel]\npipeline = 4\ninterleave_group = 2\nschedule = 'interleaved'"),
+            "x.toml:3:20: parallel.interleave_group = 2 is less than parallel.pipeline = 4: ranks would wait "
+            "for each other");
+  EXPECT_EQ(refusal("[parallel]\npipeline = 2\nsplit = [3]"),
+            "x.toml:3:9: parallel.split has 1 parts, but the pipeline has 2");
+  EXPECT_EQ(refusal("[model]\nlayers = 7\n[parallel]\npipeline = 2\nsplit = [3, 5]"),
+            "x.toml:5:9: the layers of parallel.split are 8 together, not model.layers = 7");
+  EXPECT_EQ(refusal("[model]\nlayers = 7\n[parallel]\npipeline = 2\nschedule = 'zb_v'\nsplit = [1, 2, 3, 1]"),
+            "accepted");
+  EXPECT_THAT(refusal("parallel.split = [3, 0]"),
+              HasSubstr("parallel.split must be \"auto\" or an array, each an integer from 1"));
+  EXPECT_THAT(refusal("parallel.split = 'even'"), HasSubstr("parallel.split must be \"auto\" or an array"));
   EXPECT_EQ(refusal("[optimizer]\nmin_lr = 1e-3"),
             "x.toml:2:10: optimizer.min_lr = 0.001 is above optimizer.lr = 0.0006");
   EXPECT_EQ(refusal("[optimizer]\nwarmup_updates = 10\ndecay_updates = 10"),
@@ -347,7 +365,10 @@ const std::map<std::string, std::string>& other_values() {
       {"parallel.tensor", "2"},
       {"parallel.pipeline", "3"},
       {"parallel.data", "4"},
-      {"parallel.schedule", "\"gpipe\""},
+      {"parallel.schedule", "\"interleaved\""},
+      {"parallel.virtual_stages", "3"},
+      {"parallel.interleave_group", "4"},
+      {"parallel.split", "[5, 7]"},
       {"parallel.bucket_mib", "64"},
       {"data.train", "[\"a\", \"b\"]"},
       {"data.valid", "[{ prefix = \"c\", weight = 2.5 }]"},
@@ -387,24 +408,33 @@ const std::map<std::string, std::string>& other_values() {
   return values;
 }
 
+// What must stand beside a key's other value.
+std::string start_of(const std::string& key) {
+  const std::string data = "data.valid = 'v'\n";  // a validation needs a data set
+  if (key == "data.valid") return "";
+  if (key == "parallel.split") return data + "model.layers = 12\nparallel.pipeline = 2\n";
+  if (key == "parallel.virtual_stages" || key == "parallel.interleave_group")
+    return data + "parallel.schedule = 'interleaved'\n";
+  return data;
+}
+
 TEST(RunConfig, EachKeyIsReadAndWrittenByItself) {
   std::set<std::string> known;
   for (const ConfigKey& key : config_keys()) known.insert(key.name);
   for (const auto& [key, value] : other_values()) EXPECT_TRUE(known.contains(key)) << key;
-  const std::string start = "data.valid = 'v'\n";  // a validation needs a data set
-  const std::map<std::string, std::string> before = lines_by_key(to_toml(parse(start)));
-  EXPECT_EQ(before.size(), known.size());
   for (const std::string& key : known) {
     ASSERT_TRUE(other_values().contains(key)) << key << " is missing from the list above";
     const std::string value = other_values().at(key);
-    const RunConfig changed = parse(key == "data.valid" ? "" : start, {key + "=" + value});
+    const std::string start = start_of(key);
+    const std::map<std::string, std::string> before = lines_by_key(to_toml(parse(start)));
+    EXPECT_EQ(before.size(), known.size());
+    const RunConfig changed = parse(start, {key + "=" + value});
     EXPECT_NE(changed, parse(start)) << key;
     EXPECT_EQ(parse(to_toml(changed)), changed) << key;
     std::map<std::string, std::string> expected = before;
     expected[key] = value;
     EXPECT_EQ(lines_by_key(to_toml(changed)), expected) << key;
-    EXPECT_EQ(parse((key == "data.valid" ? "" : start) + key + " = " + value), changed)
-        << "from a file: " << key;
+    EXPECT_EQ(parse(start + key + " = " + value), changed) << "from a file: " << key;
   }
 }
 

@@ -36,8 +36,6 @@ TEST(Layout, ShardsCoverEvenlyInRankOrder) {
   expect_even_cover(vocabulary_shard);
   expect_even_cover(bucket_shard);
   expect_even_cover(replica_samples);
-  expect_even_cover(
-      [](int64_t layers, int64_t stages, int64_t stage) { return stage_layers(layers, stages, stage); });
 }
 
 TEST(Layout, KnownShards) {
@@ -48,9 +46,6 @@ TEST(Layout, KnownShards) {
   // GPT-2's vocabulary over 4.
   EXPECT_EQ(vocabulary_shard(50257, 4, 0), (Range{0, 12565}));
   EXPECT_EQ(vocabulary_shard(50257, 4, 3), (Range{37693, 50257}));
-  // 10 layers over 4 stages: the first two get three.
-  EXPECT_EQ(stage_layers(10, 4, 1), (Range{3, 6}));
-  EXPECT_EQ(stage_layers(10, 4, 3), (Range{8, 10}));
   // More elements than an int counts.
   EXPECT_EQ(bucket_shard(int64_t{5'000'000'001}, 2, 1), (Range{2'500'000'001, 5'000'000'001}));
 }
@@ -61,29 +56,6 @@ TEST(Layout, HeadChannelsAreWholeHeads) {
       for (int64_t rank = 0; rank < degree; ++rank) {
         const Range held = head_shard(heads, degree, rank);
         EXPECT_EQ(head_channel_shard(heads, 24, degree, rank), (Range{held.begin * 24, held.end * 24}));
-      }
-    }
-  }
-}
-
-TEST(Layout, ChunksPassAllStagesInOrder) {
-  // 8 layers, 2 stages, 2 chunks each: stage 0 has layers 0-1 and 4-5.
-  EXPECT_EQ(stage_layers(8, 2, 0, 2, 0), (Range{0, 2}));
-  EXPECT_EQ(stage_layers(8, 2, 1, 2, 0), (Range{2, 4}));
-  EXPECT_EQ(stage_layers(8, 2, 0, 2, 1), (Range{4, 6}));
-  EXPECT_EQ(stage_layers(8, 2, 1, 2, 1), (Range{6, 8}));
-  for (int64_t layers = 1; layers <= 23; ++layers) {
-    for (int64_t stages = 1; stages <= 5; ++stages) {
-      for (int64_t chunks = 1; chunks <= 4; ++chunks) {
-        int64_t end = 0;
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-          for (int64_t stage = 0; stage < stages; ++stage) {
-            const Range held = stage_layers(layers, stages, stage, chunks, chunk);
-            ASSERT_EQ(held.begin, end);
-            end = held.end;
-          }
-        }
-        ASSERT_EQ(end, layers);
       }
     }
   }

@@ -68,7 +68,7 @@ TEST(LanguageModel, BackwardInTwoHalvesGivesTheSameBits) {
   const RunConfig config = small_config(Precision::fp32);
   const auto gradients = [&](bool halves) {
     SmallModel small(config, DeviceKind::cpu, make_self_world());
-    LanguageModelStage& stage = small.model.stage();
+    LanguageModelStage& stage = *small.model.parts().front();
     stage.set_micro_batches(
         {make_micro_batch(small.model, counted_batch(config, 0, 2), 0, 0, Purpose::training)});
     std::unique_ptr<Stage::Saved> saved;
@@ -96,7 +96,7 @@ TEST(LanguageModel, ACommonFactorOnFairseqsHeadScalesIsANullDirection) {
   for (const Parameter& p : small.model.store().parameters()) {
     if (p.spec.name.ends_with("c_attn")) scale(small.context, p.value, 3.0);
   }
-  small.model.stage().prepare();
+  small.model.prepare();
   const std::vector<double> after = nll_of(small, batch);
   for (size_t t = 0; t < before.size(); ++t) EXPECT_NEAR(before[t], after[t], 1e-12);
 }
