@@ -37,9 +37,10 @@ struct BestTimes {
 template <class Ours, class Ceiling>
 BestTimes best_times(Clock clock, double seconds, Ours&& ours, Ceiling&& ceiling) {
   constexpr int kLeastRounds = 4;
+  constexpr int kMostRounds = 100;  // the waits of more would outlast all that is measured
   BestTimes best;
   double spent = 0;
-  for (int round = 0; spent < seconds || round < kLeastRounds; ++round) {
+  for (int round = 0; round < kLeastRounds || (spent < seconds && round < kMostRounds); ++round) {
     const double a = seconds_of(clock, ours);
     const double b = seconds_of(clock, ceiling);
     best.ours = std::min(best.ours, a);

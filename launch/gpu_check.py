@@ -39,13 +39,14 @@ import time
 
 PARTS = ("unit", "oracle", "memcheck", "racecheck", "losses", "step", "torch", "bandwidth")
 SKIPPED = 77  # exit status of a test program that has nothing to run on
-SIZES = {"125M": 360, "355M": 400, "1.3B": 500, "2.7B": 550}  # baseline's TFLOP/s to reach, at length 2048 without dropout
+# TFLOP/s that the baseline is to reach, at length 2048 without dropout.
+SIZES = {"125M": 360, "355M": 400, "1.3B": 500, "2.7B": 550}
 MOST_TIME, MOST_MEMORY = 3.0, 5.0  # percent that NormFormer may take beyond the baseline
 LEAST_RATIO = 1.1  # of our speed to PyTorch's
 WIDTHS = (768, 2048, 2560, 3072, 8192)
 QUICK_LOSSES = ("test_small_fp64", "test_same_bits", "test_ranks_by_nccl")
-SANITIZED = {"models": ("oracle_test", "*OneRankBf16*:*OneRankFp32*normformer*"), "attention": ("ops_attention_test", "*"),
-             "norms": ("ops_norm_test", "*"), "losses": ("ops_embedding_test", "*")}
+SANITIZED = {"models": ("oracle_test", "*OneRankBf16*:*OneRankFp32*normformer*"),
+             "attention": ("ops_attention_test", "*"), "norms": ("ops_norm_test", "*"), "losses": ("ops_embedding_test", "*")}
 
 Reading = collections.namedtuple("Reading", "result figures data", defaults=(None,))
 
@@ -74,7 +75,8 @@ def read_gtest(output):
                                for word in ("PASSED", "FAILED", "SKIPPED"))
     if passed + failed + skipped == 0:
         return Reading("failed", "no test ran")
-    figures = f"{passed} tests passed" + (f", {failed} failed" if failed else "") + (f", {skipped} skipped" if skipped else "")
+    figures = f"{passed} tests passed"
+    figures += "".join(f", {count} {what}" for count, what in ((failed, "failed"), (skipped, "skipped")) if count)
     return Reading("failed" if failed else "passed" if passed else "skipped", figures)
 
 
@@ -93,10 +95,12 @@ def read_losses(output):
     if skipped and re.search(r"^OK \(skipped", output, re.M):
         return Reading("failed" if "Ran 0 tests" in output else "skipped", skipped[1])
     worst = {}
-    for precision, loss, norm in re.findall(r"figures: .*?(fp64|fp32|bf16): losses to (\S+) .*gradient norms to (\S+) ", output):
+    compared = re.findall(r"figures: .*?(fp64|fp32|bf16): losses to (\S+) .*gradient norms to (\S+) ", output)
+    for precision, loss, norm in compared:
         before = worst.get(precision, (0.0, 0.0))
         worst[precision] = (max(before[0], float(loss)), max(before[1], float(norm)))
-    said = [f"{precision}: losses to {loss:.1e}, gradient norms to {norm:.1e}" for precision, (loss, norm) in worst.items()]
+    said = [f"{precision}: losses to {loss:.1e}, gradient norms to {norm:.1e}"
+            for precision, (loss, norm) in worst.items()]
     said += re.findall(r"figures: (.* (?:equal|DIFFER))$", output, re.M)
     return Reading("passed" if said else "failed", "; ".join(said) or "no figures")
 
@@ -168,8 +172,8 @@ def read_bandwidth(output):
     if not kernels:
         return Reading("failed", "no figures")
     lowest = ", ".join(f"{name} {share} %" for share, name, _ in sorted(kernels)[:3])
-    return Reading("passed", f"{statistics.median(k[0] for k in kernels):.0f} % of a copy's {max(k[2] for k in kernels):.0f} "
-                             f"GB/s in the median of {len(kernels)}; lowest: {lowest}")
+    median, copy = statistics.median(k[0] for k in kernels), max(k[2] for k in kernels)
+    return Reading("passed", f"{median:.0f} % of a copy's {copy:.0f} GB/s in the median of {len(kernels)}; lowest: {lowest}")
 
 
 # ---- what the machine has
@@ -190,7 +194,8 @@ def library_folders():
     folders = os.environ.get("LD_LIBRARY_PATH", "").split(":")
     folders += [os.path.dirname(path) for path in re.findall(r"=> (/\S+)", said_by("ldconfig", "-p") or
                                                              said_by("/sbin/ldconfig", "-p"))]
-    patterns = ["/usr/local/cuda*/lib64", "/usr/local/cuda*/lib", "/usr/local/cuda*/targets/*/lib", "/usr/local/nvidia/lib64"]
+    patterns = ["/usr/local/cuda*/lib64", "/usr/local/cuda*/lib", "/usr/local/cuda*/targets/*/lib",
+                "/usr/local/nvidia/lib64"]
     packages = said_by("python3", "-c", "import sys; print('\\n'.join(sys.path))").split() + sys.path
     for pattern in patterns + [os.path.join(path, "nvidia", "*", "lib") for path in packages if path]:
         folders += sorted(glob.glob(pattern))
@@ -206,7 +211,8 @@ class Machine:
 
     def __init__(self, bundle, manifest):
         self.bundle = bundle
-        self.gpus = said_by("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader").splitlines()
+        self.gpus = said_by("nvidia-smi", "--query-gpu=name,driver_version,memory.total",
+                            "--format=csv,noheader").splitlines()
         self.sanitizer = find_tool("compute-sanitizer", "/usr/local/cuda*/bin/compute-sanitizer",
                                    "/opt/nvidia/*/compute-sanitizer")
         # PyTorch brings CUDA libraries of its own and must not meet others.
@@ -245,7 +251,8 @@ class Machine:
     def describe(self):
         mpi = said_by("mpirun", "--version", environment=self.environment).splitlines()
         found = [("GPU", gpu) for gpu in self.gpus]
-        found.append(("host", f"{os.cpu_count()} cores, {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') >> 30} GiB"))
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        found.append(("host", f"{os.cpu_count()} cores, {memory >> 30} GiB"))
         found += [(name, folder or "not found") for name, folder in self.libraries.items()]
         found.append(("MPI", mpi[0] if mpi else "no mpirun"))
         found.append(("PyTorch", self.torch or "not installed"))
@@ -318,9 +325,10 @@ class Checks:
     def step(self):
         for size, length, dropout, quick in self.variants():
             command = [self.program("bench_gpu_step"), "--size", size, "--length", str(length), "--dropout", dropout]
+            command += ["--steps", "5"] if self.quick else []
             goal = SIZES[size] if (length, dropout) == (2048, "0") else None
-            yield Check("step", self.variant_name(size, length, dropout), command + (["--steps", "5"] if self.quick else []),
-                        600, lambda output, goal=goal: read_step(output, goal), quick=quick)
+            yield Check("step", self.variant_name(size, length, dropout), command, 600,
+                        lambda output, goal=goal: read_step(output, goal), quick=quick)
 
     def measured(self, variant):
         """What bench_gpu_step measured of a variant, by model."""
@@ -393,7 +401,8 @@ def judge(check, status, output):
         return reading
     why = f"stopped after {check.limit} s" if status is None else f"exit status {status}"
     said = output.strip().splitlines()[1:] or ["no output"]
-    return Reading("failed", f"{why}; {said[-1][:200] if reading.figures.startswith('no ') else reading.figures}", reading.data)
+    more = said[-1][:200] if reading.figures.startswith("no ") else reading.figures
+    return Reading("failed", f"{why}; {more}", reading.data)
 
 
 def perform(check, machine, output_folder):
@@ -421,7 +430,8 @@ def table(rows):
 
 def tally(rows):
     counts = collections.Counter(row["result"] for row in rows.values())
-    return f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped, {counts['goal missed']} missed a goal"
+    return (f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped, "
+            f"{counts['goal missed']} missed a goal")
 
 
 def write_results(folder, manifest, machine, rows, order):
@@ -430,7 +440,8 @@ def write_results(folder, manifest, machine, rows, order):
     key = {"commit": manifest["commit"], "gpu": machine.gpus[0].split(",")[0]}
     (folder / "results.json").write_text(json.dumps({**key, "rows": ordered}, indent=1))
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    lines = [f"## {key['gpu']}, {now}, commit {manifest['commit']}", "", f"Built {manifest['built']}.", "", "| found | |", "|---|---|"]
+    lines = [f"## {key['gpu']}, {now}, commit {manifest['commit']}", "", f"Built {manifest['built']}.", "",
+             "| found | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in machine.found]
     lines += ["", *table(ordered), "", tally(ordered)]
     (folder / "results.md").write_text("\n".join(lines) + "\n")
@@ -473,7 +484,8 @@ def add_options(parser):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="run")
+    parser = argparse.ArgumentParser(prog="run", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=pathlib.Path)
     add_options(parser)
     options = parser.parse_args()

@@ -19,14 +19,19 @@ STEP = "size model batch length drop params/M tok/s TFLOP/s of 989 ms/step p10 p
 
 
 def step_line(size, model, batch, speed, tflops, gib):
-    return f"{size:<6} {model:<11} {batch:>6}   2048     0     124.4 {speed:>9} {tflops:>8} 40.0%    100.00    99.00   101.00 {gib:>9}      9.00  10.8000\n"
+    return (f"{size:<6} {model:<11} {batch:>6}   2048     0     124.4 {speed:>9} {tflops:>8}  40.0%    100.00    99.00   "
+            f"101.00 {gib:>9}      9.00  10.8000\n")
+
+
+def step_lines(size, baseline, normformer):
+    return step_line(size, "baseline", "8x4", *baseline) + step_line(size, "normformer", "8x4", *normformer)
 
 
 PASSING = "[==========] 3 tests ran.\n[  PASSED  ] 3 tests.\n"
 FAILING = "[  PASSED  ] 2 tests.\n[  FAILED  ] 1 test, listed below:\n"
-MODELS = step_line("125M", "baseline", "8x4", 500000, 412.5, 10.0) + step_line("125M", "normformer", "8x4", 490000, 401.0, 10.4)
-SLOW = step_line("355M", "baseline", "8x4", 100000, 399.0, 20.0) + step_line("355M", "normformer", "8x4", 96000, 380.0, 20.2)
-PYTORCH = step_line("125M", "baseline", "8x4", 400000, 330.0, 11.0) + step_line("125M", "normformer", "8x4", 450000, 371.0, 12.0)
+MODELS = step_lines("125M", (500000, 412.5, 10.0), (490000, 401.0, 10.4))
+SLOW = step_lines("355M", (100000, 399.0, 20.0), (96000, 380.0, 20.2))
+PYTORCH = step_lines("125M", (400000, 330.0, 11.0), (450000, 371.0, 12.0))
 KERNELS = ("\nbf16 16384 x 2048\n  layer_norm_forward                       0.05 ms 2700.0 GB/s, copy 3000.0 GB/s:   90 %\n"
            "  sublayer_output_forward all              0.10 ms 1500.0 GB/s, copy 3000.0 GB/s:   50 %\n"
            "  adamw                                    0.10 ms 2850.0 GB/s, copy 3000.0 GB/s:   95 %\n")
@@ -39,7 +44,8 @@ class Losses:
     def test_no_gpu(self): pass
     def test_wrong(self): pass
 if sys.argv[1].endswith("good"):
-    print("test_good (Losses.test_good) ... figures: baseline fp32: losses to 1.0e-06 (at most 1e-04), gradient norms to 2.0e-05 (at most 1e-03)")
+    print("test_good (Losses.test_good) ...", end=" ")
+    print("figures: baseline fp32: losses to 1.0e-06 (at most 1e-04), gradient norms to 2.0e-05 (at most 1e-03)")
     print("figures: normformer fp32: losses to 3.0e-06 (at most 1e-04), gradient norms to 1.0e-05 (at most 1e-03)")
 elif sys.argv[1].endswith("fp64"):
     print("figures: bf16: 100 bytes of weights and 5 lines of metrics equal")
@@ -63,7 +69,8 @@ class Stand:
         (self.bundle / "launch").mkdir()
         shutil.copy(ROOT / "launch" / "gpu_check.py", self.bundle / "launch")
         self.gpu("echo 'NVIDIA H200, 580.1, 143771 MiB'")
-        self.script(self.tools / "compute-sanitizer", 'echo "========= ERROR SUMMARY: 0 errors"; while [ ! -x "$1" ]; do shift; done; exec "$@"')
+        self.script(self.tools / "compute-sanitizer", 'echo "========= ERROR SUMMARY: 0 errors"\n'
+                                                      'while [ ! -x "$1" ]; do shift; done\nexec "$@"')
         for name in ("oracle_test", "ops_attention_test", "ops_norm_test", "ops_embedding_test"):
             self.says(name, PASSING)
         self.says("bench_gpu_step", STEP + MODELS)
@@ -90,8 +97,8 @@ class Stand:
         self.script(self.bundle / "bin" / program, f"cat <<'END'\n{text}END\nexit {status}")
 
     def tests(self, entries, commit="abc"):
-        tests = [{"name": name, "command": [f"bin/{program}"], "limit": limit, "environment": {"NORMFORMER_TEST_DEVICE": "cuda"}}
-                 for name, program, limit in entries]
+        tests = [{"name": name, "command": [f"bin/{program}"], "limit": limit,
+                  "environment": {"NORMFORMER_TEST_DEVICE": "cuda"}} for name, program, limit in entries]
         self.text("checks.json", json.dumps({"commit": commit, "built": "for 90", "cuda_libraries": ["libnot_there.so.1"],
                                              "tests": tests}))
 
@@ -141,8 +148,10 @@ class GpuCheck(unittest.TestCase):
         self.stand.says("empty", "")
         self.stand.says("without_gpu", "skipped: no GPU (no driver)\n", 77)
         self.stand.script(self.stand.bundle / "bin" / "hanging", "echo '[  PASSED  ] 1 test.'; sleep 60 & sleep 60")
-        self.stand.script(self.stand.bundle / "bin" / "device", 'test "$NORMFORMER_TEST_DEVICE" = cuda && echo "[  PASSED  ] 4 tests."')
-        self.stand.tests([(name, name, 1) for name in ("failing", "hanging", "empty", "without_gpu", "missing", "device")])
+        self.stand.script(self.stand.bundle / "bin" / "device",
+                          'test "$NORMFORMER_TEST_DEVICE" = cuda && echo "[  PASSED  ] 4 tests."')
+        self.stand.tests([(name, name, 60) for name in ("failing", "empty", "without_gpu", "missing", "device")] +
+                         [("hanging", "hanging", 1)])
         self.assertEqual(self.stand.check("--only", "unit"), 1)
         self.assertEqual(self.result("unit/failing"), "failed")
         self.assertEqual(self.figures("unit/failing"), "exit status 1; 2 tests passed, 1 failed")
@@ -158,7 +167,8 @@ class GpuCheck(unittest.TestCase):
     def test_sanitizer(self):
         self.assertEqual(self.stand.check("--only", "memcheck"), 0)
         self.assertEqual(self.stand.rows()["memcheck/models"][:2], ("passed", "0 errors; 3 tests passed"))
-        self.stand.script(self.stand.tools / "compute-sanitizer", f"echo '{PASSING}'; echo 'RACECHECK SUMMARY: 2 hazards displayed'")
+        self.stand.script(self.stand.tools / "compute-sanitizer",
+                          f"echo '{PASSING}'; echo 'RACECHECK SUMMARY: 2 hazards displayed'")
         self.assertEqual(self.stand.check("--only", "racecheck/models"), 1)
         self.assertEqual(self.stand.rows()["racecheck/models"][:2], ("failed", "2 errors; 3 tests passed"))
         self.stand.script(self.stand.tools / "compute-sanitizer", "echo 'Error: Device not supported'; exit 1")
@@ -169,7 +179,8 @@ class GpuCheck(unittest.TestCase):
         self.assertEqual(self.stand.check("--only", "losses"), 1)
         self.assertEqual(self.stand.rows()["losses/test_good"][:2],
                          ("passed", "fp32: losses to 3.0e-06, gradient norms to 2.0e-05"))
-        self.assertEqual(self.figures("losses/test_small_fp64"), "bf16: 100 bytes of weights and 5 lines of metrics equal")
+        self.assertEqual(self.figures("losses/test_small_fp64"),
+                         "bf16: 100 bytes of weights and 5 lines of metrics equal")
         self.assertEqual(self.stand.rows()["losses/test_ranks_by_nccl"][:2], ("skipped", "Duplicate GPU"))
         self.assertEqual(self.stand.rows()["losses/test_no_gpu"][:2], ("failed", "the probe failed"))
         self.assertEqual(self.stand.rows()["losses/test_wrong"][:2],
@@ -201,7 +212,8 @@ class GpuCheck(unittest.TestCase):
         self.assertEqual(self.result("step/355M length 2048 dropout 0"), "goal missed")
         self.assertIn("time +4.2 %", self.figures("step/355M length 2048 dropout 0"))
         self.assertIn("0 failed, 0 skipped, 1 missed a goal", self.stand.said)
-        self.stand.says("bench_gpu_step", STEP + MODELS.splitlines(True)[0] + "2.7B   normformer  failed: out of memory\n", 1)
+        fails = "2.7B   normformer  failed: out of memory\n"
+        self.stand.says("bench_gpu_step", STEP + MODELS.splitlines(True)[0] + fails, 1)
         self.assertEqual(self.stand.check("--only", "step/2.7B*dropout 0"), 1)
         self.stand.says("bench_gpu_step", STEP + MODELS.replace("490000", "0     "))
         self.assertEqual(self.stand.check("--only", "step/125M length 2048 dropout 0,bandwidth/width 768"), 1)
@@ -212,8 +224,8 @@ class GpuCheck(unittest.TestCase):
     def test_bandwidth(self):
         self.assertEqual(self.stand.check("--only", "bandwidth", "--quick"), 0)
         self.assertEqual(self.stand.rows()["bandwidth/width 2048"][:2],
-                         ("passed", "90 % of a copy's 3000 GB/s in the median of 3; lowest: sublayer_output_forward all bf16 50 %, "
-                                    "layer_norm_forward bf16 90 %, adamw bf16 95 %"))
+                         ("passed", "90 % of a copy's 3000 GB/s in the median of 3; lowest: "
+                                    "sublayer_output_forward all bf16 50 %, layer_norm_forward bf16 90 %, adamw bf16 95 %"))
         self.assertEqual(len(self.stand.rows()), 1)
 
     def test_choosing(self):
@@ -228,7 +240,8 @@ class GpuCheck(unittest.TestCase):
         there = self.stand.folder / "there"
         there.mkdir()
         self.stand.script(self.stand.tools / "ssh", f'cd {there} && export TMPDIR={there} && exec sh -c "$2"')
-        self.stand.script(self.stand.tools / "scp", 'for a; do shift; case "$a" in -q) ;; *) set -- "$@" "${a#me@there:}" ;; esac; done; exec cp "$@"')
+        self.stand.script(self.stand.tools / "scp", 'for a; do shift; test "$a" = -q || set -- "$@" "${a#me@there:}"; done\n'
+                                                    'exec cp "$@"')
         packed = self.stand.folder / "bundle.tar.gz"
         with tarfile.open(packed, "w:gz") as tar:
             tar.add(self.stand.bundle, NAME)
