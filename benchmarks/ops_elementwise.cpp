@@ -149,9 +149,12 @@ class Bench {
     parts.bias = row();
     SublayerOutputGradients gradients;
     gradients.bias = row_sums();
+    const NextNorm next{row(), row(), 1e-5, matrix(), column(), column()};
     const auto both = [&](const std::string& with) {
       measure("sublayer_output_forward " + with,
               [&] { sublayer_output_forward(context_, parts, branch, residual, out, mean, rstd); });
+      measure("sublayer_output_forward " + with + ", next",
+              [&] { sublayer_output_forward(context_, parts, branch, residual, out, mean, rstd, next); });
       const Tensor dresidual = parts.residual_scale ? out : Tensor();
       measure("sublayer_output_backward " + with, [&] {
         sublayer_output_backward(context_, parts, dout, branch, residual, mean, rstd, dbranch, dresidual,

@@ -34,11 +34,19 @@ int check_gradient(std::string_view operation, Arguments& arguments, std::string
   return 1;
 }
 
+void check_next_norm(Arguments& arguments, const NextNorm& next, const Shape& shape) {
+  arguments.model("next gamma", next.gamma, {shape[1]});
+  arguments.model("next beta", next.beta, {shape[1]});
+  arguments.model("next y", next.y, shape);
+  arguments.accumulator("next mean", next.mean, {shape[0]});
+  arguments.accumulator("next rstd", next.rstd, {shape[0]});
+}
+
 }  // namespace
 
 void sublayer_output_forward(Context& context, const SublayerOutput& parts, const Tensor& branch,
                              const Tensor& residual, const Tensor& out, const Tensor& mean,
-                             const Tensor& rstd) {
+                             const Tensor& rstd, const NextNorm& next) {
   constexpr std::string_view kName = "sublayer_output_forward";
   const Shape shape = matrix_shape(kName, "branch", branch);
   Arguments arguments(context, kName, branch.dtype());
@@ -50,9 +58,11 @@ void sublayer_output_forward(Context& context, const SublayerOutput& parts, cons
     arguments.accumulator("mean", mean, {shape[0]});
     arguments.accumulator("rstd", rstd, {shape[0]});
   }
-  context.costs().record(kName, (parts.norm_gamma ? 12 : 4) * branch.numel(), arguments.bytes());
+  if (next.gamma) check_next_norm(arguments, next, shape);
+  const int64_t flops = (parts.norm_gamma ? 12 : 4) + (next.gamma ? 8 : 0);
+  context.costs().record(kName, flops * branch.numel(), arguments.bytes());
   if (context.is_meta() || branch.numel() == 0) return;
-  NF_ON_DEVICE(sublayer_output_forward, context, parts, branch, residual, out, mean, rstd);
+  NF_ON_DEVICE(sublayer_output_forward, context, parts, branch, residual, out, mean, rstd, next);
 }
 
 void sublayer_output_backward(Context& context, const SublayerOutput& parts, const Tensor& dout,

@@ -17,12 +17,23 @@ struct SublayerOutput {
   Tensor residual_scale;  ///< [D] of T: multiplies the residual
 };
 
+/// The LayerNorm of a sub-layer's output, which the next sub-layer reads, as layer_norm_forward makes it of
+/// the rounded output; an undefined gamma means that there is none.
+struct NextNorm {
+  Tensor gamma;  ///< [D] of T
+  Tensor beta;   ///< [D] of T
+  double eps = 1e-5;
+  Tensor y;     ///< [N, D] of T: written
+  Tensor mean;  ///< [N] of accumulator_of(T): written
+  Tensor rstd;  ///< [N] of accumulator_of(T): written
+};
+
 /// out = residual_scale * residual + drop(LN(head_scale * (branch + bias))), one pass over rows, rounded
 /// once. mean and rstd [N] (accumulator_of(T)) are written where there is a norm; else they may be undefined.
-/// out may be residual.
+/// out may be residual. The next norm is made in the same pass, to the bits of a call of its own.
 void sublayer_output_forward(Context& context, const SublayerOutput& parts, const Tensor& branch,
                              const Tensor& residual, const Tensor& out, const Tensor& mean,
-                             const Tensor& rstd);
+                             const Tensor& rstd, const NextNorm& next = {});
 
 /// Main gradients (accumulator_of(T)) of SublayerOutput's parameters, each added to; defined where the
 /// parameter is.

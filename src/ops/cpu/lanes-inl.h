@@ -8,6 +8,7 @@
 #endif
 
 #include <cstring>
+#include <type_traits>
 
 #include <hwy/cache_control.h>
 #include <hwy/highway.h>
@@ -54,17 +55,31 @@ HWY_INLINE Lanes<float> load(const bf16* from, Whole) {
 
 HWY_INLINE void store(Lanes<float> v, float* to, Whole) { hn::StoreU(v, Tag<float>(), to); }
 HWY_INLINE void store(Lanes<double> v, double* to, Whole) { hn::StoreU(v, Tag<double>(), to); }
-HWY_INLINE void store(Lanes<float> v, bf16* to, Whole) {  // as bf16(float) rounds
+/// v's bits rounded as bf16(float) rounds; a bf16 is their upper half.
+HWY_INLINE auto bits_rounded_to_bf16(Lanes<float> v) {
   const hn::Rebind<uint32_t, Tag<float>> wide;
-  const hn::Rebind<int32_t, Tag<float>> wide_signed;
-  const hn::Rebind<uint16_t, Tag<float>> narrow;
   const auto u = hn::BitCast(wide, v);
   const auto even = hn::And(hn::ShiftRight<16>(u), hn::Set(wide, 1u));
   const auto rounded = hn::Add(u, hn::Add(even, hn::Set(wide, 0x7FFFu)));
   const auto quiet = hn::Or(u, hn::Set(wide, 0x00400000u));
-  const auto bits = hn::IfThenElse(hn::RebindMask(wide, hn::IsNaN(v)), quiet, rounded);
-  const auto upper = hn::BitCast(wide_signed, hn::ShiftRight<16>(bits));
+  return hn::IfThenElse(hn::RebindMask(wide, hn::IsNaN(v)), quiet, rounded);
+}
+HWY_INLINE void store(Lanes<float> v, bf16* to, Whole) {
+  const hn::Rebind<int32_t, Tag<float>> wide_signed;
+  const hn::Rebind<uint16_t, Tag<float>> narrow;
+  const auto upper = hn::BitCast(wide_signed, hn::ShiftRight<16>(bits_rounded_to_bf16(v)));
   hn::StoreU(hn::DemoteTo(narrow, upper), narrow, reinterpret_cast<uint16_t*>(to));
+}
+
+/// What a T that v is stored to gives back.
+template <class T>
+HWY_INLINE auto rounded_to(Lanes<Accumulator<T>> v) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const hn::Rebind<uint32_t, Tag<float>> wide;
+    return hn::BitCast(Tag<float>(), hn::And(bits_rounded_to_bf16(v), hn::Set(wide, 0xFFFF0000u)));
+  } else {
+    return v;
+  }
 }
 
 /// The first part.count elements; the other lanes are zero.

@@ -1,7 +1,6 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "ops/cpu/layer_norm.cpp"
 #include <algorithm>
-#include <cmath>
 
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
@@ -9,31 +8,11 @@
 #include "normformer/tensor/dispatch.h"
 
 #include "ops/cpu/column_sums.h"
-#include "ops/cpu/lanes-inl.h"
+#include "ops/cpu/normalise_row-inl.h"
 #include "ops/kernels.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace normformer::ops::cpu::HWY_NAMESPACE {
-
-template <class T, class A = Accumulator<T>>
-void forward_row(int64_t columns, const T* x, const T* gamma, const T* beta, double eps, T* y, A* mean,
-                 A* rstd) {
-  const A m = sum_columns<A>(columns, [&](int64_t c, auto use) HWY_ATTR { return load_ahead(x + c, use); }) /
-              A(columns);
-  const auto mean_lanes = set<A>(m);
-  const A squares = sum_columns<A>(columns, [&](int64_t c, auto use) HWY_ATTR {
-    const auto centred = only_used(hn::Sub(load(x + c, use), mean_lanes), use);
-    return hn::Mul(centred, centred);
-  });
-  const A r = A(1) / std::sqrt(squares / A(columns) + A(eps));
-  const auto rstd_lanes = set<A>(r);
-  for_columns<A>(columns, [&](int64_t c, auto use) HWY_ATTR {
-    const auto normed = hn::Mul(hn::Sub(load(x + c, use), mean_lanes), rstd_lanes);
-    store(hn::MulAdd(load(gamma + c, use), normed, load(beta + c, use)), y + c, use);
-  });
-  *mean = m;
-  *rstd = r;
-}
 
 void layer_norm_forward_rows(const Tensor& x, const Tensor& gamma, const Tensor& beta, double eps,
                              const Tensor& y, const Tensor& mean, const Tensor& rstd, Range rows) {
@@ -41,8 +20,11 @@ void layer_norm_forward_rows(const Tensor& x, const Tensor& gamma, const Tensor&
   dispatch_floating(x.dtype(), [&]<class T>() {
     using A = Accumulator<T>;
     for (int64_t r = rows.begin; r < rows.end; ++r) {
-      forward_row<T>(columns, x.data<T>() + r * columns, gamma.data<T>(), beta.data<T>(), eps,
-                     y.data<T>() + r * columns, mean.data<A>() + r, rstd.data<A>() + r);
+      const T* row = x.data<T>() + r * columns;
+      const A sum =
+          sum_columns<A>(columns, [&](int64_t c, auto use) HWY_ATTR { return load_ahead(row + c, use); });
+      normalise_row<T>(columns, row, sum, gamma.data<T>(), beta.data<T>(), eps, y.data<T>() + r * columns,
+                       mean.data<A>() + r, rstd.data<A>() + r);
     }
   });
 }

@@ -13,6 +13,7 @@
 #include "ops/cpu/column_sums.h"
 #include "ops/cpu/dropout_mask.h"
 #include "ops/cpu/lanes-inl.h"
+#include "ops/cpu/normalise_row-inl.h"
 #include "ops/cpu/per_channel.h"
 #include "ops/kernels.h"
 
@@ -50,10 +51,11 @@ HWY_INLINE auto scaled(const T* branch, const Vectors<T, A>& v, int64_t c, Use u
   return v.head_scale == nullptr ? x : hn::Mul(x, load(v.head_scale + c, use));
 }
 
-/// One row forward. `row` [D] holds what is normalised, so that it is computed once.
+/// One row forward; returns the sum of what it writes where that is wanted. `row` [D] holds what is
+/// normalised, so that it is computed once.
 template <class T, class A>
-void forward_row(int64_t columns, const T* branch, const T* residual, const Vectors<T, A>& v, double eps,
-                 const A* multipliers, T* out, A* mean, A* rstd, A* row) {
+A forward_row(int64_t columns, const T* branch, const T* residual, const Vectors<T, A>& v, double eps,
+              const A* multipliers, T* out, A* mean, A* rstd, A* row, bool wants_sum) {
   if (v.gamma != nullptr) {
     const A m = sum_columns<A>(columns,
                                [&](int64_t c, auto use) HWY_ATTR {
@@ -72,7 +74,7 @@ void forward_row(int64_t columns, const T* branch, const T* residual, const Vect
   }
   const auto mean_lanes = set<A>(v.gamma != nullptr ? *mean : A(0));
   const auto rstd_lanes = set<A>(v.gamma != nullptr ? *rstd : A(0));
-  for_columns<A>(columns, [&](int64_t c, auto use) HWY_ATTR {
+  const auto write = [&](int64_t c, auto use) HWY_ATTR {
     auto added = zero<A>();
     if (v.gamma != nullptr) {
       const auto normed = hn::Mul(hn::Sub(load(row + c, use), mean_lanes), rstd_lanes);
@@ -83,12 +85,18 @@ void forward_row(int64_t columns, const T* branch, const T* residual, const Vect
     if (multipliers != nullptr) added = hn::Mul(added, load(multipliers + c, use));
     auto around = load_ahead(residual + c, use);
     if (v.residual_scale != nullptr) around = hn::Mul(around, load(v.residual_scale + c, use));
-    store(hn::Add(around, added), out + c, use);
-  });
+    const auto sum = hn::Add(around, added);
+    store(sum, out + c, use);
+    return only_used(rounded_to<T>(sum), use);
+  };
+  if (wants_sum) return sum_columns<A>(columns, write);
+  for_columns<A>(columns, write);
+  return A(0);
 }
 
 void sublayer_forward_rows(const SublayerOutput& parts, const Tensor& branch, const Tensor& residual,
-                           const Tensor& out, const Tensor& mean, const Tensor& rstd, Range rows) {
+                           const Tensor& out, const Tensor& mean, const Tensor& rstd, const NextNorm& next,
+                           Range rows) {
   const int64_t columns = branch.dim(1);
   dispatch_floating(branch.dtype(), [&]<class T>() {
     using A = Accumulator<T>;
@@ -100,9 +108,14 @@ void sublayer_forward_rows(const SublayerOutput& parts, const Tensor& branch, co
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       const int64_t at = r * columns;
       if (parts.dropout.active()) dropout_row(parts.dropout, r, columns, multipliers.data());
-      forward_row<T, A>(columns, branch.data<T>() + at, residual.data<T>() + at, vectors, parts.norm_eps,
-                        parts.dropout.active() ? multipliers.data() : nullptr, out.data<T>() + at,
-                        norm ? mean.data<A>() + r : nullptr, norm ? rstd.data<A>() + r : nullptr, row.data());
+      const A sum = forward_row<T, A>(columns, branch.data<T>() + at, residual.data<T>() + at, vectors,
+                                      parts.norm_eps, parts.dropout.active() ? multipliers.data() : nullptr,
+                                      out.data<T>() + at, norm ? mean.data<A>() + r : nullptr,
+                                      norm ? rstd.data<A>() + r : nullptr, row.data(), next.gamma.defined());
+      if (next.gamma) {
+        normalise_row<T>(columns, out.data<T>() + at, sum, next.gamma.data<T>(), next.beta.data<T>(),
+                         next.eps, next.y.data<T>() + at, next.mean.data<A>() + r, next.rstd.data<A>() + r);
+      }
     }
   });
 }
@@ -233,10 +246,10 @@ HWY_EXPORT(sublayer_backward_rows);
 
 void sublayer_output_forward(Context& context, const SublayerOutput& parts, const Tensor& branch,
                              const Tensor& residual, const Tensor& out, const Tensor& mean,
-                             const Tensor& rstd) {
+                             const Tensor& rstd, const NextNorm& next) {
   context.threads().parallel_for(branch.dim(0), row_grain(branch.dim(1)), [&](int64_t begin, int64_t end) {
     HWY_DYNAMIC_DISPATCH(sublayer_forward_rows)
-    (parts, branch, residual, out, mean, rstd, Range{begin, end});
+    (parts, branch, residual, out, mean, rstd, next, Range{begin, end});
   });
 }
 

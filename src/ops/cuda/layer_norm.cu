@@ -27,16 +27,9 @@ struct LayerNorm {
     for (int i = 0; i < N; ++i) to[i] = widen(elements.values[i]);
   }
 
-  __device__ void finish(const Elements&, const A (&values)[N], int64_t row, int64_t column, A mean,
-                         A rstd) const {
-    const auto gammas = pack_at<N>(gamma, column);
-    const auto betas = pack_at<N>(beta, column);
-    A out[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      out[i] = widen(gammas.values[i]) * ((values[i] - mean) * rstd) + widen(betas.values[i]);
-    }
-    store_pack<N>(out, y + row * width + column);
+  __device__ void finish(const Elements&, A (&values)[N], int64_t row, int64_t column, A mean, A rstd) const {
+    normalise_values(gamma, beta, column, mean, rstd, values);
+    store_pack<N>(values, y + row * width + column);
   }
 };
 

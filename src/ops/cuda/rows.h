@@ -434,6 +434,78 @@ void launch_by_rows(Context& context, Op op, int64_t rows, int64_t columns,
 inline constexpr int kNormThreads = 512;
 inline constexpr int kNormPacks = 4;  // groups of N elements of a thread
 
+/// A row's mean and 1 / sqrt(variance + eps).
+template <class A>
+struct Statistics {
+  A mean;
+  A rstd;
+};
+
+/// Those of a row that a team holds in registers, K groups of N values on each thread, of two passes;
+/// used(k): whether group k is of the row. `of_each` is 1 / columns. Every thread of the block must call.
+template <int K, int N, class A, class Used>
+__device__ Statistics<A> held_statistics(Team& team, const A (&values)[K][N], const Used& used, A of_each,
+                                         A eps) {
+  A sum[1] = {};
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    if (!used(k)) continue;
+#pragma unroll
+    for (int i = 0; i < N; ++i) sum[0] += values[k][i];
+  }
+  team.sum(sum);
+  const A mean = sum[0] * of_each;
+  A squares[1] = {};
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    if (!used(k)) continue;
+#pragma unroll
+    for (int i = 0; i < N; ++i) squares[0] += (values[k][i] - mean) * (values[k][i] - mean);
+  }
+  team.sum(squares);
+  return {mean, rsqrt(squares[0] * of_each + eps)};
+}
+
+/// gamma * (value - mean) * rstd + beta of columns c ... c + N - 1, in place.
+template <int N, class T, class A>
+__device__ void normalise_values(const T* gamma, const T* beta, int64_t column, A mean, A rstd,
+                                 A (&values)[N]) {
+  const auto gammas = pack_at<N>(gamma, column);
+  const auto betas = pack_at<N>(beta, column);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    values[i] = widen(gammas.values[i]) * ((values[i] - mean) * rstd) + widen(betas.values[i]);
+  }
+}
+
+/// How rows of `packs` groups of N elements lie in registers: a row a team, at most kNormPacks groups on each
+/// of its threads.
+struct HeldRows {
+  int64_t packs;
+  int64_t team_threads;
+
+  explicit HeldRows(int64_t row_packs)
+      : packs(row_packs), team_threads(round_up(ceil_div(row_packs, int64_t{kNormPacks}), int64_t{kWarp})) {}
+
+  /// Whether a block has as many threads.
+  bool fit() const { return team_threads <= kNormThreads; }
+
+  LaunchShape launch_shape(int64_t rows) const {
+    constexpr int kSmallTeams = 4;  // of a warp each, in a block
+    const int64_t teams = team_threads == kWarp ? kSmallTeams : 1;
+    return {.blocks = ceil_div(rows, teams), .threads = static_cast<int>(teams * team_threads)};
+  }
+
+  /// Calls body.operator()<K>() with the number of groups that a thread holds.
+  template <int K = 1, class Body>
+  void with_groups_of_thread(Body&& body) const {
+    if constexpr (K < kNormPacks) {
+      if (packs > K * team_threads) return with_groups_of_thread<K + 1>(body);
+    }
+    body.template operator()<K>();
+  }
+};
+
 /// Rows are normalised by their mean and variance: a row a team, K groups of N elements on each thread in
 /// registers. `of_each` is 1 / columns. The operation has, besides load(),
 ///   values(elements, c, values)                        what is normalised
@@ -455,25 +527,11 @@ __global__ void __launch_bounds__(kNormThreads)
     if (used(k)) elements[k] = op.load(row, column(k));
   }
   A values[K][kN] = {};
-  A sum[1] = {};
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    if (!used(k)) continue;
-    op.values(elements[k], column(k), values[k]);
-#pragma unroll
-    for (int i = 0; i < kN; ++i) sum[0] += values[k][i];
+    if (used(k)) op.values(elements[k], column(k), values[k]);
   }
-  team.sum(sum);
-  const A mean = sum[0] * of_each;
-  A squares[1] = {};
-#pragma unroll
-  for (int k = 0; k < K; ++k) {
-    if (!used(k)) continue;
-#pragma unroll
-    for (int i = 0; i < kN; ++i) squares[0] += (values[k][i] - mean) * (values[k][i] - mean);
-  }
-  team.sum(squares);
-  const A rstd = rsqrt(squares[0] * of_each + eps);
+  const auto [mean, rstd] = held_statistics(team, values, used, of_each, eps);
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     if (used(k)) op.finish(elements[k], values[k], row, column(k), mean, rstd);
@@ -520,39 +578,24 @@ __global__ void __launch_bounds__(kNormThreads)
   }
 }
 
-/// norm_rows_kernel with as many groups on a thread as a row needs: from K to kNormPacks.
-template <int K, class Op>
-void launch_norm_rows_in_registers(Context& context, const Op& op, int64_t rows, int64_t columns,
-                                   int team_threads, double eps, typename Op::A* means,
-                                   typename Op::A* rstds) {
-  if constexpr (K < kNormPacks) {
-    if (columns > int64_t{K} * team_threads * Op::kN) {
-      return launch_norm_rows_in_registers<K + 1>(context, op, rows, columns, team_threads, eps, means,
-                                                  rstds);
-    }
-  }
-  constexpr int kSmallTeams = 4;  // of a warp each, in a block
-  const int teams = team_threads == kWarp ? kSmallTeams : 1;
-  launch(context, {.blocks = ceil_div(rows, int64_t{teams}), .threads = teams * team_threads},
-         norm_rows_kernel<K, Op>, op, rows, columns, team_threads, of_each<typename Op::A>(columns), eps,
-         means, rstds);
-}
-
 /// Normalises rows and writes their mean and 1 / sqrt(variance + eps), of two passes over what is normalised.
 template <class Op>
 void launch_norm_rows(Context& context, const Op& op, int64_t rows, int64_t columns, double eps,
                       typename Op::A* means, typename Op::A* rstds) {
-  const int64_t packs = columns / Op::kN;
-  const int64_t team_threads = round_up(ceil_div(packs, int64_t{kNormPacks}), int64_t{kWarp});
+  using A = typename Op::A;
+  const HeldRows held(columns / Op::kN);
+  const A of_one = of_each<A>(columns);
   if constexpr (Op::kN > 1) {
-    if (team_threads <= kNormThreads) {
-      return launch_norm_rows_in_registers<1>(context, op, rows, columns, static_cast<int>(team_threads), eps,
-                                              means, rstds);
+    if (held.fit()) {
+      return held.with_groups_of_thread([&]<int K>() {
+        launch(context, held.launch_shape(rows), norm_rows_kernel<K, Op>, op, rows, columns,
+               static_cast<int>(held.team_threads), of_one, static_cast<A>(eps), means, rstds);
+      });
     }
   }
-  const int64_t threads = std::min(team_threads, int64_t{kNormThreads});
+  const int64_t threads = std::min(held.team_threads, int64_t{kNormThreads});
   launch(context, {.blocks = rows, .threads = static_cast<int>(threads)}, norm_wide_rows_kernel<Op>, op,
-         columns, of_each<typename Op::A>(columns), eps, means, rstds);
+         columns, of_one, static_cast<A>(eps), means, rstds);
 }
 
 }  // namespace normformer::ops::cuda

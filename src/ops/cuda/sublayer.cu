@@ -67,25 +67,31 @@ struct Output {
 
   __device__ void finish(const Columns& of_columns, const Elements& elements, Row, int64_t row,
                          int64_t column, Sums<A, 0, N>&) const {
-    A added[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      added[i] =
-          of_columns.head_scale * (widen(elements.branch.values[i]) + widen(of_columns.bias.values[i]));
-    }
-    write(of_columns.residual_scale, elements, added, row, column);
+    A values[N];
+    added(of_columns, elements, values);
+    write(of_columns.residual_scale, elements, row, column, values);
   }
 
-  __device__ void write(const Pack<T, N>& residual_scale, const Elements& elements, const A (&added)[N],
-                        int64_t row, int64_t column) const {
-    const uint32_t kept = kept_bits<N>(mask, row, column);
-    A sum[N];
+  /// What is added to the residual where there is no norm; with one, what is normalised.
+  __device__ void added(const Columns& of_columns, const Elements& elements, A (&values)[N]) const {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      sum[i] = widen(residual_scale.values[i]) * widen(elements.residual.values[i]) +
-               added[i] * multiplier(mask, kept, i);
+      values[i] =
+          of_columns.head_scale * (widen(elements.branch.values[i]) + widen(of_columns.bias.values[i]));
     }
-    store_pack<N>(sum, out + row * width + column);
+  }
+
+  /// Takes what is added and leaves what has been written.
+  __device__ void write(const Pack<T, N>& residual_scale, const Elements& elements, int64_t row,
+                        int64_t column, A (&values)[N]) const {
+    const uint32_t kept = kept_bits<N>(mask, row, column);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const A sum = widen(residual_scale.values[i]) * widen(elements.residual.values[i]) +
+                    values[i] * multiplier(mask, kept, i);
+      values[i] = widen(narrow<T>(sum));
+    }
+    store_pack<N>(values, out + row * width + column);
   }
 };
 
@@ -100,26 +106,87 @@ struct NormedOutput {
   __device__ Elements load(int64_t row, int64_t column) const { return output.load(row, column); }
 
   __device__ void values(const Elements& elements, int64_t column, A (&to)[N]) const {
-    const auto biases = pack_or<N>(output.vectors.bias, column, 0.0);
-    const A head_scale = output.vectors.heads.scale_of(column);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      to[i] = head_scale * (widen(elements.branch.values[i]) + widen(biases.values[i]));
-    }
+    output.added(output.columns(column), elements, to);
   }
 
-  __device__ void finish(const Elements& elements, const A (&values)[N], int64_t row, int64_t column, A mean,
+  __device__ void finish(const Elements& elements, A (&values)[N], int64_t row, int64_t column, A mean,
                          A rstd) const {
-    const auto gammas = pack_at<N>(output.vectors.gamma, column);
-    const auto betas = pack_at<N>(output.vectors.beta, column);
-    A normed[N];
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      normed[i] = widen(gammas.values[i]) * ((values[i] - mean) * rstd) + widen(betas.values[i]);
-    }
-    output.write(pack_or<N>(output.vectors.residual_scale, column, 1.0), elements, normed, row, column);
+    normalise_values(output.vectors.gamma, output.vectors.beta, column, mean, rstd, values);
+    output.write(output.columns(column).residual_scale, elements, row, column, values);
   }
 };
+
+/// NextNorm's tensors.
+template <class T>
+struct Next {
+  using A = Accumulator<T>;
+  const T* gamma;
+  const T* beta;
+  A eps;
+  T* y;
+  A* means;
+  A* rstds;
+
+  explicit Next(const NextNorm& next)
+      : gamma(data_or_null<T>(next.gamma)),
+        beta(data_or_null<T>(next.beta)),
+        eps(static_cast<A>(next.eps)),
+        y(data_or_null<T>(next.y)),
+        means(data_or_null<A>(next.mean)),
+        rstds(data_or_null<A>(next.rstd)) {}
+};
+
+/// The output and its next norm: rows stay in registers as in norm_rows_kernel, from what is read to y.
+/// kNorm: whether there is a norm before the residual, of `eps`, `means` and `rstds`.
+template <bool kNorm, int K, class T, int N, class A = Accumulator<T>>
+__global__ void __launch_bounds__(kNormThreads)
+    output_and_next_kernel(NormedOutput<T, N> op, Next<T> next, int64_t rows, int64_t columns,
+                           int team_threads, A of_each, A eps, A* means, A* rstds) {
+  Team team(team_threads);
+  const int64_t row = int64_t{blockIdx.x} * team.count() + team.index;
+  const auto column = [&](int k) { return (int64_t{k} * team_threads + team.member) * N; };
+  const auto used = [&](int k) { return row < rows && column(k) < columns; };
+  const bool first = row < rows && team.member == 0;
+
+  typename Output<T, N>::Elements elements[K] = {};
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    if (used(k)) elements[k] = op.load(row, column(k));
+  }
+  A values[K][N] = {};
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    if (used(k)) op.values(elements[k], column(k), values[k]);
+  }
+  Statistics<A> before = {};
+  if constexpr (kNorm) {
+    before = held_statistics(team, values, used, of_each, eps);
+    if (first) {
+      means[row] = before.mean;
+      rstds[row] = before.rstd;
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    if (!used(k)) continue;
+    if constexpr (kNorm) {
+      op.finish(elements[k], values[k], row, column(k), before.mean, before.rstd);
+    } else {
+      op.output.write(op.output.columns(column(k)).residual_scale, elements[k], row, column(k), values[k]);
+    }
+  }
+  const auto [mean, rstd] = held_statistics(team, values, used, of_each, next.eps);
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    if (!used(k)) continue;
+    normalise_values(next.gamma, next.beta, column(k), mean, rstd, values[k]);
+    store_pack<N>(values[k], next.y + row * columns + column(k));
+  }
+  if (first) {
+    next.means[row] = mean;
+    next.rstds[row] = rstd;
+  }
+}
 
 /// What backward passes read and write; null where there is none or it is not needed.
 template <class T>
@@ -379,11 +446,27 @@ void launch_backward(Context& context, const SublayerOutput& parts, const Backwa
   }
 }
 
+/// For rows that registers hold.
+template <class T, int N>
+void launch_with_next(Context& context, const SublayerOutput& parts, const NormedOutput<T, N>& op,
+                      const Next<T>& next, int64_t rows, int64_t columns, const Tensor& mean,
+                      const Tensor& rstd) {
+  using A = Accumulator<T>;
+  const HeldRows held(columns / N);
+  held.with_groups_of_thread([&]<int K>() {
+    const auto kernel =
+        parts.norm_gamma ? output_and_next_kernel<true, K, T, N> : output_and_next_kernel<false, K, T, N>;
+    launch(context, held.launch_shape(rows), kernel, op, next, rows, columns,
+           static_cast<int>(held.team_threads), of_each<A>(columns), static_cast<A>(parts.norm_eps),
+           data_or_null<A>(mean), data_or_null<A>(rstd));
+  });
+}
+
 }  // namespace
 
 void sublayer_output_forward(Context& context, const SublayerOutput& parts, const Tensor& branch,
                              const Tensor& residual, const Tensor& out, const Tensor& mean,
-                             const Tensor& rstd) {
+                             const Tensor& rstd, const NextNorm& next) {
   const int64_t rows = branch.dim(0);
   const int64_t columns = branch.dim(1);
   dispatch_floating(branch.dtype(), [&]<class T>() {
@@ -392,15 +475,23 @@ void sublayer_output_forward(Context& context, const SublayerOutput& parts, cons
     const T* around = residual.data<T>();
     T* to = out.data<T>();
     const Vectors<T> vectors(parts, columns);
-    const bool packs = vectors.can_be_packs(columns) && can_pack<kPack<T>>(columns, in, around, to);
+    const Next<T> after(next);
+    const bool packs = vectors.can_be_packs(columns) &&
+                       can_pack<kPack<T>>(columns, in, around, to, after.gamma, after.beta, after.y);
     with_packs<T>(packs, [&]<int N>() {
       const Output<T, N> op{in, around, vectors, DropoutMask<A>(parts.dropout), to, columns};
+      if constexpr (N > 1) {
+        if (next.gamma && HeldRows(columns / N).fit())
+          return launch_with_next(context, parts, NormedOutput<T, N>{op}, after, rows, columns, mean, rstd);
+      }
       if (parts.norm_gamma) {
         launch_norm_rows(context, NormedOutput<T, N>{op}, rows, columns, parts.norm_eps, mean.data<A>(),
                          rstd.data<A>());
       } else {
         launch_tiles(context, op, rows, columns);
       }
+      if (next.gamma)
+        layer_norm_forward(context, out, next.gamma, next.beta, next.eps, next.y, next.mean, next.rstd);
     });
   });
 }

@@ -1,5 +1,7 @@
 #include "normformer/ops/sublayer.h"
 
+#include "normformer/ops/layer_norm.h"
+
 #include "support.h"
 
 namespace normformer::ops {
@@ -62,7 +64,7 @@ struct Outputs {
   }
 };
 
-Outputs run(Context& context, const Inputs& in) {
+Outputs outputs_for(Context& context, const Inputs& in) {
   const DType dtype = in.branch.dtype();
   const DType sums = accumulator_of(dtype);
   const Shape shape = in.branch.shape();
@@ -78,6 +80,11 @@ Outputs run(Context& context, const Inputs& in) {
   out.gradients = {zeros_like(in.parts.bias), zeros_like(in.parts.head_scale),
                    zeros_like(in.parts.norm_gamma), zeros_like(in.parts.norm_beta),
                    zeros_like(in.parts.residual_scale)};
+  return out;
+}
+
+Outputs run(Context& context, const Inputs& in) {
+  Outputs out = outputs_for(context, in);
   sublayer_output_forward(context, in.parts, in.branch, in.residual, out.out, out.mean, out.rstd);
   sublayer_output_backward(context, in.parts, in.dout, in.branch, in.residual, out.mean, out.rstd,
                            out.dbranch, out.dresidual, out.gradients);
@@ -212,6 +219,58 @@ TEST(SublayerOutput, BackwardOfNarrowTypesMatchesFp64) {
   }
 }
 
+NextNorm next_norm(Context& context, DType dtype, const Shape& shape) {
+  const DType sums = accumulator_of(dtype);
+  return {.gamma = random_tensor(context, dtype, {shape[1]}, 10, 0.3, 1.0),
+          .beta = random_tensor(context, dtype, {shape[1]}, 11, 0.5),
+          .eps = 1e-3,
+          .y = unwritten(context, dtype, shape),
+          .mean = unwritten(context, sums, {shape[0]}),
+          .rstd = unwritten(context, sums, {shape[0]})};
+}
+
+TEST(SublayerOutput, WithTheNextNormTheBitsAreThoseOfTwoCalls) {
+  for (const Switches& switches : all_switches()) {
+    for (const DType dtype : kFloatingTypes) {
+      for (const auto [rows, columns] : kExtents) {
+        Context context(test_device(), 2);
+        const Inputs in(context, dtype, rows, columns, switches);
+        const Outputs want = run(context, in);
+        const NextNorm after = next_norm(context, dtype, in.branch.shape());
+        layer_norm_forward(context, want.out, after.gamma, after.beta, after.eps, after.y, after.mean,
+                           after.rstd);
+        const Outputs got = outputs_for(context, in);
+        const NextNorm next = next_norm(context, dtype, in.branch.shape());
+        sublayer_output_forward(context, in.parts, in.branch, in.residual, got.out, got.mean, got.rstd, next);
+        const std::string what = name_of_switches(switches, dtype, rows, columns);
+        expect_same_bits(got.out, want.out, what + " out");
+        if (switches.norm) {
+          expect_same_bits(got.mean, want.mean, what + " mean");
+          expect_same_bits(got.rstd, want.rstd, what + " rstd");
+        }
+        expect_same_bits(next.y, after.y, what + " y");
+        expect_same_bits(next.mean, after.mean, what + " next mean");
+        expect_same_bits(next.rstd, after.rstd, what + " next rstd");
+      }
+    }
+  }
+}
+
+TEST(SublayerOutput, TheNextNormMovesEachMatrixOnce) {
+  Context context(DeviceKind::meta);
+  const Inputs in(context, DType::bf16, 64, 768, {.bias = true, .norm = true});
+  const Outputs out = outputs_for(context, in);
+  const NextNorm next = next_norm(context, DType::bf16, in.branch.shape());
+  sublayer_output_forward(context, in.parts, in.branch, in.residual, out.out, out.mean, out.rstd, next);
+  int64_t bytes = 0;
+  for (const Tensor& moved :
+       {in.branch, in.residual, out.out, next.y, out.mean, out.rstd, next.mean, next.rstd, in.parts.bias,
+        in.parts.norm_gamma, in.parts.norm_beta, next.gamma, next.beta}) {
+    bytes += moved.nbytes();
+  }
+  EXPECT_EQ(context.costs().operations().at("sublayer_output_forward").bytes, bytes);
+}
+
 TEST(SublayerOutput, InPlaceAndOnAnyNumberOfThreadsTheBitsAreTheSame) {
   const Switches switches{true, true, true, true, true};
   for (const DType dtype : kFloatingTypes) {
@@ -239,6 +298,11 @@ TEST(SublayerOutput, InPlaceAndOnAnyNumberOfThreadsTheBitsAreTheSame) {
       expect_same_bits(kept, want.dresidual, "dresidual in place of dout");
       sublayer_output_forward(context, in.parts, in.branch, in.residual, in.residual, got.mean, got.rstd);
       expect_same_bits(in.residual, want.out, "out in place of residual");
+      const Inputs again(context, dtype, 65, 770, switches);
+      const NextNorm next = next_norm(context, dtype, again.branch.shape());
+      sublayer_output_forward(context, again.parts, again.branch, again.residual, again.residual, got.mean,
+                              got.rstd, next);
+      expect_same_bits(again.residual, want.out, "out in place of residual, with a next norm");
     }
   }
 }
@@ -274,6 +338,7 @@ TEST(SublayerOutput, MetaCountsAlike) {
     sublayer_output_forward(context, parts, x, x, x, column, column);
     sublayer_output_backward(context, parts, x, x, x, column, column, x, x,
                              {sum, context.empty({5}, DType::f32), sum, sum, sum});
+    sublayer_output_forward(context, parts, x, x, x, column, column, {row, row, 1e-5, x, column, column});
   });
 }
 
