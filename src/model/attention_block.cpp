@@ -43,6 +43,7 @@ AttentionBlock<Stream>::AttentionBlock(const ModelEnvironment& environment, int6
   const AttentionInit init = attention_init(config);
   const ParameterDeclarer declare(environment_, store, layer_prefix(layer));
   norm_ = declare_stream_norm(declare, "self_attn_layer_norm", width);
+  if (!is_pre()) next_norm_ = norm_;
   q_weight_ = &declare.row_sharded("self_attn.q_proj.weight", width, width, channels, init.qkv_weight);
   declare.row_sharded("self_attn.k_proj.weight", width, width, channels, init.qkv_weight, true);
   declare.row_sharded("self_attn.v_proj.weight", width, width, channels, init.qkv_weight, true);
@@ -110,8 +111,8 @@ Placed<FeatureSharded> AttentionBlock<Stream>::scaled_heads(const Tensor& heads)
 }
 
 template <class Stream>
-Placed<Stream> AttentionBlock<Stream>::forward(const MicroBatch& batch, const Placed<Stream>& x,
-                                               Saved& saved) const {
+NormedStream<Stream> AttentionBlock<Stream>::forward(const MicroBatch& batch,
+                                                     const NormedStream<Stream>& stream, Saved& saved) const {
   const TraceScope scope = trace_module(environment_, name_, "forward");
   Context& context = *environment_.context;
   const ModelConfig& config = environment_.config;
@@ -119,9 +120,7 @@ Placed<Stream> AttentionBlock<Stream>::forward(const MicroBatch& batch, const Pl
   const Range heads = environment_.heads();
   const int64_t tokens = batch.num_tokens();
 
-  const Placed<Stream> normed(is_pre() ? stream_norm_forward(environment_, norm_, x.tensor(), saved.norm)
-                                       : x.tensor());
-  const Placed<Replicated> input = boundary_.enter(normed);
+  const Placed<Replicated> input = boundary_.enter(stream.normed);
   const Placed<FeatureSharded> qkv = qkv_linear().forward(input);
 
   saved.shape = {batch.sequences, batch.length, heads.size(), config.head_size(), heads.begin, true};
@@ -141,15 +140,19 @@ Placed<Stream> AttentionBlock<Stream>::forward(const MicroBatch& batch, const Pl
     saved.output_mean = context.empty({projected.tensor().dim(0)}, accumulator);
     saved.output_rstd = context.empty({projected.tensor().dim(0)}, accumulator);
   }
-  Tensor out = context.empty(x.tensor().shape(), environment_.dtype);
-  ops::sublayer_output_forward(context, parts, projected.tensor(), x.tensor(), out, saved.output_mean,
-                               saved.output_rstd);
+  const NormedStream<Stream> made = sublayer_forward(environment_, parts, projected, stream.x,
+                                                     saved.output_mean, saved.output_rstd, next_norm_);
   saved.input = input.tensor();
   saved.qkv = qkv.tensor();
   // Without a norm or head scale behind it the product is not needed again: bias and dropout are linear.
   if (config.post_attention_norm || config.head_scale == HeadScale::fairseq)
     saved.projected = projected.tensor();
-  return Placed<Stream>(is_pre() ? out : stream_norm_forward(environment_, norm_, out, saved.norm));
+  if (is_pre()) {
+    saved.norm = stream.norm;
+    return made;
+  }
+  saved.norm = made.norm;
+  return {made.normed, made.normed, {}};
 }
 
 template <class Stream>

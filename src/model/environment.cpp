@@ -4,6 +4,24 @@
 
 namespace normformer {
 
+namespace {
+
+// None where there are no parameters.
+ops::NextNorm make_next_norm(const ModelEnvironment& environment, const NormParameters& norm,
+                             const Shape& shape) {
+  if (norm.gamma == nullptr) return {};
+  Context& context = *environment.context;
+  const DType accumulator = accumulator_of(environment.dtype);
+  return {norm.gamma->value,
+          norm.beta->value,
+          environment.config.norm_eps,
+          context.empty(shape, environment.dtype),
+          context.empty({shape[0]}, accumulator),
+          context.empty({shape[0]}, accumulator)};
+}
+
+}  // namespace
+
 ops::Dropout make_dropout(const ModelEnvironment& environment, const MicroBatch& batch, DropoutSite site,
                           int64_t layer, double probability, int64_t row_elements, int64_t first_column) {
   ops::Dropout dropout;
@@ -69,16 +87,33 @@ NormParameters declare_stream_norm(const ParameterDeclarer& declare, const std::
           &declare.replicated_vector(name + ".bias", width, InitialValue::constant(0.0))};
 }
 
-Tensor stream_norm_forward(const ModelEnvironment& environment, const NormParameters& norm, const Tensor& x,
-                           NormSaved& saved) {
-  Context& context = *environment.context;
-  const DType accumulator = accumulator_of(x.dtype());
-  saved = {x, context.empty({x.dim(0)}, accumulator), context.empty({x.dim(0)}, accumulator)};
-  Tensor y = context.empty(x.shape(), x.dtype());
-  ops::layer_norm_forward(context, x, norm.gamma->value, norm.beta->value, environment.config.norm_eps, y,
-                          saved.mean, saved.rstd);
-  return y;
+template <class Stream>
+NormedStream<Stream> stream_norm_forward(const ModelEnvironment& environment, const NormParameters& norm,
+                                         const Placed<Stream>& x) {
+  if (norm.gamma == nullptr) return {x, x, {}};
+  const ops::NextNorm made = make_next_norm(environment, norm, x.tensor().shape());
+  ops::layer_norm_forward(*environment.context, x.tensor(), made.gamma, made.beta, made.eps, made.y,
+                          made.mean, made.rstd);
+  return {x, Placed<Stream>(made.y), {x.tensor(), made.mean, made.rstd}};
 }
+
+template <class Stream>
+NormedStream<Stream> sublayer_forward(const ModelEnvironment& environment, const ops::SublayerOutput& parts,
+                                      const Placed<Stream>& branch, const Placed<Stream>& residual,
+                                      const Tensor& mean, const Tensor& rstd, const NormParameters& next) {
+  const Shape shape = residual.tensor().shape();
+  const Tensor out = environment.context->empty(shape, environment.dtype);
+  const ops::NextNorm made = make_next_norm(environment, next, shape);
+  ops::sublayer_output_forward(*environment.context, parts, branch.tensor(), residual.tensor(), out, mean,
+                               rstd, made);
+  return {Placed<Stream>(out), Placed<Stream>(made.y), {out, made.mean, made.rstd}};
+}
+
+template NormedStream<Replicated> stream_norm_forward(const ModelEnvironment&, const NormParameters&,
+                                                      const Placed<Replicated>&);
+template NormedStream<Replicated> sublayer_forward(const ModelEnvironment&, const ops::SublayerOutput&,
+                                                   const Placed<Replicated>&, const Placed<Replicated>&,
+                                                   const Tensor&, const Tensor&, const NormParameters&);
 
 Tensor stream_norm_backward(const ModelEnvironment& environment, const NormParameters& norm,
                             const NormSaved& saved, const Tensor& dy, const Tensor& residual) {

@@ -43,6 +43,7 @@ FeedForwardBlock<Stream>::FeedForwardBlock(const ModelEnvironment& environment, 
   const FeedForwardInit init = feed_forward_init(config);
   const ParameterDeclarer declare(environment_, store, layer_prefix(layer));
   norm_ = declare_stream_norm(declare, "final_layer_norm", config.width);
+  if (!is_pre()) next_norm_ = norm_;
   fc1_weight_ = &declare.row_sharded("fc1.weight", config.ffn, config.width, features, init.fc1_weight);
   fc1_bias_ = &declare.sharded_vector("fc1.bias", config.ffn, features, init.fc1_bias);
   if (config.ffn_norm) {
@@ -167,10 +168,10 @@ Placed<Stream> FeedForwardBlock<Stream>::fc2_output(Saved& saved) const {
 }
 
 template <class Stream>
-Placed<Stream> FeedForwardBlock<Stream>::forward(const MicroBatch& batch, const Placed<Stream>& x,
-                                                 Saved& saved) const {
+NormedStream<Stream> FeedForwardBlock<Stream>::forward(const MicroBatch& batch,
+                                                       const NormedStream<Stream>& stream,
+                                                       Saved& saved) const {
   const TraceScope scope = trace_module(environment_, name_, "forward");
-  Context& context = *environment_.context;
   const ModelConfig& config = environment_.config;
   saved.activation_dropout =
       make_dropout(environment_, batch, DropoutSite::activation, layer_, config.activation_dropout,
@@ -178,18 +179,20 @@ Placed<Stream> FeedForwardBlock<Stream>::forward(const MicroBatch& batch, const 
   saved.output_dropout = make_dropout(environment_, batch, DropoutSite::ffn_output, layer_,
                                       config.residual_dropout, config.width);
 
-  const Placed<Stream> normed(is_pre() ? stream_norm_forward(environment_, norm_, x.tensor(), saved.norm)
-                                       : x.tensor());
-  const Placed<Replicated> input = boundary_.enter(normed);
+  const Placed<Replicated> input = boundary_.enter(stream.normed);
   saved.input = input.tensor();
   saved.hidden = fc1().forward(input).tensor();
   const Placed<Stream> branch = fc2_output(saved);
 
-  Tensor out = context.empty(x.tensor().shape(), environment_.dtype);
-  ops::sublayer_output_forward(context, output_parts(saved.output_dropout), branch.tensor(), x.tensor(), out,
-                               Tensor(), Tensor());
-  if (config.residual_scale) saved.residual = x.tensor();
-  return Placed<Stream>(is_pre() ? out : stream_norm_forward(environment_, norm_, out, saved.norm));
+  const NormedStream<Stream> made = sublayer_forward(environment_, output_parts(saved.output_dropout), branch,
+                                                     stream.x, Tensor(), Tensor(), next_norm_);
+  if (config.residual_scale) saved.residual = stream.x.tensor();
+  if (is_pre()) {
+    saved.norm = stream.norm;
+    return made;
+  }
+  saved.norm = made.norm;
+  return {made.normed, made.normed, {}};
 }
 
 template <class Stream>

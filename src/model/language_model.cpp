@@ -53,9 +53,22 @@ LanguageModelStage::LanguageModelStage(ModelEnvironment environment, StagePart p
   if (part_.last && config.norm_position == NormPosition::pre) {
     final_norm_ = declare_stream_norm(declare, "layer_norm", config.width);
   }
+  if (config.norm_position == NormPosition::pre) hand_out_norms();
 }
 
 LanguageModelStage::~LanguageModelStage() = default;
+
+// A LayerNorm is made in the pass that makes what it reads: each block gets the one behind it. The stage's
+// last block gets none where another stage goes on, and nothing here comes before its first LayerNorm.
+void LanguageModelStage::hand_out_norms() {
+  NormParameters next = final_norm_;
+  for (size_t i = layers_.size(); i-- > 0;) {
+    layers_[i]->feed_forward.set_next_norm(next);
+    layers_[i]->attention.set_next_norm(layers_[i]->feed_forward.norm());
+    next = layers_[i]->attention.norm();
+  }
+  first_norm_ = next;
+}
 
 void LanguageModelStage::prepare() {
   if (layers_.empty() || !layers_.front()->feed_forward.is_folded()) return;
@@ -143,15 +156,14 @@ Tensor LanguageModelStage::last_tokens(const MicroBatch& batch, const Tensor& x)
 
 // From the last layer's output to the loss. The loss' own gradient is made here too, chunk by chunk, because
 // logits are never kept.
-Tensor LanguageModelStage::finish(int64_t micro_batch, const Tensor& x, SavedState& saved) {
+Tensor LanguageModelStage::finish(int64_t micro_batch, const NormedStream<Replicated>& stream,
+                                  SavedState& saved) {
   Context& context = *environment_.context;
   const MicroBatch& batch = batches_[static_cast<size_t>(micro_batch)];
   const bool generating = batch.purpose == Purpose::generation;
   const TraceScope scope = trace_module(environment_, "decoder.output", "forward");
-  const Tensor stream = generating ? last_tokens(batch, x) : x;
-  const Placed<Replicated> hidden(
-      final_norm_.gamma != nullptr ? stream_norm_forward(environment_, final_norm_, stream, saved.final_norm)
-                                   : stream);
+  const Placed<Replicated> hidden(generating ? last_tokens(batch, stream.normed.tensor())
+                                             : stream.normed.tensor());
   Tensor& result = results_[static_cast<size_t>(micro_batch)];
   if (generating) {
     result = vocabulary_logits(context, vocabulary_rows(), hidden).tensor();
@@ -160,6 +172,7 @@ Tensor LanguageModelStage::finish(int64_t micro_batch, const Tensor& x, SavedSta
   const LossOptions options{batch.targets, batch.weights, batch.purpose == Purpose::training, 1.0};
   LossResult loss = vocabulary_loss(context, environment_.tensor, vocabulary_rows(), hidden, options);
   result = loss.nll;
+  saved.final_norm = stream.norm;
   saved.dhidden = std::move(loss.dhidden);
   return {};
 }
@@ -185,14 +198,15 @@ Tensor LanguageModelStage::forward(int64_t micro_batch, const Tensor& input,
                                             environment_.config.width, environment_.dtype);
   }
   const bool keeps = batch.purpose == Purpose::training;
-  Placed<Replicated> x(part_.first ? embed(batch, *state) : input);
+  NormedStream<Replicated> stream = stream_norm_forward(
+      environment_, first_norm_, Placed<Replicated>(part_.first ? embed(batch, *state) : input));
   for (const auto& layer : layers_) {
     LayerSaved layer_saved;
-    x = layer->attention.forward(batch, x, layer_saved.attention);
-    x = layer->feed_forward.forward(batch, x, layer_saved.feed_forward);
+    stream = layer->attention.forward(batch, stream, layer_saved.attention);
+    stream = layer->feed_forward.forward(batch, stream, layer_saved.feed_forward);
     if (keeps) state->layers.push_back(std::move(layer_saved));
   }
-  Tensor output = part_.last ? finish(micro_batch, x.tensor(), *state) : x.tensor();
+  Tensor output = part_.last ? finish(micro_batch, stream, *state) : stream.x.tensor();
   if (keeps) saved = std::move(state);
   return output;
 }

@@ -28,23 +28,24 @@ void use(Context& context, const Group& group, const ColumnParallelLinear& colum
 
 CORRECT = {
     "nothing wrong": "",
-    "a reduced gradient goes on": "block.forward(batch, boundary.enter_backward(dterms), saved);",
-    "a reduced embedding": "block.forward(batch, reduce_partial(context, group, embed_tokens(context, rows, tensor)), saved);",
+    "a reduced gradient goes on": "block.forward(batch, {boundary.enter_backward(dterms), whole, {}}, saved);",
+    "a reduced embedding": "block.forward(batch, {reduce_partial(context, group, embed_tokens(context, rows, tensor)), whole, {}}, saved);",
 }
 
 MISTAKES = {
-    "an unreduced product enters the residual stream": "block.forward(batch, terms, saved);",
+    "an unreduced product enters the residual stream": "block.forward(batch, {terms, whole, {}}, saved);",
+    "an unreduced product as the stream's LayerNorm": "block.forward(batch, {whole, terms, {}}, saved);",
     "an unreduced input gradient goes on along the stream": "block.backward_input(saved, dterms);",
     "a row-parallel product of a whole input": "row.forward(stream);",
     "a column-parallel product of features": "column.forward(features);",
     "a row-parallel backward of an unreduced gradient": "row.backward_input(terms);",
     "a column-parallel backward of a whole gradient": "column.backward_input(whole);",
-    "features enter the residual stream": "block.forward(batch, features, saved);",
+    "features enter the residual stream": "block.forward(batch, {features, whole, {}}, saved);",
     "a whole value is reduced once more": "boundary.leave(whole);",
-    "an unreduced embedding enters the residual stream": "block.forward(batch, embed_tokens(context, rows, tensor), saved);",
+    "an unreduced embedding enters the residual stream": "block.forward(batch, {embed_tokens(context, rows, tensor), whole, {}}, saved);",
     "the loss of unreduced hidden states": "vocabulary_loss(context, group, rows, terms, options);",
     "a placement made of another by assignment": "const Placed<Replicated> wrong = terms; (void)wrong;",
-    "a bare tensor as a stream": "block.forward(batch, tensor, saved);",
+    "a bare tensor as a stream": "block.forward(batch, {tensor, whole, {}}, saved);",
 }
 
 

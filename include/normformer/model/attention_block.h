@@ -37,8 +37,15 @@ class AttentionBlock {
   /// Declares its parameters in the store; `layer` is global.
   AttentionBlock(const ModelEnvironment& environment, int64_t layer, ParameterStore& store);
 
-  /// x [N, D] to the stream after the residual. Collective over the tensor group.
-  Placed<Stream> forward(const MicroBatch& batch, const Placed<Stream>& x, Saved& saved) const;
+  /// Its own LayerNorm, which in the Pre-LN model whoever makes its input makes too.
+  const NormParameters& norm() const { return norm_; }
+
+  /// Pre-LN: the LayerNorm that reads this block's output and is made with it; none until this is called.
+  void set_next_norm(const NormParameters& norm) { next_norm_ = norm; }
+
+  /// The stream before the block to the stream behind its residual. Collective over the tensor group.
+  NormedStream<Stream> forward(const MicroBatch& batch, const NormedStream<Stream>& stream,
+                               Saved& saved) const;
 
   /// The gradient of x; gradients of vectors are added here, those of products in backward_weight.
   /// Collective over the tensor group.
@@ -61,6 +68,7 @@ class AttentionBlock {
   const ParameterStore* store_;
   StreamBoundary<Stream> boundary_;
   NormParameters norm_;
+  NormParameters next_norm_;       // made of the output: in the Post-LN model norm_
   Parameter* q_weight_ = nullptr;  // followed by k's and v's: one matrix [3 * channels, D]
   Parameter* q_bias_ = nullptr;
   Parameter* head_scale_ = nullptr;

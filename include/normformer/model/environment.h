@@ -9,8 +9,10 @@
 #include "normformer/mesh/layout.h"
 #include "normformer/mesh/parameter.h"
 #include "normformer/ops/dropout.h"
+#include "normformer/ops/sublayer.h"
 #include "normformer/sharding/parameter_store.h"
 #include "normformer/tensor/context.h"
+#include "normformer/tensor_parallel/placed.h"
 
 namespace normformer {
 
@@ -118,14 +120,33 @@ struct NormParameters {
 /// Declares a LayerNorm over the residual stream's channels, gain 1 and bias 0.
 NormParameters declare_stream_norm(const ParameterDeclarer& declare, const std::string& name, int64_t width);
 
-/// LayerNorm on the residual stream: forward with what its backward needs.
+/// What a LayerNorm on the residual stream keeps for its backward.
 struct NormSaved {
   Tensor input;
   Tensor mean;
   Tensor rstd;
 };
-Tensor stream_norm_forward(const ModelEnvironment& environment, const NormParameters& norm, const Tensor& x,
-                           NormSaved& saved);
+
+/// The residual stream and the LayerNorm of it that is read next.
+template <class Stream>
+struct NormedStream {
+  Placed<Stream> x;       ///< [N, D]
+  Placed<Stream> normed;  ///< [N, D]; x itself where x is what a LayerNorm gave (Post-LN), undefined where
+                          ///< another stage makes it
+  NormSaved norm;         ///< of `normed`, where it is not x
+};
+
+/// x with its LayerNorm; with x itself where `norm` has no parameters.
+template <class Stream>
+NormedStream<Stream> stream_norm_forward(const ModelEnvironment& environment, const NormParameters& norm,
+                                         const Placed<Stream>& x);
+
+/// The stream behind a sub-layer's residual (ops::sublayer_output_forward, whose `mean` and `rstd` these are)
+/// and, where `next` has parameters, its LayerNorm: one pass.
+template <class Stream>
+NormedStream<Stream> sublayer_forward(const ModelEnvironment& environment, const ops::SublayerOutput& parts,
+                                      const Placed<Stream>& branch, const Placed<Stream>& residual,
+                                      const Tensor& mean, const Tensor& rstd, const NormParameters& next);
 
 /// The gradient of the norm's input, plus `residual` where defined. Adds to the norm's gradients.
 Tensor stream_norm_backward(const ModelEnvironment& environment, const NormParameters& norm,

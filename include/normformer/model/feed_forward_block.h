@@ -43,8 +43,15 @@ class FeedForwardBlock {
   void fold_weights(const Tensor& c, const Tensor& w_beta);
   bool is_folded() const;
 
-  /// x [N, D] to the stream after the residual. Collective over the tensor group.
-  Placed<Stream> forward(const MicroBatch& batch, const Placed<Stream>& x, Saved& saved) const;
+  /// Its own LayerNorm, which in the Pre-LN model whoever makes its input makes too.
+  const NormParameters& norm() const { return norm_; }
+
+  /// Pre-LN: the LayerNorm that reads this block's output and is made with it; none until this is called.
+  void set_next_norm(const NormParameters& norm) { next_norm_ = norm; }
+
+  /// The stream before the block to the stream behind its residual. Collective over the tensor group.
+  NormedStream<Stream> forward(const MicroBatch& batch, const NormedStream<Stream>& stream,
+                               Saved& saved) const;
 
   /// The gradient of x; gradients of vectors are added here, those of products in backward_weight.
   /// Collective over the tensor group.
@@ -75,6 +82,7 @@ class FeedForwardBlock {
   std::string name_;  // in traces
   StreamBoundary<Stream> boundary_;
   NormParameters norm_;
+  NormParameters next_norm_;  // made of the output: in the Post-LN model norm_
   Parameter* fc1_weight_ = nullptr;
   Parameter* fc1_bias_ = nullptr;
   NormParameters ffn_norm_;  // split with the features

@@ -64,11 +64,12 @@ class LanguageModelStage final : public Stage {
   struct LayerSaved;
   struct SavedState;
 
+  void hand_out_norms();
   VocabularyRows vocabulary_rows() const;
   double embedding_factor() const;
   Tensor embed(const MicroBatch& batch, SavedState& saved) const;
   void embed_backward(const MicroBatch& batch, const SavedState& saved, const Tensor& dx) const;
-  Tensor finish(int64_t micro_batch, const Tensor& x, SavedState& saved);
+  Tensor finish(int64_t micro_batch, const NormedStream<Replicated>& stream, SavedState& saved);
   Tensor last_tokens(const MicroBatch& batch, const Tensor& x) const;
   Tensor finish_backward(SavedState& saved) const;
   Tensor empty_boundary(int64_t micro_batch, bool exists) const;
@@ -82,6 +83,7 @@ class LanguageModelStage final : public Stage {
   Parameter* positions_ = nullptr;  // learned positions
   Tensor sinusoidal_;               // [length, D], made when first needed
   std::vector<std::unique_ptr<Layer>> layers_;
+  NormParameters first_norm_;  // Pre-LN: what reads the stage's input
   NormParameters final_norm_;
   Tensor folded_;  // [layers, 2, D]: c and w_beta of every layer
   std::vector<MicroBatch> batches_;

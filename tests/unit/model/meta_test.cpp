@@ -55,6 +55,30 @@ TEST(Meta, ForetellsEveryRankOfALayout) {
   }
 }
 
+// LayerNorms of the stream are made in the pass that makes the stream: a call of their own is left to the
+// first of a Pre-LN stage, whose input comes from no sub-layer.
+TEST(Meta, OnlyTheFirstLayerNormOfAStageIsACallOfItsOwn) {
+  for (const NormPosition position : {NormPosition::pre, NormPosition::post}) {
+    RunConfig config = small_config(Precision::bf16);
+    config.model.norm_position = position;
+    const int64_t micro_batches = 3;  // of 2, 2 and 1 sequences
+    for (int rank = 0; rank < 2; ++rank) {
+      SmallModel small(config, DeviceKind::meta, make_meta_world(rank, 2), {.pipeline = 2});
+      small.trainer.step();
+      const auto& costs = small.context.costs().operations();
+      const auto calls = [&](const char* operation) {
+        const auto found = costs.find(operation);
+        return found == costs.end() ? 0 : found->second.calls;
+      };
+      const int64_t layers = small.model.stage().part().layers.size();
+      EXPECT_EQ(calls("sublayer_output_forward"), 2 * layers * micro_batches);
+      EXPECT_EQ(calls("layer_norm_forward"), position == NormPosition::pre ? micro_batches : 0);
+      const bool final_norm = position == NormPosition::pre && rank == 1;
+      EXPECT_EQ(calls("layer_norm_backward"), (2 * layers + (final_norm ? 1 : 0)) * micro_batches);
+    }
+  }
+}
+
 // Shapes and counts of the paper's models (arXiv 2110.09456, Table 1; a vocabulary of 51,200 rows).
 TEST(Meta, ThePapersModelsHaveThePapersParameters) {
   struct Size {
