@@ -105,16 +105,28 @@ void sublayer_forward_rows(const SublayerOutput& parts, const Tensor& branch, co
     const bool norm = parts.norm_gamma.defined();
     std::vector<A> row(static_cast<size_t>(norm ? columns : 0));
     std::vector<A> multipliers(static_cast<size_t>(parts.dropout.active() ? columns : 0));
-    for (int64_t r = rows.begin; r < rows.end; ++r) {
-      const int64_t at = r * columns;
-      if (parts.dropout.active()) dropout_row(parts.dropout, r, columns, multipliers.data());
-      const A sum = forward_row<T, A>(columns, branch.data<T>() + at, residual.data<T>() + at, vectors,
-                                      parts.norm_eps, parts.dropout.active() ? multipliers.data() : nullptr,
-                                      out.data<T>() + at, norm ? mean.data<A>() + r : nullptr,
-                                      norm ? rstd.data<A>() + r : nullptr, row.data(), next.gamma.defined());
-      if (next.gamma) {
-        normalise_row<T>(columns, out.data<T>() + at, sum, next.gamma.data<T>(), next.beta.data<T>(),
-                         next.eps, next.y.data<T>() + at, next.mean.data<A>() + r, next.rstd.data<A>() + r);
+    // As many rows at a time as stay in the cache: row by row, the streams from and to memory would take
+    // turns every few KB.
+    constexpr int64_t kBytesTogether = 256 * 1024;
+    const auto together = std::max<int64_t>(1, kBytesTogether / (columns * int64_t{sizeof(T)}));
+    std::vector<A> sums(static_cast<size_t>(std::min(together, rows.size())));
+    for (int64_t first = rows.begin; first < rows.end; first += together) {
+      const int64_t end = std::min(rows.end, first + together);
+      for (int64_t r = first; r < end; ++r) {
+        const int64_t at = r * columns;
+        if (parts.dropout.active()) dropout_row(parts.dropout, r, columns, multipliers.data());
+        sums[static_cast<size_t>(r - first)] =
+            forward_row<T, A>(columns, branch.data<T>() + at, residual.data<T>() + at, vectors,
+                              parts.norm_eps, parts.dropout.active() ? multipliers.data() : nullptr,
+                              out.data<T>() + at, norm ? mean.data<A>() + r : nullptr,
+                              norm ? rstd.data<A>() + r : nullptr, row.data(), next.gamma.defined());
+      }
+      if (!next.gamma) continue;
+      for (int64_t r = first; r < end; ++r) {
+        const int64_t at = r * columns;
+        normalise_row<T>(columns, out.data<T>() + at, sums[static_cast<size_t>(r - first)],
+                         next.gamma.data<T>(), next.beta.data<T>(), next.eps, next.y.data<T>() + at,
+                         next.mean.data<A>() + r, next.rstd.data<A>() + r);
       }
     }
   });
