@@ -113,6 +113,12 @@ void check_train(const RunConfig& c, std::vector<Conflict>& found) {
                      fmt::format("train.micro_batch = {} is more than train.global_batch = {}",
                                  c.train.micro_batch, c.train.global_batch)});
   }
+  if (c.train.recompute_layers > 0 && c.train.recompute == Recompute::none) {
+    found.push_back(
+        {{"train.recompute_layers", "train.recompute"},
+         fmt::format("train.recompute_layers = {} needs train.recompute = \"selective\" or \"full\"",
+                     c.train.recompute_layers)});
+  }
   if (c.train.valid_every > 0 && c.data.valid.empty()) {
     found.push_back(
         {{"train.valid_every", "data.valid"},

@@ -247,6 +247,12 @@ void add_train(std::vector<Field>& all) {
   s.choice("precision", &T::precision,
            {{Precision::fp64, "fp64"}, {Precision::fp32, "fp32"}, {Precision::bf16, "bf16"}},
            "what products are computed in");
+  s.choice("recompute", &T::recompute,
+           {{Recompute::none, "none"}, {Recompute::selective, "selective"}, {Recompute::full, "full"}},
+           "what backward computes anew instead of keeping: nothing, LayerNorm outputs and activations, or "
+           "whole layers");
+  s.integer("recompute_layers", &T::recompute_layers, {0, largest_size},
+            "recompute in the first so many layers of each part of the model only; 0 means in all");
   s.integer("seed", &T::seed, {0}, "of initial weights, data order and dropout");
   s.integer("valid_every", &T::valid_every, {0}, "updates between validations; 0 means only at the end");
   s.integer("valid_sequences", &T::valid_sequences, {0}, "sequences of a validation; 0 means all");

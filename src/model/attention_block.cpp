@@ -142,7 +142,7 @@ NormedStream<Stream> AttentionBlock<Stream>::forward(const MicroBatch& batch,
   }
   const NormedStream<Stream> made = sublayer_forward(environment_, parts, projected, stream.x,
                                                      saved.output_mean, saved.output_rstd, next_norm_);
-  saved.input = input.tensor();
+  if (!normalises_again()) saved.input = input.tensor();
   saved.qkv = qkv.tensor();
   // Without a norm or head scale behind it the product is not needed again: bias and dropout are linear.
   if (config.post_attention_norm || config.head_scale == HeadScale::fairseq)
@@ -192,6 +192,7 @@ template <class Stream>
 void AttentionBlock<Stream>::backward_weight(Saved& saved) const {
   const TraceScope scope = trace_module(environment_, name_, "backward weight");
   output_linear().backward_weight(Placed<Replicated>(saved.dprojected), scaled_heads(saved.heads));
+  if (normalises_again()) saved.input = stream_norm_again(environment_, norm_, saved.norm);
   qkv_linear().backward_weight(Placed<FeatureSharded>(saved.dqkv), Placed<Replicated>(saved.input));
   saved = {};
 }

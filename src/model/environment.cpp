@@ -115,6 +115,14 @@ template NormedStream<Replicated> sublayer_forward(const ModelEnvironment&, cons
                                                    const Placed<Replicated>&, const Placed<Replicated>&,
                                                    const Tensor&, const Tensor&, const NormParameters&);
 
+Tensor stream_norm_again(const ModelEnvironment& environment, const NormParameters& norm,
+                         const NormSaved& saved) {
+  Tensor normed = environment.context->empty(saved.input.shape(), saved.input.dtype());
+  ops::layer_norm_forward(*environment.context, saved.input, norm.gamma->value, norm.beta->value,
+                          environment.config.norm_eps, normed, saved.mean, saved.rstd);
+  return normed;
+}
+
 Tensor stream_norm_backward(const ModelEnvironment& environment, const NormParameters& norm,
                             const NormSaved& saved, const Tensor& dy, const Tensor& residual) {
   Context& context = *environment.context;

@@ -149,6 +149,14 @@ Placed<Stream> FeedForwardBlock<Stream>::plain_output(Saved& saved, const Tensor
 }
 
 template <class Stream>
+void FeedForwardBlock<Stream>::activate(Saved& saved, const Tensor& sums) const {
+  Context& context = *environment_.context;
+  saved.activated = context.empty(saved.hidden.shape(), environment_.dtype);
+  ops::activation_forward(context, activation(), saved.hidden, fc1_bias_->value, saved.activation_dropout,
+                          is_folded() ? ffn_norm_.gamma->value : Tensor(), saved.activated, sums);
+}
+
+template <class Stream>
 Placed<Stream> FeedForwardBlock<Stream>::fc2_output(Saved& saved) const {
   Context& context = *environment_.context;
   const int64_t tokens = saved.hidden.dim(0);
@@ -159,9 +167,7 @@ Placed<Stream> FeedForwardBlock<Stream>::fc2_output(Saved& saved) const {
     saved.mean = context.empty({tokens}, accumulator);
     saved.rstd = context.empty({tokens}, accumulator);
   }
-  saved.activated = context.empty(saved.hidden.shape(), environment_.dtype);
-  ops::activation_forward(context, activation(), saved.hidden, fc1_bias_->value, saved.activation_dropout,
-                          is_folded() ? ffn_norm_.gamma->value : Tensor(), saved.activated, sums);
+  activate(saved, sums);
   if (is_folded()) return folded_output(saved, sums);
   if (is_plain()) return plain_output(saved, sums);
   return boundary_.leave(fc2().forward(Placed<FeatureSharded>(saved.activated)));
@@ -180,9 +186,10 @@ NormedStream<Stream> FeedForwardBlock<Stream>::forward(const MicroBatch& batch,
                                       config.residual_dropout, config.width);
 
   const Placed<Replicated> input = boundary_.enter(stream.normed);
-  saved.input = input.tensor();
+  if (!normalises_again()) saved.input = input.tensor();
   saved.hidden = fc1().forward(input).tensor();
   const Placed<Stream> branch = fc2_output(saved);
+  if (activates_again()) saved.activated = {};
 
   const NormedStream<Stream> made = sublayer_forward(environment_, output_parts(saved.output_dropout), branch,
                                                      stream.x, Tensor(), Tensor(), next_norm_);
@@ -251,6 +258,7 @@ template <class Stream>
 Placed<Stream> FeedForwardBlock<Stream>::backward_input(Saved& saved, const Placed<Stream>& dout) const {
   const TraceScope scope = trace_module(environment_, name_, "backward input");
   Context& context = *environment_.context;
+  if (activates_again()) activate(saved, Tensor());
   const Placed<Stream> dsum(
       is_pre() ? dout.tensor()
                : stream_norm_backward(environment_, norm_, saved.norm, dout.tensor(), Tensor()));
@@ -292,6 +300,7 @@ void FeedForwardBlock<Stream>::backward_weight(Saved& saved) const {
     ops::add_fold_correction(*environment_.context, saved.correction_u, ffn_norm_.gamma->value,
                              saved.correction_s, ffn_norm_.beta->value, fc2_weight_->gradient);
   }
+  if (normalises_again()) saved.input = stream_norm_again(environment_, norm_, saved.norm);
   fc1().backward_weight(Placed<FeatureSharded>(saved.dhidden), Placed<Replicated>(saved.input));
   saved = {};
 }

@@ -1,23 +1,33 @@
 #include "normformer/model/language_model.h"
 
 #include <cmath>
+#include <utility>
 
 #include "normformer/ops/cross_entropy.h"
 #include "normformer/ops/embedding.h"
 
 namespace normformer {
 
-struct LanguageModelStage::Layer {
-  Layer(const ModelEnvironment& environment, int64_t number, ParameterStore& store)
-      : attention(environment, number, store), feed_forward(environment, number, store) {}
-
-  AttentionBlock<Replicated> attention;
-  FeedForwardBlock<Replicated> feed_forward;
-};
-
 struct LanguageModelStage::LayerSaved {
+  Placed<Replicated> input;  // where the layer is to be computed anew: all that is kept
   AttentionBlock<Replicated>::Saved attention;
   FeedForwardBlock<Replicated>::Saved feed_forward;
+};
+
+struct LanguageModelStage::Layer {
+  Layer(const ModelEnvironment& environment, int64_t number, ParameterStore& store)
+      : is_computed_anew(environment.recompute == Recompute::full),
+        attention(environment, number, store),
+        feed_forward(environment, number, store) {}
+
+  NormedStream<Replicated> forward(const MicroBatch& batch, const NormedStream<Replicated>& stream,
+                                   LayerSaved& saved) const {
+    return feed_forward.forward(batch, attention.forward(batch, stream, saved.attention), saved.feed_forward);
+  }
+
+  bool is_computed_anew;
+  AttentionBlock<Replicated> attention;
+  FeedForwardBlock<Replicated> feed_forward;
 };
 
 struct LanguageModelStage::SavedState final : Stage::Saved {
@@ -48,7 +58,7 @@ LanguageModelStage::LanguageModelStage(ModelEnvironment environment, StagePart p
         &declare.replicated_matrix("embed_positions.weight", config.length, config.width, embedding_init);
   }
   for (int64_t layer = part_.layers.begin; layer < part_.layers.end; ++layer) {
-    layers_.push_back(std::make_unique<Layer>(environment_, layer, store));
+    layers_.push_back(std::make_unique<Layer>(environment_of_layer(layer), layer, store));
   }
   if (part_.last && config.norm_position == NormPosition::pre) {
     final_norm_ = declare_stream_norm(declare, "layer_norm", config.width);
@@ -57,6 +67,13 @@ LanguageModelStage::LanguageModelStage(ModelEnvironment environment, StagePart p
 }
 
 LanguageModelStage::~LanguageModelStage() = default;
+
+ModelEnvironment LanguageModelStage::environment_of_layer(int64_t layer) const {
+  ModelEnvironment made = environment_;
+  const int64_t computed_anew = environment_.recompute_layers;
+  if (computed_anew > 0 && layer - part_.layers.begin >= computed_anew) made.recompute = Recompute::none;
+  return made;
+}
 
 // A LayerNorm is made in the pass that makes what it reads: each block gets the one behind it. The stage's
 // last block gets none where another stage goes on, and nothing here comes before its first LayerNorm.
@@ -202,13 +219,26 @@ Tensor LanguageModelStage::forward(int64_t micro_batch, const Tensor& input,
       environment_, first_norm_, Placed<Replicated>(part_.first ? embed(batch, *state) : input));
   for (const auto& layer : layers_) {
     LayerSaved layer_saved;
-    stream = layer->attention.forward(batch, stream, layer_saved.attention);
-    stream = layer->feed_forward.forward(batch, stream, layer_saved.feed_forward);
-    if (keeps) state->layers.push_back(std::move(layer_saved));
+    const Placed<Replicated> before = stream.x;
+    stream = layer->forward(batch, stream, layer_saved);
+    if (!keeps) continue;
+    if (layer->is_computed_anew)
+      state->layers.push_back({.input = before, .attention = {}, .feed_forward = {}});
+    else
+      state->layers.push_back(std::move(layer_saved));
   }
   Tensor output = part_.last ? finish(micro_batch, stream, *state) : stream.x.tensor();
   if (keeps) saved = std::move(state);
   return output;
+}
+
+// Dropout is a function of where it acts, so it drops the same again.
+void LanguageModelStage::compute_anew(const MicroBatch& batch, const Layer& layer, LayerSaved& saved) const {
+  const TraceScope scope = trace_module(environment_, "decoder.layers", "recompute");
+  const NormParameters norm =
+      environment_.config.norm_position == NormPosition::pre ? layer.attention.norm() : NormParameters{};
+  const Placed<Replicated> input = std::exchange(saved.input, {});
+  layer.forward(batch, stream_norm_forward(environment_, norm, input), saved);
 }
 
 template <class AfterLayer>
@@ -218,6 +248,7 @@ Tensor LanguageModelStage::run_backward(int64_t micro_batch, SavedState& saved, 
   if (batch.sequences == 0) return empty_boundary(micro_batch, !part_.first);
   Placed<Replicated> dx(part_.last ? finish_backward(saved) : doutput);
   for (size_t i = layers_.size(); i-- > 0;) {
+    if (layers_[i]->is_computed_anew) compute_anew(batch, *layers_[i], saved.layers[i]);
     dx = layers_[i]->feed_forward.backward_input(saved.layers[i].feed_forward, dx);
     dx = layers_[i]->attention.backward_input(saved.layers[i].attention, dx);
     after_layer(i);

@@ -22,8 +22,13 @@ ModelInstance::ModelInstance(Context& context, const Mesh& mesh, const RunConfig
       mesh_(mesh),
       store_(context, model_dtype(config.train.precision)),
       placement_(make_schedule(config.parallel, mesh.pipeline().size(), 0).placement) {
-  const ModelEnvironment environment{&context, config.model, store_.dtype(), mesh.tensor(),
-                                     config.train.seed};
+  const ModelEnvironment environment{.context = &context,
+                                     .config = config.model,
+                                     .dtype = store_.dtype(),
+                                     .tensor = mesh.tensor(),
+                                     .seed = config.train.seed,
+                                     .recompute = config.train.recompute,
+                                     .recompute_layers = config.train.recompute_layers};
   for (const StagePart& part : parts_of_stage(config, mesh.pipeline().size(), mesh.pipeline().rank()))
     parts_.push_back(std::make_unique<LanguageModelStage>(environment, part, store_));
   store_.allocate(config.parallel.bucket_mib << 20, with_gradients);

@@ -112,6 +112,34 @@ INSTANTIATE_TEST_SUITE_P(Fixtures, Oracle, testing::ValuesIn(oracle_fixture_name
                            return name;
                          });
 
+// Whatever is computed anew is what was not kept, to the last bit, under every layout.
+TEST(Recomputation, ChangesNoBit) {
+  constexpr int64_t kSteps = 4;
+  for (const std::string name : {"normformer-resscale", "normformer-fairseq", "post-ln"}) {
+    const OracleFixture fixture = load_oracle_fixture(name);
+    for (const FfnNormForm form : {FfnNormForm::folded, FfnNormForm::plain}) {
+      for (OracleLayout layout :
+           {OracleLayout{.degrees = {}, .precision = Precision::bf16},
+            OracleLayout{.degrees = {.tensor = 2, .pipeline = 2}, .precision = Precision::fp32},
+            OracleLayout{.degrees = {.data = 2, .pipeline = 2},
+            .precision = Precision::bf16,
+            .schedule = PipelineSchedule::zb_v}}) {
+        layout.form = form;
+        std::vector<std::vector<double>> losses;
+        for (const Recompute recompute : {Recompute::none, Recompute::selective, Recompute::full}) {
+          layout.recompute = recompute;
+          layout.device = test_device();
+          run_local_world(static_cast<int>(num_ranks(layout.degrees)), [&](const Group& world) {
+            auto mine = dropout_losses(fixture, layout, world, kSteps);
+            if (world.rank() == 0) losses.push_back(std::move(mine));
+          });
+          EXPECT_EQ(losses.front(), losses.back()) << name << " " << to_string(layout);
+        }
+      }
+    }
+  }
+}
+
 TEST(DropoutAcrossSchedules, LossesEqualOneProcess) {
   constexpr int64_t kSteps = 20;
   const OracleFixture fixture = load_oracle_fixture("normformer-resscale");

@@ -45,6 +45,7 @@ struct Run {
     c.parallel.data = layout.degrees.data;
     c.parallel.schedule = layout.schedule;
     c.parallel.virtual_stages = layout.virtual_stages;
+    c.train.recompute = layout.recompute;
     c.model.ffn_norm_form = layout.form;
     c.train.precision = layout.precision;
     c.train.global_batch = f.sequences;
@@ -213,10 +214,11 @@ std::vector<MeshDegrees> oracle_degrees() {
 }
 
 std::string to_string(const OracleLayout& layout) {
-  return fmt::format("tp{} pp{} dp{} {} micro-batch {} schedule {} virtual stages {}", layout.degrees.tensor,
-                     layout.degrees.pipeline, layout.degrees.data,
+  return fmt::format("tp{} pp{} dp{} {} micro-batch {} schedule {} virtual stages {} recompute {}",
+                     layout.degrees.tensor, layout.degrees.pipeline, layout.degrees.data,
                      layout.form == FfnNormForm::plain ? "plain" : "folded", layout.micro_batch,
-                     static_cast<int>(layout.schedule), layout.virtual_stages);
+                     static_cast<int>(layout.schedule), layout.virtual_stages,
+                     static_cast<int>(layout.recompute));
 }
 
 std::vector<std::string> compare_with_oracle(const OracleFixture& fixture, const OracleLayout& layout,

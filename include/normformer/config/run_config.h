@@ -44,6 +44,11 @@ enum class DecayStyle { constant, linear, cosine, polynomial };
 /// Which order a pipeline's stages run their micro-batches in; `one_f_one_b` is "1f1b" in files.
 enum class PipelineSchedule { gpipe, one_f_one_b, interleaved, zb_h1, zb_h2, zb_v };
 
+/// What a micro-batch's backward computes anew instead of keeping it: nothing; what is cheap to compute and
+/// large to keep (LayerNorm outputs and activations; Korthikanti et al. 2022, section 5); or whole layers, of
+/// which only the input is kept (Chen et al. 2016).
+enum class Recompute { none, selective, full };
+
 /// Where Adam's eps stands: torch adds it to sqrt(v_hat); fairseq adds it to sqrt(v) before the bias
 /// correction.
 enum class AdamEps { torch, fairseq };
@@ -139,6 +144,8 @@ struct TrainConfig {
   int64_t global_batch = 8;  ///< sequences of one update, over all ranks
   int64_t micro_batch = 1;   ///< sequences that one rank computes at a time
   Precision precision = Precision::fp32;
+  Recompute recompute = Recompute::none;
+  int64_t recompute_layers = 0;  ///< the first so many layers of each part of the model; 0 means all
   uint64_t seed = 1;
   int64_t valid_every = 0;      ///< updates between validations; 0 means only at the end
   int64_t valid_sequences = 0;  ///< sequences of a validation; 0 means all

@@ -23,7 +23,7 @@ class AttentionBlock {
     ops::Dropout output_dropout;
     Tensor document_start;
     NormSaved norm;      // the sub-layer's own LayerNorm
-    Tensor input;        // [N, D]: what the projections read
+    Tensor input;        // [N, D]: what the projections read; not kept where it is made again
     Tensor qkv;          // [N, 3 * channels of this rank]
     Tensor heads;        // [N, channels of this rank]: attention's output, before head scale
     Tensor lse;          // [B, heads of this rank, T]
@@ -56,6 +56,8 @@ class AttentionBlock {
 
  private:
   bool is_pre() const { return environment_.config.norm_position == NormPosition::pre; }
+  // Whether the products' input is made again from the stream; in the Post-LN model it is the stream.
+  bool normalises_again() const { return is_pre() && environment_.recompute == Recompute::selective; }
   ColumnParallelLinear qkv_linear() const;
   RowParallelLinear output_linear() const;
   ops::SublayerOutput output_parts(const ops::Dropout& dropout) const;

@@ -24,6 +24,8 @@ struct ModelEnvironment {
   DType dtype;         ///< of weights and activations
   Group tensor;        ///< the tensor-parallel group
   uint64_t seed;
+  Recompute recompute = Recompute::none;
+  int64_t recompute_layers = 0;  ///< of a part, its first ones; 0 means all
 
   /// This rank's heads, feed-forward features, channels of its heads, and rows of the vocabulary.
   Range heads() const { return head_shard(config.heads, tensor.size(), tensor.rank()); }
@@ -147,6 +149,10 @@ template <class Stream>
 NormedStream<Stream> sublayer_forward(const ModelEnvironment& environment, const ops::SublayerOutput& parts,
                                       const Placed<Stream>& branch, const Placed<Stream>& residual,
                                       const Tensor& mean, const Tensor& rstd, const NormParameters& next);
+
+/// What the norm gave, computed anew with the same bits.
+Tensor stream_norm_again(const ModelEnvironment& environment, const NormParameters& norm,
+                         const NormSaved& saved);
 
 /// The gradient of the norm's input, plus `residual` where defined. Adds to the norm's gradients.
 Tensor stream_norm_backward(const ModelEnvironment& environment, const NormParameters& norm,

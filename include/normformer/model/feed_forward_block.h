@@ -21,7 +21,7 @@ class FeedForwardBlock {
     ops::Dropout activation_dropout;
     ops::Dropout output_dropout;
     NormSaved norm;    // the sub-layer's own LayerNorm
-    Tensor input;      // [N, D]: what fc1 read
+    Tensor input;      // [N, D]: what fc1 read; not kept where it is made again
     Tensor residual;   // [N, D]: x, kept for lambda's gradient
     Tensor hidden;     // [N, F of this rank]: fc1's product, without bias
     Tensor activated;  // [N, F]: h; in the folded form gamma * h
@@ -63,6 +63,10 @@ class FeedForwardBlock {
  private:
   bool is_pre() const { return environment_.config.norm_position == NormPosition::pre; }
   bool is_plain() const;
+  // What backward makes again instead of keeping it; in the Post-LN model fc1's input is the stream.
+  bool activates_again() const { return environment_.recompute == Recompute::selective; }
+  bool normalises_again() const { return is_pre() && activates_again(); }
+  void activate(Saved& saved, const Tensor& sums) const;
   ops::ActivationKind activation() const;
   ColumnParallelLinear fc1() const;
   RowParallelLinear fc2() const;

@@ -65,6 +65,8 @@ class LanguageModelStage final : public Stage {
   struct SavedState;
 
   void hand_out_norms();
+  ModelEnvironment environment_of_layer(int64_t layer) const;
+  void compute_anew(const MicroBatch& batch, const Layer& layer, LayerSaved& saved) const;
   VocabularyRows vocabulary_rows() const;
   double embedding_factor() const;
   Tensor embed(const MicroBatch& batch, SavedState& saved) const;

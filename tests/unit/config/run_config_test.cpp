@@ -179,6 +179,7 @@ TEST(RunConfig, RangesAreChecked) {
       {"train.updates", "0"},
       {"train.global_batch", "0"},
       {"train.micro_batch", "0"},
+      {"train.recompute_layers", "-1"},
       {"train.seed", "-1"},
       {"train.valid_every", "-1"},
       {"train.valid_sequences", "-1"},
@@ -226,6 +227,8 @@ TEST(RunConfig, CombinationsThatCannotRunAreRefused) {
   EXPECT_EQ(refusal("[parallel]\ntensor = 2\n[device]\ncuda_graphs = true"),
             "x.toml:4:15: device.cuda_graphs = true needs micro-batches that stay on one GPU, not "
             "parallel.tensor = 2 and parallel.pipeline = 1");
+  EXPECT_EQ(refusal("[train]\nrecompute_layers = 2"),
+            "x.toml:2:20: train.recompute_layers = 2 needs train.recompute = \"selective\" or \"full\"");
   EXPECT_EQ(refusal("[parallel]\nvirtual_stages = 2"),
             "x.toml:2:18: parallel.virtual_stages = 2 needs parallel.schedule = \"interleaved\"");
   EXPECT_EQ(refusal("[parallel]\ninterleave_group = 2"),
@@ -390,6 +393,8 @@ const std::map<std::string, std::string>& other_values() {
       {"train.global_batch", "16"},
       {"train.micro_batch", "4"},
       {"train.precision", "\"bf16\""},
+      {"train.recompute", "\"full\""},
+      {"train.recompute_layers", "2"},
       {"train.seed", "42"},
       {"train.valid_every", "10"},
       {"train.valid_sequences", "100"},
@@ -412,6 +417,7 @@ const std::map<std::string, std::string>& other_values() {
 std::string start_of(const std::string& key) {
   const std::string data = "data.valid = 'v'\n";  // a validation needs a data set
   if (key == "data.valid") return "";
+  if (key == "train.recompute_layers") return data + "train.recompute = 'selective'\n";
   if (key == "parallel.split") return data + "model.layers = 12\nparallel.pipeline = 2\n";
   if (key == "parallel.virtual_stages" || key == "parallel.interleave_group")
     return data + "parallel.schedule = 'interleaved'\n";

@@ -35,24 +35,70 @@ void expect_alike(const Account& real, const Account& meta) {
   EXPECT_EQ(real.traffic, meta.traffic);
 }
 
+void expect_foretold(const RunConfig& config, const MeshDegrees& degrees) {
+  const auto ranks = static_cast<int>(num_ranks(degrees));
+  std::vector<Account> real(static_cast<size_t>(ranks));
+  run_local_world(ranks, [&](const Group& world) {
+    real[static_cast<size_t>(world.rank())] = account_of_two_steps(config, DeviceKind::cpu, world, degrees);
+  });
+  for (int rank = 0; rank < ranks; ++rank) {
+    SCOPED_TRACE(to_string(degrees) + ", rank " + std::to_string(rank));
+    expect_alike(real[static_cast<size_t>(rank)],
+                 account_of_two_steps(config, DeviceKind::meta, make_meta_world(rank, ranks), degrees));
+  }
+}
+
 TEST(Meta, ForetellsEveryRankOfALayout) {
   for (const Precision precision : {Precision::fp32, Precision::bf16}) {
     for (const MeshDegrees& degrees : {MeshDegrees{}, MeshDegrees{.tensor = 2}, MeshDegrees{.data = 2},
                                        MeshDegrees{.tensor = 2, .context = 1, .data = 2, .pipeline = 2}}) {
-      const RunConfig config = small_config(precision);
-      const auto ranks = static_cast<int>(num_ranks(degrees));
-      std::vector<Account> real(static_cast<size_t>(ranks));
-      run_local_world(ranks, [&](const Group& world) {
-        real[static_cast<size_t>(world.rank())] =
-            account_of_two_steps(config, DeviceKind::cpu, world, degrees);
-      });
-      for (int rank = 0; rank < ranks; ++rank) {
-        SCOPED_TRACE(to_string(degrees) + ", rank " + std::to_string(rank));
-        expect_alike(real[static_cast<size_t>(rank)],
-                     account_of_two_steps(config, DeviceKind::meta, make_meta_world(rank, ranks), degrees));
-      }
+      expect_foretold(small_config(precision), degrees);
     }
   }
+}
+
+TEST(Meta, ForetellsSchedulesAndRecomputation) {
+  RunConfig config = small_config(Precision::bf16);
+  config.model.layers = 4;
+  for (const auto schedule :
+       {PipelineSchedule::interleaved, PipelineSchedule::zb_h1, PipelineSchedule::zb_v}) {
+    config.parallel.schedule = schedule;
+    config.parallel.virtual_stages = schedule == PipelineSchedule::interleaved ? 2 : 1;
+    for (const Recompute recompute : {Recompute::none, Recompute::selective, Recompute::full}) {
+      config.train.recompute = recompute;
+      expect_foretold(config, {.tensor = 2, .pipeline = 2});
+    }
+  }
+}
+
+// What is not kept is not held: by tensors of [tokens, width], as the blocks' Saved lists them.
+TEST(Meta, RecomputationSavesMemoryAndCostsOperations) {
+  RunConfig config = small_config(Precision::bf16);
+  config.model.layers = 6;
+  config.model.width = 40;
+  config.model.ffn = 160;
+  config.model.length = 48;
+  const auto account = [&](Recompute recompute, int64_t layers) {
+    config.train.recompute = recompute;
+    config.train.recompute_layers = layers;
+    return account_of_two_steps(config, DeviceKind::meta, make_meta_world(0, 1), {});
+  };
+  const auto activations = [](const Account& a) {
+    return a.memory.at_peak_by_use[static_cast<size_t>(MemoryUse::activations)];
+  };
+  const Account none = account(Recompute::none, 0);
+  const Account selective = account(Recompute::selective, 0);
+  const Account some = account(Recompute::full, 3);
+  const Account full = account(Recompute::full, 0);
+  EXPECT_LT(activations(selective), 0.8 * static_cast<double>(activations(none)));
+  EXPECT_LT(activations(some), activations(none));
+  EXPECT_LT(activations(full), activations(some));
+  EXPECT_LT(activations(full), 0.5 * static_cast<double>(activations(none)));
+  const auto calls = [](const Account& a, const char* operation) { return a.costs.at(operation).calls; };
+  EXPECT_EQ(calls(selective, "linear_forward"), calls(none, "linear_forward"));
+  EXPECT_EQ(calls(selective, "activation_forward"), 2 * calls(none, "activation_forward"));
+  EXPECT_EQ(calls(full, "attention_forward"), 2 * calls(none, "attention_forward"));
+  EXPECT_EQ(2 * calls(some, "attention_forward"), 3 * calls(none, "attention_forward"));
 }
 
 // LayerNorms of the stream are made in the pass that makes the stream: a call of their own is left to the
@@ -70,7 +116,7 @@ TEST(Meta, OnlyTheFirstLayerNormOfAStageIsACallOfItsOwn) {
         const auto found = costs.find(operation);
         return found == costs.end() ? 0 : found->second.calls;
       };
-      const int64_t layers = small.model.stage().part().layers.size();
+      const int64_t layers = small.model.parts().front()->part().layers.size();
       EXPECT_EQ(calls("sublayer_output_forward"), 2 * layers * micro_batches);
       EXPECT_EQ(calls("layer_norm_forward"), position == NormPosition::pre ? micro_batches : 0);
       const bool final_norm = position == NormPosition::pre && rank == 1;
