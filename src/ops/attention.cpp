@@ -40,6 +40,11 @@ void check_document_starts(const AttentionShape& s, const Tensor& document_start
 
 }  // namespace
 
+std::string to_string(const AttentionShape& shape) {
+  return fmt::format("{} x {} tokens, {} heads of {}{}", shape.batch, shape.length, shape.heads,
+                     shape.head_size, shape.causal ? ", causal" : "");
+}
+
 int64_t attention_forward_flops(const AttentionShape& s) {
   const int64_t pairs =
       s.causal ? checked_mul(s.length, checked_add(s.length, 1)) / 2 : checked_mul(s.length, s.length);

@@ -140,12 +140,11 @@ void Allocator::out_of_memory(int64_t bytes, MemoryUse use) const {
                          gpu_->description().index, static_cast<double>(memory.free) / kMiB,
                          static_cast<double>(memory.total) / kMiB);
   }
-  throw Error(
-      ExitCode::internal,
-      fmt::format(
-          "out of memory{}: {:.1f} MiB of {} were wanted; held: {}. Lower train.micro_batch, or split the "
-          "model over more ranks (parallel.tensor, parallel.pipeline)",
-          device, static_cast<double>(bytes) / kMiB, name_of(use), to_string(report_)));
+  throw Error(ExitCode::internal,
+              fmt::format("out of memory{}: {:.1f} MiB of {} were wanted; held: {}. Lower train.micro_batch, "
+                          "set train.recompute, or split the "
+                          "model over more ranks (parallel.tensor, parallel.pipeline)",
+                          device, static_cast<double>(bytes) / kMiB, name_of(use), to_string(report_)));
 }
 
 void Allocator::trim() {

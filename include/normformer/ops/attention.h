@@ -1,5 +1,7 @@
 #pragma once
 
+#include <string>
+
 #include "normformer/ops/dropout.h"
 #include "normformer/tensor/context.h"
 
@@ -14,6 +16,9 @@ struct AttentionShape {
   int64_t first_head = 0;  ///< global number of this rank's first head
   bool causal = true;      ///< a token attends to itself and what is before it; false: to all of its sequence
 };
+
+/// "4 x 1024 tokens, 12 heads of 64, causal"
+std::string to_string(const AttentionShape& shape);
 
 // qkv is [batch * length, 3 * heads * head_size] of T: all heads' queries, then keys, then values, biases
 // added. out is [batch * length, heads * head_size] of T. lse [batch, heads, length] is of accumulator_of(T).

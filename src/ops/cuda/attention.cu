@@ -1,8 +1,6 @@
 #include <functional>
 #include <string>
 
-#include <fmt/format.h>
-
 #include "normformer/tensor/dispatch.h"
 
 #include "ops/cuda/attention_input.h"
@@ -96,11 +94,9 @@ struct AttentionWays {
   FasterWay faster;
 };
 
-void run_faster(Context& context, const char* direction, const AttentionShape& s,
+void run_faster(Context& context, const char* direction, const AttentionShape& shape,
                 const std::function<bool()>& by_cudnn, const std::function<void()>& by_own) {
-  const std::string key = fmt::format("attention {} {}x{} heads {} of {}{}", direction, s.batch, s.length,
-                                      s.heads, s.head_size, s.causal ? " causal" : "");
-  context.gpu().attached<AttentionWays>().faster.run(key, by_cudnn, by_own);
+  context.gpu().attached<AttentionWays>().faster.run(direction + to_string(shape), by_cudnn, by_own);
 }
 
 }  // namespace
@@ -112,7 +108,7 @@ void attention_forward(Context& context, const AttentionShape& shape, const Tens
     return cudnn_attention_forward(context, shape, qkv, document_start, dropout, out, lse);
   };
   const auto by_own = [&] { own_forward(context, shape, qkv, document_start, dropout, out, lse); };
-  run_faster(context, "forward", shape, by_cudnn, by_own);
+  run_faster(context, "attention forward ", shape, by_cudnn, by_own);
 }
 
 // What find_delta finds: [batch, heads, length].
@@ -129,7 +125,7 @@ void attention_backward(Context& context, const AttentionShape& shape, const Ten
   const auto by_own = [&] {
     own_backward(context, shape, dout, qkv, document_start, dropout, out, lse, dqkv, workspace);
   };
-  run_faster(context, "backward", shape, by_cudnn, by_own);
+  run_faster(context, "attention backward ", shape, by_cudnn, by_own);
 }
 
 }  // namespace normformer::ops::cuda
