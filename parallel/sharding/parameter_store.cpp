@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "normformer/mesh/layout.h"
 #include "normformer/ops/random_fill.h"
 
 namespace normformer {
@@ -43,44 +44,188 @@ void ParameterStore::place_parameters() {
   }
 }
 
-void ParameterStore::cut_buckets(int64_t bucket_bytes) {
-  const int64_t wanted = std::max<int64_t>(1, bucket_bytes / size_of(accumulator_of(dtype_)));
+void ParameterStore::cut_buckets(const Group& data) {
+  const int64_t wanted = std::max<int64_t>(1, options_.bucket_bytes / size_of(accumulator_of(dtype_)));
+  const bool by_unit = options_.sharding != Sharding::optimizer;
   for (const Parameter& p : parameters_) {
+    const int64_t unit = by_unit ? p.spec.unit : -1;
     const bool starts = buckets_.empty() || !same_sum(buckets_.back().sum_over, p.spec.sum_over) ||
-                        (buckets_.back().flat.size() >= wanted && !p.spec.joins_previous);
+                        buckets_.back().unit != unit ||
+                        (buckets_.back().size() >= wanted && !p.spec.joins_previous);
     if (starts) {
       // The gap of an aligned start belongs to the bucket before; it holds zeros and stays zero.
       const int64_t begin = buckets_.empty() ? 0 : p.offset;
       if (!buckets_.empty()) buckets_.back().flat.end = begin;
-      buckets_.push_back({{begin, begin}, p.spec.sum_over});
+      buckets_.emplace_back();
+      buckets_.back().flat = {begin, begin};
+      buckets_.back().sum_over = p.spec.sum_over;
+      buckets_.back().unit = unit;
     }
     buckets_.back().flat.end = p.offset + p.numel();
   }
-}
-
-void ParameterStore::allocate(int64_t bucket_bytes, bool with_gradients) {
-  NF_CHECK(!values_.defined(), "a parameter store is allocated twice");
-  place_parameters();
-  cut_buckets(bucket_bytes);
-  values_ = context_->zeros({flat_size_}, dtype_, MemoryUse::parameters);
-  if (with_gradients)
-    gradients_ = context_->zeros({flat_size_}, accumulator_of(dtype_), MemoryUse::gradients);
-  for (Parameter& p : parameters_) {
-    const Shape shape = local_shape(p.spec);
-    p.value = values_.at(p.offset, shape);
-    if (with_gradients) p.gradient = gradients_.at(p.offset, shape);
+  for (Bucket& b : buckets_) {
+    const Range mine = bucket_shard(b.size(), data.size(), data.rank());
+    b.piece = {b.flat.begin + mine.begin, b.flat.begin + mine.end};
+    b.counts = shard_sizes(b.size(), data.size());
   }
 }
 
+bool ParameterStore::splits_gradients(const Bucket& bucket) const {
+  return bucket.unit >= 0 && options_.sharding != Sharding::optimizer;
+}
+
+bool ParameterStore::splits_values(const Bucket& bucket) const {
+  return bucket.unit >= 0 && options_.sharding == Sharding::parameters;
+}
+
+namespace {
+
+// Buffers of one kind: of whole buckets, and of this rank's pieces of those that are split.
+struct Buffers {
+  Tensor whole;
+  Tensor pieces;
+};
+
+template <class Splits>
+Buffers make_buffers(Context& context, const std::vector<Bucket>& buckets, DType dtype, MemoryUse use,
+                     Splits&& splits) {
+  int64_t whole = 0;
+  int64_t pieces = 0;
+  for (const Bucket& b : buckets) (splits(b) ? pieces : whole) += splits(b) ? b.piece.size() : b.size();
+  return {context.zeros({whole}, dtype, use), context.zeros({pieces}, dtype, use)};
+}
+
+// Gives each bucket its place in the buffers.
+template <class Splits>
+void hand_out(const Buffers& buffers, std::vector<Bucket>& buckets, Tensor Bucket::*whole,
+              Tensor Bucket::*piece, Splits&& splits) {
+  int64_t whole_at = 0;
+  int64_t piece_at = 0;
+  for (Bucket& b : buckets) {
+    if (splits(b)) {
+      b.*piece = buffers.pieces.flat(piece_at, b.piece.size());
+      piece_at += b.piece.size();
+    } else {
+      b.*whole = buffers.whole.flat(whole_at, b.size());
+      b.*piece = (b.*whole).flat(b.piece.begin - b.flat.begin, b.piece.size());
+      whole_at += b.size();
+    }
+  }
+}
+
+}  // namespace
+
+void ParameterStore::allocate(const Group& data, const StoreOptions& options) {
+  NF_CHECK(!values_.defined(), "a parameter store is allocated twice");
+  options_ = options;
+  data_ = data;
+  place_parameters();
+  cut_buckets(data);
+  open_gradients_.assign(buckets_.size(), 0);
+  const auto values_split = [this](const Bucket& b) { return splits_values(b); };
+  const auto gradients_split = [this](const Bucket& b) { return splits_gradients(b); };
+  const Buffers values = make_buffers(*context_, buckets_, dtype_, MemoryUse::parameters, values_split);
+  values_ = values.whole;
+  value_pieces_ = values.pieces;
+  hand_out(values, buckets_, &Bucket::values, &Bucket::value_piece, values_split);
+  for (const Bucket& b : buckets_) show_values(b);
+  if (!options.with_gradients) return;
+  const Buffers gradients =
+      make_buffers(*context_, buckets_, accumulator_of(dtype_), MemoryUse::gradients, gradients_split);
+  gradients_ = gradients.whole;
+  gradient_pieces_ = gradients.pieces;
+  hand_out(gradients, buckets_, &Bucket::gradients, &Bucket::gradient_piece, gradients_split);
+  for (const Bucket& b : buckets_) show_gradients(b);
+}
+
+// Points the bucket's parameters to where their values are; to nothing where they are not whole.
+void ParameterStore::show_values(const Bucket& bucket) {
+  for (Parameter& p : parameters_) {
+    if (intersect(p.flat_range(), bucket.flat).empty()) continue;
+    p.value = bucket.values ? bucket.values.at(p.offset - bucket.flat.begin, local_shape(p.spec)) : Tensor();
+  }
+}
+
+void ParameterStore::show_gradients(const Bucket& bucket) {
+  for (Parameter& p : parameters_) {
+    if (intersect(p.flat_range(), bucket.flat).empty()) continue;
+    p.gradient =
+        bucket.gradients ? bucket.gradients.at(p.offset - bucket.flat.begin, local_shape(p.spec)) : Tensor();
+  }
+}
+
+template <class Body>
+void ParameterStore::for_each_split(int64_t unit, bool (ParameterStore::*splits)(const Bucket&) const,
+                                    Body&& body) {
+  for (Bucket& bucket : buckets_) {
+    if (bucket.unit == unit && (this->*splits)(bucket)) body(bucket);
+  }
+}
+
+void ParameterStore::open_values(int64_t unit) {
+  for_each_split(unit, &ParameterStore::splits_values, [&](Bucket& b) {
+    NF_CHECK(!b.values, "the values of unit {} are opened twice", unit);
+    b.values = context_->empty({b.size()}, dtype_, MemoryUse::parameters);
+    data_.all_gather(*context_, b.value_piece, b.values, b.counts);
+    show_values(b);
+  });
+}
+
+void ParameterStore::close_values(int64_t unit) {
+  for_each_split(unit, &ParameterStore::splits_values, [&](Bucket& b) {
+    b.values = {};
+    show_values(b);
+  });
+}
+
+void ParameterStore::open_gradients(int64_t unit) {
+  for_each_split(unit, &ParameterStore::splits_gradients, [&](Bucket& b) {
+    if (open_gradients_[static_cast<size_t>(&b - buckets_.data())]++ > 0) return;
+    b.gradients = context_->zeros({b.size()}, accumulator_of(dtype_), MemoryUse::gradients);
+    show_gradients(b);
+  });
+}
+
+void ParameterStore::reduce_gradients(int64_t unit) {
+  for_each_split(unit, &ParameterStore::splits_gradients, [&](Bucket& b) {
+    int& open = open_gradients_[static_cast<size_t>(&b - buckets_.data())];
+    NF_CHECK(open > 0, "the gradients of unit {} are reduced, but not open", unit);
+    const Tensor sum = context_->empty({b.piece.size()}, accumulator_of(dtype_), MemoryUse::gradients);
+    data_.reduce_scatter_sum(*context_, b.gradients, sum, b.counts);
+    add(*context_, sum, b.gradient_piece);
+    if (--open > 0) return fill_zero(*context_, b.gradients);
+    b.gradients = {};
+    show_gradients(b);
+  });
+}
+
+const Bucket& ParameterStore::bucket_of(const Parameter& parameter) const {
+  const auto found = std::find_if(buckets_.begin(), buckets_.end(),
+                                  [&](const Bucket& b) { return parameter.offset < b.flat.end; });
+  NF_CHECK(found != buckets_.end(), "{} lies in no bucket", parameter.spec.name);
+  return *found;
+}
+
 Tensor ParameterStore::joined_value(const Parameter& first, const Shape& shape) const {
-  return values_.at(first.offset, shape);
+  const Bucket& bucket = bucket_of(first);
+  return bucket.values.at(first.offset - bucket.flat.begin, shape);
 }
 
 Tensor ParameterStore::joined_gradient(const Parameter& first, const Shape& shape) const {
-  return has_gradients() ? gradients_.at(first.offset, shape) : Tensor();
+  const Bucket& bucket = bucket_of(first);
+  return bucket.gradients ? bucket.gradients.at(first.offset - bucket.flat.begin, shape) : Tensor();
 }
 
-void ParameterStore::zero_gradients() { fill_zero(*context_, gradients_); }
+Tensor ParameterStore::whole_gradients(size_t bucket, const Range& run) const {
+  int64_t at = run.begin - buckets_[bucket].flat.begin;
+  for (size_t i = 0; i < bucket; ++i) at += splits_gradients(buckets_[i]) ? 0 : buckets_[i].size();
+  return gradients_.flat(at, run.size());
+}
+
+void ParameterStore::zero_gradients() {
+  fill_zero(*context_, gradients_);
+  if (gradient_pieces_.numel() > 0) fill_zero(*context_, gradient_pieces_);
+}
 
 int64_t ParameterStore::owned_scalars() const {
   int64_t count = 0;

@@ -3,19 +3,14 @@
 #include <cmath>
 #include <limits>
 
-#include "normformer/mesh/layout.h"
-
 namespace normformer {
 
 ShardedOptimizer::ShardedOptimizer(ParameterStore& store, Group data, Group embedding, Group world)
     : store_(&store), data_(std::move(data)), embedding_(std::move(embedding)), world_(std::move(world)) {
   int64_t total = 0;
   for (const Bucket& bucket : store.buckets()) {
-    const Range mine = bucket_shard(bucket.flat.size(), data_.size(), data_.rank());
-    shards_.push_back({{bucket.flat.begin + mine.begin, bucket.flat.begin + mine.end},
-                       total,
-                       shard_sizes(bucket.flat.size(), data_.size())});
-    total += mine.size();
+    state_offsets_.push_back(total);
+    total += bucket.piece.size();
   }
   Context& context = store.context();
   const DType type = accumulator_of(store.dtype());
@@ -24,13 +19,9 @@ ShardedOptimizer::ShardedOptimizer(ParameterStore& store, Group data, Group embe
   moment2_ = context.zeros({total}, type, MemoryUse::optimizer);
 }
 
-Tensor ShardedOptimizer::master(const Shard& shard) const {
-  return masters_.defined() ? masters_.flat(shard.state_offset, shard.flat.size())
-                            : store_->flat_values().flat(shard.flat.begin, shard.flat.size());
-}
-
-Tensor ShardedOptimizer::gradient(const Shard& shard) const {
-  return store_->flat_gradients().flat(shard.flat.begin, shard.flat.size());
+Tensor ShardedOptimizer::master(size_t bucket) const {
+  const Bucket& b = store_->buckets()[bucket];
+  return masters_.defined() ? masters_.flat(state_offsets_[bucket], b.piece.size()) : b.value_piece;
 }
 
 void ShardedOptimizer::initialise(uint64_t seed) {
@@ -38,13 +29,14 @@ void ShardedOptimizer::initialise(uint64_t seed) {
   for (const Parameter& p : store_->parameters()) {
     const Tensor drawn = context.empty({p.numel()}, accumulator_of(store_->dtype()), MemoryUse::workspace);
     draw_initial_values(context, p.spec, seed, drawn);
-    copy(context, drawn, p.value);
-    if (!masters_.defined()) continue;
-    for (const Shard& shard : shards_) {
-      const Range run = intersect(shard.flat, p.flat_range());
+    if (p.value) copy(context, drawn, p.value);
+    for (size_t i = 0; i < store_->buckets().size(); ++i) {
+      const Bucket& b = store_->buckets()[i];
+      const Range run = intersect(b.piece, p.flat_range());
       if (run.empty()) continue;
-      copy(context, drawn.flat(run.begin - p.offset, run.size()),
-           masters_.flat(shard.state_offset + run.begin - shard.flat.begin, run.size()));
+      const Tensor mine = drawn.flat(run.begin - p.offset, run.size());
+      if (!p.value) copy(context, mine, b.value_piece.flat(run.begin - b.piece.begin, run.size()));
+      if (masters_.defined()) copy(context, mine, master(i).flat(run.begin - b.piece.begin, run.size()));
     }
   }
 }
@@ -54,45 +46,64 @@ void ShardedOptimizer::reduce_gradients() {
   const TraceScope scope(context, TraceKind::step, "reduce gradients");
   // Backward finishes the last bucket first. Tied copies lie in different buckets on their two stages, so
   // they are summed whole before either stage cuts its bucket over data-parallel ranks.
-  for (size_t i = shards_.size(); i-- > 0;) {
+  for (size_t i = store_->buckets().size(); i-- > 0;) {
     const Bucket& bucket = store_->buckets()[i];
-    const Tensor whole = store_->flat_gradients().flat(bucket.flat.begin, bucket.flat.size());
+    if (store_->splits_gradients(bucket)) continue;  // summed behind every micro-batch
     if (bucket.sum_over.embedding && embedding_.defined())
-      embedding_.all_reduce(context, whole, ReduceOp::sum);
+      embedding_.all_reduce(context, bucket.gradients, ReduceOp::sum);
     if (bucket.sum_over.data)
-      data_.reduce_scatter_sum(context, whole, gradient(shards_[i]), shards_[i].counts);
+      data_.reduce_scatter_sum(context, bucket.gradients, bucket.gradient_piece, bucket.counts);
+  }
+}
+
+// Calls visit(bucket, parameter, run) for what this rank updates of each parameter, in order.
+template <class Visit>
+void ShardedOptimizer::for_each_run(Visit&& visit) const {
+  for (size_t i = 0; i < store_->buckets().size(); ++i) {
+    for (const Parameter& p : store_->parameters()) {
+      const Range run = intersect(store_->buckets()[i].piece, p.flat_range());
+      if (!run.empty()) visit(i, p, run);
+    }
   }
 }
 
 std::vector<ParameterPiece> ShardedOptimizer::owned_gradients() const {
   std::vector<ParameterPiece> pieces;
-  for (const Shard& shard : shards_) {
-    for (const Parameter& p : store_->parameters()) {
-      const Range run = intersect(shard.flat, p.flat_range());
-      if (!p.spec.owned || run.empty()) continue;
-      pieces.push_back({&p,
-                        {run.begin - p.offset, run.end - p.offset},
-                        store_->flat_gradients().flat(run.begin, run.size())});
-    }
-  }
+  for_each_run([&](size_t bucket, const Parameter& p, const Range& run) {
+    if (!p.spec.owned) return;
+    const Bucket& b = store_->buckets()[bucket];
+    pieces.push_back({&p,
+                      {run.begin - p.offset, run.end - p.offset},
+                      b.gradient_piece.flat(run.begin - b.piece.begin, run.size())});
+  });
   return pieces;
 }
 
-// The same gradients in as few pieces as can be: each costs a GPU a wait.
+// The same gradients in as few pieces as can be: each costs a GPU a wait. What is held whole is contiguous
+// over buckets too.
 std::vector<Tensor> ShardedOptimizer::owned_runs() const {
-  std::vector<Range> runs;
-  for (const Shard& shard : shards_) {
-    for (const Parameter& p : store_->parameters()) {
-      const Range run = intersect(shard.flat, p.flat_range());
-      if (!p.spec.owned || run.empty()) continue;
-      if (!runs.empty() && runs.back().end == run.begin)
-        runs.back().end = run.end;
-      else
-        runs.push_back(run);
-    }
-  }
+  struct Run {
+    size_t bucket;
+    Range range;
+  };
+  std::vector<Run> runs;
+  const auto is_whole = [&](size_t bucket) { return !store_->splits_gradients(store_->buckets()[bucket]); };
+  for_each_run([&](size_t bucket, const Parameter& p, const Range& run) {
+    if (!p.spec.owned) return;
+    const bool goes_on = !runs.empty() && runs.back().range.end == run.begin &&
+                         (runs.back().bucket == bucket || (is_whole(runs.back().bucket) && is_whole(bucket)));
+    if (goes_on)
+      runs.back().range.end = run.end;
+    else
+      runs.push_back({bucket, run});
+  });
   std::vector<Tensor> tensors;
-  for (const Range& run : runs) tensors.push_back(store_->flat_gradients().flat(run.begin, run.size()));
+  for (const Run& run : runs) {
+    const Bucket& b = store_->buckets()[run.bucket];
+    const int64_t at = run.range.begin - b.piece.begin;
+    tensors.push_back(is_whole(run.bucket) ? store_->whole_gradients(run.bucket, run.range)
+                                           : b.gradient_piece.flat(at, run.range.size()));
+  }
   return tensors;
 }
 
@@ -118,49 +129,41 @@ double ShardedOptimizer::gradient_norm(double largest) {
 void ShardedOptimizer::step(const ops::AdamW& update) {
   Context& context = store_->context();
   const TraceScope scope(context, TraceKind::step, "update weights");
-  for (const Shard& shard : shards_) {
-    const int64_t size = shard.flat.size();
-    ops::adamw(context, update, gradient(shard), master(shard), moment1_.flat(shard.state_offset, size),
-               moment2_.flat(shard.state_offset, size), store_->flat_values().flat(shard.flat.begin, size));
+  for (size_t i = 0; i < store_->buckets().size(); ++i) {
+    const Bucket& b = store_->buckets()[i];
+    ops::adamw(context, update, b.gradient_piece, master(i), moment1_.flat(state_offsets_[i], b.piece.size()),
+               moment2_.flat(state_offsets_[i], b.piece.size()), b.value_piece);
   }
   gather_values();
 }
 
 void ShardedOptimizer::publish_masters() {
   if (masters_.defined()) {
-    for (const Shard& shard : shards_) {
-      copy(store_->context(), master(shard), store_->flat_values().flat(shard.flat.begin, shard.flat.size()));
-    }
+    for (size_t i = 0; i < store_->buckets().size(); ++i)
+      copy(store_->context(), master(i), store_->buckets()[i].value_piece);
   }
   gather_values();
 }
 
 void ShardedOptimizer::gather_values() {
-  for (size_t i = 0; i < shards_.size(); ++i) {
-    const Range flat = store_->buckets()[i].flat;
-    const Tensor whole = store_->flat_values().flat(flat.begin, flat.size());
-    data_.all_gather(store_->context(),
-                     store_->flat_values().flat(shards_[i].flat.begin, shards_[i].flat.size()), whole,
-                     shards_[i].counts);
+  for (const Bucket& b : store_->buckets()) {
+    if (!store_->splits_values(b)) data_.all_gather(store_->context(), b.value_piece, b.values, b.counts);
   }
 }
 
 std::vector<StatePiece> ShardedOptimizer::state() const {
   std::vector<StatePiece> pieces;
-  for (const Shard& shard : shards_) {
-    for (const Parameter& p : store_->parameters()) {
-      const Range run = intersect(shard.flat, p.flat_range());
-      if (run.empty()) continue;
-      const Range within{run.begin - p.offset, run.end - p.offset};
-      const int64_t at = run.begin - shard.flat.begin;
-      const auto add = [&](StateRole role, const Tensor& values) {
-        pieces.push_back({role, {&p, within, values.flat(at, run.size())}});
-      };
-      add(StateRole::master, master(shard));
-      add(StateRole::moment1, moment1_.flat(shard.state_offset, shard.flat.size()));
-      add(StateRole::moment2, moment2_.flat(shard.state_offset, shard.flat.size()));
-    }
-  }
+  for_each_run([&](size_t bucket, const Parameter& p, const Range& run) {
+    const Bucket& b = store_->buckets()[bucket];
+    const Range within{run.begin - p.offset, run.end - p.offset};
+    const int64_t at = run.begin - b.piece.begin;
+    const auto add = [&](StateRole role, const Tensor& values) {
+      pieces.push_back({role, {&p, within, values.flat(at, run.size())}});
+    };
+    add(StateRole::master, master(bucket));
+    add(StateRole::moment1, moment1_.flat(state_offsets_[bucket], b.piece.size()));
+    add(StateRole::moment2, moment2_.flat(state_offsets_[bucket], b.piece.size()));
+  });
   return pieces;
 }
 

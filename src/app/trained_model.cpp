@@ -70,6 +70,7 @@ TrainedModel load_trained_model(const TrainedModelOptions& options, const RankPr
     if (std::filesystem::exists(folder.tokenizer()))
       loaded.tokenizer = BpeTokenizer::load(folder.tokenizer());
   });
+  loaded.config.parallel.sharding = Sharding::optimizer;  // which leaves weights whole
   RankDevice device = make_rank_device(loaded.config, process);
   loaded.context = std::move(device.context);
   const Mesh mesh(device.world, {.tensor = loaded.config.parallel.tensor,

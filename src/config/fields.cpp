@@ -200,6 +200,13 @@ void add_parallel(std::vector<Field>& all) {
   s.integers(
       "split", &P::split, {1, largest_size}, "auto",
       "layers of each part of the pipeline, first to last; auto weighs layers against the output's logits");
+  s.choice(
+      "sharding", &P::sharding,
+      {{Sharding::optimizer, "optimizer"},
+       {Sharding::gradients, "gradients"},
+       {Sharding::parameters, "parameters"}},
+      "what replicas split among them (ZeRO-1, -2, -3): optimizer state; layers' gradients, too, reduced "
+      "behind every micro-batch; and layers' weights, too, gathered for every use");
   s.integer("bucket_mib", &P::bucket_mib, {1, 65536},
             "gradients are reduced over replicas in pieces of this many MiB");
 }

@@ -41,8 +41,10 @@ AttentionBlock<Stream>::AttentionBlock(const ModelEnvironment& environment, int6
   const int64_t width = config.width;
   const Range channels = environment.head_channels();
   const AttentionInit init = attention_init(config);
-  const ParameterDeclarer declare(environment_, store, layer_prefix(layer));
-  norm_ = declare_stream_norm(declare, "self_attn_layer_norm", width);
+  const ParameterDeclarer declare(environment_, store, layer_prefix(layer), layer);
+  // The layer before makes this norm, so it belongs to no one layer.
+  norm_ = declare_stream_norm(ParameterDeclarer(environment_, store, layer_prefix(layer)),
+                              "self_attn_layer_norm", width);
   if (!is_pre()) next_norm_ = norm_;
   q_weight_ = &declare.row_sharded("self_attn.q_proj.weight", width, width, channels, init.qkv_weight);
   declare.row_sharded("self_attn.k_proj.weight", width, width, channels, init.qkv_weight, true);

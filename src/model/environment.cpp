@@ -47,7 +47,8 @@ Parameter& ParameterDeclarer::declare(const std::string& name, Shape shape, Rect
                           .sum_over = {.data = true, .embedding = false},
                           .owned = !replicated || environment_->tensor.rank() == 0,
                           .initial = initial,
-                          .joins_previous = joins_previous});
+                          .joins_previous = joins_previous,
+                          .unit = unit_});
 }
 
 Parameter& ParameterDeclarer::replicated_vector(const std::string& name, int64_t size,

@@ -41,7 +41,7 @@ FeedForwardBlock<Stream>::FeedForwardBlock(const ModelEnvironment& environment, 
   const ModelConfig& config = environment.config;
   const Range features = environment.features();
   const FeedForwardInit init = feed_forward_init(config);
-  const ParameterDeclarer declare(environment_, store, layer_prefix(layer));
+  const ParameterDeclarer declare(environment_, store, layer_prefix(layer), layer);
   norm_ = declare_stream_norm(declare, "final_layer_norm", config.width);
   if (!is_pre()) next_norm_ = norm_;
   fc1_weight_ = &declare.row_sharded("fc1.weight", config.ffn, config.width, features, init.fc1_weight);

@@ -15,16 +15,23 @@ struct LanguageModelStage::LayerSaved {
 };
 
 struct LanguageModelStage::Layer {
-  Layer(const ModelEnvironment& environment, int64_t number, ParameterStore& store)
-      : is_computed_anew(environment.recompute == Recompute::full),
-        attention(environment, number, store),
-        feed_forward(environment, number, store) {}
+  Layer(const ModelEnvironment& environment, int64_t number_of_layer, ParameterStore& store)
+      : number(number_of_layer),
+        is_computed_anew(environment.recompute == Recompute::full),
+        attention(environment, number_of_layer, store),
+        feed_forward(environment, number_of_layer, store) {}
 
   NormedStream<Replicated> forward(const MicroBatch& batch, const NormedStream<Replicated>& stream,
                                    LayerSaved& saved) const {
     return feed_forward.forward(batch, attention.forward(batch, stream, saved.attention), saved.feed_forward);
   }
 
+  void backward_weight(LayerSaved& saved) const {
+    feed_forward.backward_weight(saved.feed_forward);
+    attention.backward_weight(saved.attention);
+  }
+
+  int64_t number;  // global
   bool is_computed_anew;
   AttentionBlock<Replicated> attention;
   FeedForwardBlock<Replicated> feed_forward;
@@ -38,7 +45,7 @@ struct LanguageModelStage::SavedState final : Stage::Saved {
 };
 
 LanguageModelStage::LanguageModelStage(ModelEnvironment environment, StagePart part, ParameterStore& store)
-    : environment_(std::move(environment)), part_(part) {
+    : environment_(std::move(environment)), part_(part), store_(&store) {
   const ModelConfig& config = environment_.config;
   const bool gpt2 = config.init == Initialisation::gpt2;
   const auto embedding_init =
@@ -95,6 +102,7 @@ void LanguageModelStage::prepare() {
   const TraceScope scope = trace_module(environment_, "decoder.layers", "fold FFN LayerNorms");
   if (!folded_.defined()) folded_ = context.empty({count, 2, width}, accumulator_of(environment_.dtype));
   for (int64_t i = 0; i < count; ++i) {
+    const OpenValues open(*store_, part_.layers.begin + i);
     layers_[static_cast<size_t>(i)]->feed_forward.fold_weights(folded_.flat(2 * i * width, width),
                                                                folded_.flat((2 * i + 1) * width, width));
   }
@@ -208,6 +216,7 @@ Tensor LanguageModelStage::forward(int64_t micro_batch, const Tensor& input,
   auto state = std::make_unique<SavedState>();
   if (batch.sequences == 0) {
     saved = std::move(state);
+    for (int64_t layer = part_.layers.begin; layer < part_.layers.end; ++layer) OpenValues(*store_, layer);
     return empty_boundary(micro_batch, !part_.last);
   }
   if (part_.first && positions_ == nullptr && !sinusoidal_.defined()) {
@@ -219,6 +228,7 @@ Tensor LanguageModelStage::forward(int64_t micro_batch, const Tensor& input,
       environment_, first_norm_, Placed<Replicated>(part_.first ? embed(batch, *state) : input));
   for (const auto& layer : layers_) {
     LayerSaved layer_saved;
+    const OpenValues open(*store_, layer->number);
     const Placed<Replicated> before = stream.x;
     stream = layer->forward(batch, stream, layer_saved);
     if (!keeps) continue;
@@ -245,9 +255,19 @@ template <class AfterLayer>
 Tensor LanguageModelStage::run_backward(int64_t micro_batch, SavedState& saved, const Tensor& doutput,
                                         AfterLayer after_layer) const {
   const MicroBatch& batch = batches_[static_cast<size_t>(micro_batch)];
-  if (batch.sequences == 0) return empty_boundary(micro_batch, !part_.first);
+  if (batch.sequences == 0) {
+    // Other replicas have gradients to sum.
+    for (int64_t layer = part_.layers.end; layer-- > part_.layers.begin;) {
+      OpenValues(*store_, layer);
+      store_->open_gradients(layer);
+      after_layer(static_cast<size_t>(layer - part_.layers.begin));
+    }
+    return empty_boundary(micro_batch, !part_.first);
+  }
   Placed<Replicated> dx(part_.last ? finish_backward(saved) : doutput);
   for (size_t i = layers_.size(); i-- > 0;) {
+    const OpenValues open(*store_, layers_[i]->number);
+    store_->open_gradients(layers_[i]->number);
     if (layers_[i]->is_computed_anew) compute_anew(batch, *layers_[i], saved.layers[i]);
     dx = layers_[i]->feed_forward.backward_input(saved.layers[i].feed_forward, dx);
     dx = layers_[i]->attention.backward_input(saved.layers[i].attention, dx);
@@ -261,8 +281,8 @@ Tensor LanguageModelStage::run_backward(int64_t micro_batch, SavedState& saved, 
 Tensor LanguageModelStage::backward(int64_t micro_batch, Stage::Saved& saved, const Tensor& doutput) {
   auto& state = static_cast<SavedState&>(saved);
   return run_backward(micro_batch, state, doutput, [&](size_t layer) {
-    layers_[layer]->feed_forward.backward_weight(state.layers[layer].feed_forward);
-    layers_[layer]->attention.backward_weight(state.layers[layer].attention);
+    if (!state.layers.empty()) layers_[layer]->backward_weight(state.layers[layer]);
+    store_->reduce_gradients(layers_[layer]->number);
   });
 }
 
@@ -270,12 +290,12 @@ Tensor LanguageModelStage::backward_input(int64_t micro_batch, Stage::Saved& sav
   return run_backward(micro_batch, static_cast<SavedState&>(saved), doutput, [](size_t) {});
 }
 
-void LanguageModelStage::backward_weight(int64_t micro_batch, Stage::Saved& saved) {
-  if (batches_[static_cast<size_t>(micro_batch)].sequences == 0) return;
+void LanguageModelStage::backward_weight(int64_t, Stage::Saved& saved) {
   auto& state = static_cast<SavedState&>(saved);
   for (size_t i = layers_.size(); i-- > 0;) {
-    layers_[i]->feed_forward.backward_weight(state.layers[i].feed_forward);
-    layers_[i]->attention.backward_weight(state.layers[i].attention);
+    const OpenValues open(*store_, layers_[i]->number);
+    if (!state.layers.empty()) layers_[i]->backward_weight(state.layers[i]);
+    store_->reduce_gradients(layers_[i]->number);
   }
 }
 

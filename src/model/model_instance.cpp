@@ -31,7 +31,9 @@ ModelInstance::ModelInstance(Context& context, const Mesh& mesh, const RunConfig
                                      .recompute_layers = config.train.recompute_layers};
   for (const StagePart& part : parts_of_stage(config, mesh.pipeline().size(), mesh.pipeline().rank()))
     parts_.push_back(std::make_unique<LanguageModelStage>(environment, part, store_));
-  store_.allocate(config.parallel.bucket_mib << 20, with_gradients);
+  store_.allocate(mesh.data(), {.bucket_bytes = config.parallel.bucket_mib << 20,
+                                .with_gradients = with_gradients,
+                                .sharding = config.parallel.sharding});
 }
 
 bool ModelInstance::has_first_part() const { return parts_.front()->part().first; }

@@ -105,6 +105,34 @@ TEST_P(Oracle, EveryScheduleFp64) {
   }
 }
 
+// What replicas split, alone and beside other axes; 4 sequences over 3 replicas leave one an empty
+// micro-batch.
+std::vector<OracleLayout> sharding_layouts() {
+  std::vector<OracleLayout> layouts;
+  for (const Sharding sharding : {Sharding::gradients, Sharding::parameters}) {
+    const auto add = [&](const MeshDegrees& degrees,
+                         PipelineSchedule schedule = PipelineSchedule::one_f_one_b,
+                         Recompute recompute = Recompute::none) {
+      layouts.push_back(
+          {.degrees = degrees, .schedule = schedule, .recompute = recompute, .sharding = sharding});
+    };
+    add({});
+    add({.data = 2});
+    add({.data = 3});
+    add({.data = 3, .pipeline = 2}, PipelineSchedule::zb_h1);
+    add({.tensor = 2, .data = 2, .pipeline = 2}, PipelineSchedule::zb_v, Recompute::full);
+    add({.tensor = 3, .data = 2}, PipelineSchedule::gpipe, Recompute::selective);
+  }
+  return layouts;
+}
+
+TEST_P(Oracle, EveryShardingFp64) {
+  const OracleFixture fixture = load_oracle_fixture(GetParam());
+  for (const OracleLayout& layout : sharding_layouts()) {
+    EXPECT_EQ(run_on(fixture, layout, 1e-9), std::vector<std::string>{}) << to_string(layout);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Fixtures, Oracle, testing::ValuesIn(oracle_fixture_names()),
                          [](const auto& fixture) {
                            std::string name = fixture.param;
@@ -140,7 +168,7 @@ TEST(Recomputation, ChangesNoBit) {
   }
 }
 
-TEST(DropoutAcrossSchedules, LossesEqualOneProcess) {
+TEST(DropoutAcrossSchedulesAndSharding, LossesEqualOneProcess) {
   constexpr int64_t kSteps = 20;
   const OracleFixture fixture = load_oracle_fixture("normformer-resscale");
   const auto losses_on = [&](const OracleLayout& layout) {
@@ -152,7 +180,9 @@ TEST(DropoutAcrossSchedules, LossesEqualOneProcess) {
     return losses;
   };
   const std::vector<double> expected = losses_on({.degrees = {}});
-  for (const OracleLayout& layout : schedule_layouts()) {
+  std::vector<OracleLayout> layouts = schedule_layouts();
+  for (const OracleLayout& layout : sharding_layouts()) layouts.push_back(layout);
+  for (const OracleLayout& layout : layouts) {
     const std::vector<double> losses = losses_on(layout);
     ASSERT_EQ(losses.size(), expected.size());
     for (size_t i = 0; i < losses.size(); ++i)

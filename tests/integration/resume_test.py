@@ -10,7 +10,9 @@ import unittest
 
 from program import Folder, command, environment, losses, metrics, run
 
-LAYOUTS = [(1, 1, 1), (2, 2, 1), (1, 1, 3), (2, 1, 2), (3, 1, 1)]
+LAYOUTS = [(1, 1, 1, {}), (2, 2, 1, {}), (1, 1, 3, {"parallel__sharding": '"gradients"'}), (2, 1, 2, {}), (3, 1, 1, {}),
+           (1, 2, 2, {"parallel__sharding": '"parameters"', "parallel__schedule": '"zb_v"', "model__layers": 5,
+                      "train__recompute": '"full"', "train__recompute_layers": 1})]
 
 
 def layout(tensor, pipeline, data):
@@ -32,8 +34,9 @@ def stop_at(config, ranks, folder, update):
 
 class Resume(unittest.TestCase):
     def check(self, folder, degrees, precision, updates, rng):
-        ranks = degrees[0] * degrees[1] * degrees[2]
-        settings = dict(layout(*degrees), train__precision=f'"{precision}"', train__updates=updates)
+        tensor, pipeline, data, more = degrees
+        ranks = tensor * pipeline * data
+        settings = dict(layout(tensor, pipeline, data), **more, train__precision=f'"{precision}"', train__updates=updates)
         straight = folder.config("straight", **settings)
         run(["train", straight], ranks, expect=0)
         stopped = folder.config("stopped", **settings)

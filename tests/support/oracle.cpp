@@ -46,6 +46,7 @@ struct Run {
     c.parallel.schedule = layout.schedule;
     c.parallel.virtual_stages = layout.virtual_stages;
     c.train.recompute = layout.recompute;
+    c.parallel.sharding = layout.sharding;
     c.model.ffn_norm_form = layout.form;
     c.train.precision = layout.precision;
     c.train.global_batch = f.sequences;
@@ -214,11 +215,12 @@ std::vector<MeshDegrees> oracle_degrees() {
 }
 
 std::string to_string(const OracleLayout& layout) {
-  return fmt::format("tp{} pp{} dp{} {} micro-batch {} schedule {} virtual stages {} recompute {}",
-                     layout.degrees.tensor, layout.degrees.pipeline, layout.degrees.data,
-                     layout.form == FfnNormForm::plain ? "plain" : "folded", layout.micro_batch,
-                     static_cast<int>(layout.schedule), layout.virtual_stages,
-                     static_cast<int>(layout.recompute));
+  return fmt::format(
+      "tp{} pp{} dp{} {} micro-batch {} schedule {} virtual stages {} recompute {} sharding {}",
+      layout.degrees.tensor, layout.degrees.pipeline, layout.degrees.data,
+      layout.form == FfnNormForm::plain ? "plain" : "folded", layout.micro_batch,
+      static_cast<int>(layout.schedule), layout.virtual_stages, static_cast<int>(layout.recompute),
+      static_cast<int>(layout.sharding));
 }
 
 std::vector<std::string> compare_with_oracle(const OracleFixture& fixture, const OracleLayout& layout,

@@ -33,6 +33,7 @@ struct OracleLayout {
   PipelineSchedule schedule = PipelineSchedule::one_f_one_b;
   int64_t virtual_stages = 1;
   Recompute recompute = Recompute::none;
+  Sharding sharding = Sharding::optimizer;
   int64_t micro_batch = 1;
   int threads = 1;  ///< of each rank
   DeviceKind device = DeviceKind::cpu;

@@ -44,6 +44,10 @@ enum class DecayStyle { constant, linear, cosine, polynomial };
 /// Which order a pipeline's stages run their micro-batches in; `one_f_one_b` is "1f1b" in files.
 enum class PipelineSchedule { gpipe, one_f_one_b, interleaved, zb_h1, zb_h2, zb_v };
 
+/// What is split over data-parallel replicas (ZeRO, Rajbhandari et al. 2020, section 5): optimizer state;
+/// gradients of layers, too; and their weights, too.
+enum class Sharding { optimizer, gradients, parameters };
+
 /// What a micro-batch's backward computes anew instead of keeping it: nothing; what is cheap to compute and
 /// large to keep (LayerNorm outputs and activations; Korthikanti et al. 2022, section 5); or whole layers, of
 /// which only the input is kept (Chen et al. 2016).
@@ -97,6 +101,7 @@ struct ParallelConfig {
   int64_t virtual_stages = 1;       ///< parts of the model on each rank; other than 1 with `interleaved` only
   int64_t interleave_group = 0;     ///< micro-batches that pass a part in a row; 0 means as many as stages
   std::vector<int64_t> split = {};  ///< layers of each part, in their order; empty: by what the parts cost
+  Sharding sharding = Sharding::optimizer;
   int64_t bucket_mib = 32;  ///< gradients are reduced over data-parallel ranks in pieces of about this size
 
   /// Parts of the model on each rank: `zb_v` always has two.

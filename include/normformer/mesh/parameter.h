@@ -35,7 +35,9 @@ struct ParameterSpec {
                ///< copies
   InitialValue initial;
   bool joins_previous =
-      false;  ///< stored right behind the parameter declared before, so that both form one matrix
+      false;          ///< stored right behind the parameter declared before, so that both form one matrix
+  int64_t unit = -1;  ///< the layer that it belongs to, which is gathered and reduced as one where replicas
+                      ///< split more than optimizer state; -1: of none, always whole
 };
 
 /// A parameter's tensors on this rank: views into the flat buffers of a ParameterStore, which outlives them.

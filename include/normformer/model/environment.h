@@ -77,8 +77,10 @@ ops::Dropout make_dropout(const ModelEnvironment& environment, const MicroBatch&
 /// Declares parameters of one module under a common prefix.
 class ParameterDeclarer {
  public:
-  ParameterDeclarer(const ModelEnvironment& environment, ParameterStore& store, std::string prefix)
-      : environment_(&environment), store_(&store), prefix_(std::move(prefix)) {}
+  /// `unit` is that of ParameterSpec.
+  ParameterDeclarer(const ModelEnvironment& environment, ParameterStore& store, std::string prefix,
+                    int64_t unit = -1)
+      : environment_(&environment), store_(&store), prefix_(std::move(prefix)), unit_(unit) {}
 
   /// A vector that every rank of the tensor group holds whole; its first rank owns it.
   Parameter& replicated_vector(const std::string& name, int64_t size, InitialValue initial) const;
@@ -104,6 +106,7 @@ class ParameterDeclarer {
   const ModelEnvironment* environment_;
   ParameterStore* store_;
   std::string prefix_;
+  int64_t unit_;
 };
 
 /// A module's span in traces: "decoder.layers.3.self_attn forward".

@@ -81,6 +81,7 @@ class LanguageModelStage final : public Stage {
 
   ModelEnvironment environment_;
   StagePart part_;
+  ParameterStore* store_;
   Parameter* embedding_ = nullptr;
   Parameter* positions_ = nullptr;  // learned positions
   Tensor sinusoidal_;               // [length, D], made when first needed

@@ -5,21 +5,42 @@
 #include <string_view>
 #include <vector>
 
+#include "normformer/comm/group.h"
+#include "normformer/config/run_config.h"
 #include "normformer/mesh/parameter.h"
 #include "normformer/tensor/context.h"
 
 namespace normformer {
 
-/// A run of consecutive parameters in the flat buffers whose gradients are reduced, and values gathered,
-/// together.
+/// A run of consecutive parameters whose gradients are reduced, and values gathered, together over the data
+/// group, each rank of which answers for one piece.
 struct Bucket {
-  Range flat;
+  Range flat;  ///< elements, in the numbering of Parameter::offset
   GradientSum sum_over;
+  int64_t unit = -1;            ///< as in ParameterSpec; -1 where parameters of several units share it
+  std::vector<int64_t> counts;  ///< elements of every rank's piece
+  Range piece;                  ///< this rank's, in the same numbering as `flat`
+  Tensor values;                ///< whole; undefined while only pieces are held
+  Tensor gradients;             ///< whole; undefined while only pieces are held, or where there are none
+  Tensor value_piece;
+  Tensor gradient_piece;
+
+  int64_t size() const { return flat.size(); }
 };
 
-/// One rank's parameters in two flat buffers, values and main gradients, cut into buckets. Parameters are
-/// declared first, in the order of the forward pass, then allocated together; references to them stay valid.
-/// Owns the memory.
+/// How a store holds its parameters.
+struct StoreOptions {
+  int64_t bucket_bytes = 32 << 20;  ///< about so many of main gradients make a bucket
+  bool with_gradients = true;       ///< false for evaluation
+  Sharding sharding = Sharding::optimizer;
+};
+
+/// One rank's parameters, values and main gradients, cut into buckets. Parameters are declared first, in the
+/// order of the forward pass, then allocated together; references to them stay valid. Owns the memory.
+///
+/// Under Sharding::gradients the main gradients of units, and under Sharding::parameters their values too,
+/// are held in pieces, a rank's share of each bucket; they are whole only between open_* and close_values or
+/// reduce_gradients. A parameter's tensors are undefined while they are not whole.
 class ParameterStore {
  public:
   /// Values are of `dtype`, main gradients of its accumulator type.
@@ -33,10 +54,26 @@ class ParameterStore {
   /// The parameter of that name; null where none was declared.
   Parameter* find(std::string_view name);
 
-  /// Makes the buffers: values undefined, gradients zero. Buckets are of about `bucket_bytes` of main
-  /// gradients, and all parameters of one have the same gradient sum. With `with_gradients` false
-  /// (evaluation) there are no gradients.
-  void allocate(int64_t bucket_bytes, bool with_gradients = true);
+  /// Makes the buffers: values undefined, gradients zero. All parameters of a bucket have the same gradient
+  /// sum. `data` is the group that splits what is split.
+  void allocate(const Group& data, const StoreOptions& options);
+
+  /// Makes the values of a unit whole, for use. Does nothing where they are. Collective over `data`, where
+  /// they are split.
+  void open_values(int64_t unit);
+  void close_values(int64_t unit);
+
+  /// Makes room for a micro-batch's gradients of a unit. Does nothing where they are held whole.
+  void open_gradients(int64_t unit);
+
+  /// Adds the sums over replicas of the gradients gathered since a unit was opened to the pieces; the room is
+  /// given up once this has been called as often as open_gradients. Does nothing where they are held whole.
+  /// Collective over `data`, where they are split.
+  void reduce_gradients(int64_t unit);
+
+  /// Whether a bucket's gradients, or values, are held in pieces.
+  bool splits_gradients(const Bucket& bucket) const;
+  bool splits_values(const Bucket& bucket) const;
 
   /// Values, or gradients, of consecutive parameters declared with joins_previous, as one matrix.
   Tensor joined_value(const Parameter& first, const Shape& shape) const;
@@ -44,12 +81,18 @@ class ParameterStore {
 
   const std::deque<Parameter>& parameters() const { return parameters_; }
   const std::vector<Bucket>& buckets() const { return buckets_; }
-  const Tensor& flat_values() const { return values_; }
-  const Tensor& flat_gradients() const { return gradients_; }
-  bool has_gradients() const { return gradients_.defined(); }
+  bool has_gradients() const { return options_.with_gradients; }
   DType dtype() const { return dtype_; }
   Context& context() const { return *context_; }
 
+  /// What is held whole, buckets in order: everything, under Sharding::optimizer.
+  const Tensor& flat_values() const { return values_; }
+  const Tensor& flat_gradients() const { return gradients_; }
+
+  /// Elements `run` of the gradients that are held whole; it begins in this bucket and lies in such buckets.
+  Tensor whole_gradients(size_t bucket, const Range& run) const;
+
+  /// Zeros in whatever gradients are held.
   void zero_gradients();
 
   /// Scalars of the logical parameters that this rank owns.
@@ -57,15 +100,38 @@ class ParameterStore {
 
  private:
   void place_parameters();
-  void cut_buckets(int64_t bucket_bytes);
+  void cut_buckets(const Group& data);
+  const Bucket& bucket_of(const Parameter& parameter) const;
+  template <class Body>
+  void for_each_split(int64_t unit, bool (ParameterStore::*splits)(const Bucket&) const, Body&& body);
+  void show_values(const Bucket& bucket);
+  void show_gradients(const Bucket& bucket);
 
   Context* context_;
   DType dtype_;
+  StoreOptions options_;
+  Group data_;
   std::deque<Parameter> parameters_;
   std::vector<Bucket> buckets_;
+  std::vector<int> open_gradients_;  // of each bucket: open_gradients that wait for their reduce_gradients
   int64_t flat_size_ = 0;
-  Tensor values_;
-  Tensor gradients_;
+  Tensor values_;           // of whole buckets
+  Tensor gradients_;        // of whole buckets
+  Tensor value_pieces_;     // of the others
+  Tensor gradient_pieces_;  // of the others
+};
+
+/// A unit's values, whole for as long as this lives. Collective over the data group, where they are split.
+class OpenValues {
+ public:
+  OpenValues(ParameterStore& store, int64_t unit) : store_(&store), unit_(unit) { store.open_values(unit); }
+  ~OpenValues() { store_->close_values(unit_); }
+  OpenValues(const OpenValues&) = delete;
+  OpenValues& operator=(const OpenValues&) = delete;
+
+ private:
+  ParameterStore* store_;
+  int64_t unit_;
 };
 
 /// Draws one parameter's part as its spec says, from the run's seed and the parameter's name alone, into

@@ -20,7 +20,7 @@ struct StatePiece {
 };
 
 /// AdamW with its state sharded over the data-parallel group: ZeRO stage 1 (Rajbhandari et al. 2020,
-/// section 5.1).
+/// section 5.1), and stages 2 and 3 over a store that holds gradients, or values too, in pieces.
 ///
 /// Each bucket of the store is cut evenly over the group; a rank sums, keeps and updates its piece of each.
 /// Master weights and moments are of the accumulator type; where the model's type is the same, the store's
@@ -34,9 +34,9 @@ class ShardedOptimizer {
   /// own.
   void initialise(uint64_t seed);
 
-  /// Sums main gradients over the ranks that their declarations name: tied embeddings over the embedding
-  /// group first, then every bucket over the data group. Afterwards only this rank's pieces hold sums.
-  /// Collective over the world.
+  /// Sums main gradients that are held whole over the ranks that their declarations name: tied embeddings
+  /// over the embedding group first, then every bucket over the data group. Afterwards only this rank's
+  /// pieces hold sums. Collective over the world.
   void reduce_gradients();
 
   /// The largest |gradient| of the model, agreed by all ranks; +inf where any is not finite. Collective over
@@ -62,23 +62,18 @@ class ShardedOptimizer {
   std::vector<ParameterPiece> owned_gradients() const;
 
  private:
-  struct Shard {
-    Range flat;                   // this rank's piece of a bucket, in the store's flat buffers
-    int64_t state_offset;         // its first element in the optimizer's own buffers
-    std::vector<int64_t> counts;  // elements of every rank's piece
-  };
-
+  template <class Visit>
+  void for_each_run(Visit&& visit) const;
   std::vector<Tensor> owned_runs() const;
-  Tensor master(const Shard& shard) const;
-  Tensor gradient(const Shard& shard) const;
+  Tensor master(size_t bucket) const;
   void gather_values();
 
   ParameterStore* store_;
   Group data_;
   Group embedding_;
   Group world_;
-  std::vector<Shard> shards_;  // one for each bucket
-  Tensor masters_;             // undefined where the store's values are the masters
+  std::vector<int64_t> state_offsets_;  // of each bucket's piece in the buffers below
+  Tensor masters_;                      // undefined where the store's values are the masters
   Tensor moment1_;
   Tensor moment2_;
 };

@@ -369,6 +369,7 @@ const std::map<std::string, std::string>& other_values() {
       {"parallel.pipeline", "3"},
       {"parallel.data", "4"},
       {"parallel.schedule", "\"interleaved\""},
+      {"parallel.sharding", "\"parameters\""},
       {"parallel.virtual_stages", "3"},
       {"parallel.interleave_group", "4"},
       {"parallel.split", "[5, 7]"},

@@ -71,6 +71,74 @@ TEST(Meta, ForetellsSchedulesAndRecomputation) {
   }
 }
 
+TEST(Meta, ForetellsSharding) {
+  RunConfig config = small_config(Precision::bf16);
+  config.model.layers = 4;
+  for (const Sharding sharding : {Sharding::gradients, Sharding::parameters}) {
+    config.parallel.sharding = sharding;
+    config.parallel.schedule = PipelineSchedule::one_f_one_b;
+    expect_foretold(config, {.data = 3});
+    config.parallel.schedule = PipelineSchedule::zb_v;
+    expect_foretold(config, {.tensor = 2, .data = 2, .pipeline = 2});
+  }
+}
+
+// ZeRO, Rajbhandari et al. 2020, section 5 and 7: what replicas split, and what that costs in traffic.
+TEST(Meta, ShardingDividesMemoryAndMultipliesTrafficByTheMicroBatches) {
+  constexpr int kReplicas = 4;
+  constexpr int64_t kMicroBatches = 3;
+  RunConfig config = small_config(Precision::bf16);
+  config.model.layers = 6;
+  config.model.ffn_norm = false;  // whose folding reads all weights once more
+  config.train.micro_batch = 1;
+  config.train.global_batch = kMicroBatches * kReplicas;
+  const auto account = [&](Sharding sharding) {
+    config.parallel.sharding = sharding;
+    SmallModel small(config, DeviceKind::meta, make_meta_world(1, kReplicas), {.data = kReplicas});
+    int64_t of_layers = 0;
+    int64_t of_pieces = 0;
+    int64_t others = 0;
+    for (const Bucket& b : small.model.store().buckets()) {
+      (b.unit >= 0 ? of_layers : others) += b.size();
+      if (b.unit >= 0) of_pieces += b.piece.size();
+    }
+    const MemoryReport at_rest = small.context.memory().report();
+    small.model.mesh().world().ledger().clear();
+    small.trainer.step();
+    std::map<std::string, int64_t> traffic;
+    for (const TrafficRecord& r : small.model.mesh().world().ledger().records()) traffic[r.kind] += r.bytes;
+    return std::tuple(at_rest, traffic, of_layers, of_pieces, others);
+  };
+  const auto [whole, whole_traffic, none, no_pieces, everything] = account(Sharding::optimizer);
+  const auto [gradients, gradient_traffic, layers, pieces, others] = account(Sharding::gradients);
+  const auto [parameters, parameter_traffic, layers3, pieces3, others3] = account(Sharding::parameters);
+  ASSERT_EQ(none + no_pieces, 0);
+  ASSERT_EQ(std::tuple(layers, pieces, others), std::tuple(layers3, pieces3, others3));
+  const auto held = [](const MemoryReport& report, MemoryUse use) {
+    return static_cast<double>(report.live_by_use[static_cast<size_t>(use)]);
+  };
+  // To the byte, as blocks are given out: whole buckets in one, this rank's pieces in another.
+  const auto blocks = [](int64_t bytes_each, int64_t some, int64_t more) {
+    return static_cast<double>(Allocator::size_class(bytes_each * some) +
+                               Allocator::size_class(bytes_each * more));
+  };
+  EXPECT_LE(pieces, (layers + 6 * kReplicas) / kReplicas);
+  EXPECT_EQ(held(gradients, MemoryUse::gradients), blocks(4, others, pieces));
+  EXPECT_EQ(held(gradients, MemoryUse::parameters), held(whole, MemoryUse::parameters));
+  EXPECT_EQ(held(parameters, MemoryUse::gradients), held(gradients, MemoryUse::gradients));
+  EXPECT_EQ(held(parameters, MemoryUse::parameters), blocks(2, others, pieces));
+  EXPECT_LT(held(parameters, MemoryUse::parameters), 0.5 * held(whole, MemoryUse::parameters));
+
+  // Payloads in bytes, exactly: a reduction a step, or one a micro-batch; a gathering a step, or one each way
+  // a micro-batch.
+  EXPECT_EQ(whole_traffic.at("reduce_scatter"), 4 * everything);
+  EXPECT_EQ(whole_traffic.at("all_gather"), 2 * everything);
+  EXPECT_EQ(gradient_traffic.at("reduce_scatter"), 4 * (kMicroBatches * layers + others));
+  EXPECT_EQ(gradient_traffic.at("all_gather"), 2 * (layers + others));
+  EXPECT_EQ(parameter_traffic.at("reduce_scatter"), 4 * (kMicroBatches * layers + others));
+  EXPECT_EQ(parameter_traffic.at("all_gather"), 2 * (2 * kMicroBatches * layers + others));
+}
+
 // What is not kept is not held: by tensors of [tokens, width], as the blocks' Saved lists them.
 TEST(Meta, RecomputationSavesMemoryAndCostsOperations) {
   RunConfig config = small_config(Precision::bf16);

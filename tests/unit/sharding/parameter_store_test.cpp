@@ -22,7 +22,7 @@ TEST(ParameterStore, JoinedParametersAreOneMatrix) {
   const Parameter& before = store.declare(matrix("before", 1, 5));
   const Parameter& q = store.declare(matrix("q", 3, 7));
   const Parameter& k = store.declare(matrix("k", 3, 7, true));
-  store.allocate(1 << 20);
+  store.allocate(make_self_world(), {});
   EXPECT_EQ(q.offset % 16, 0);
   EXPECT_EQ(before.offset, 0);
   const Tensor both = store.joined_value(q, {6, 7});
@@ -36,7 +36,7 @@ TEST(ParameterStore, BucketsCoverEverythingAndNeverMixSums) {
     ParameterStore store(context, DType::bf16);
     store.declare(matrix("embedding", 10, 7, false, true));
     for (int i = 0; i < 9; ++i) store.declare(matrix(fmt::format("w{}", i), 3, 5 + i, i % 3 == 2));
-    store.allocate(bytes);
+    store.allocate(make_self_world(), {.bucket_bytes = bytes});
     int64_t next = 0;
     for (const Bucket& bucket : store.buckets()) {
       EXPECT_EQ(bucket.flat.begin, next);
@@ -59,7 +59,7 @@ TEST(ParameterStore, DeclaringTwiceOrTooLateIsRefused) {
   ParameterStore store(context, DType::f32);
   store.declare(matrix("w", 2, 2));
   EXPECT_THROW(store.declare(matrix("w", 2, 2)), LogicError);
-  store.allocate(1);
+  store.allocate(make_self_world(), {.bucket_bytes = 1});
   EXPECT_THROW(store.declare(matrix("v", 2, 2)), LogicError);
 }
 

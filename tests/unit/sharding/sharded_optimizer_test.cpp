@@ -23,7 +23,7 @@ struct Model {
                      .owned = true,
                      .initial = InitialValue::normal(0.5)});
     }
-    store.allocate(bucket_bytes);
+    store.allocate(world, {.bucket_bytes = bucket_bytes});
     optimizer.emplace(store, world, Group(), world);
     optimizer->initialise(9);
   }
