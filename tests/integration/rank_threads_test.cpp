@@ -25,6 +25,18 @@ TEST(RanksAsThreads, MatchTheOracle) {
   }
 }
 
+TEST(RanksAsThreads, MatchTheOracleInPartsAndPieces) {
+  const OracleFixture fixture = load_oracle_fixture("normformer");
+  const OracleLayout layout{.degrees = {.data = 2, .pipeline = 2},
+                            .schedule = PipelineSchedule::zb_v,
+                            .recompute = Recompute::full,
+                            .sharding = Sharding::parameters,
+                            .threads = 2};
+  run_local_world(static_cast<int>(num_ranks(layout.degrees)), [&](const Group& world) {
+    EXPECT_EQ(compare_with_oracle(fixture, layout, world, 1e-9), std::vector<std::string>{});
+  });
+}
+
 TEST(RanksAsThreads, TheirOwnThreadsChangeNoBit) {
   const OracleFixture fixture = load_oracle_fixture("normformer");
   for (const MeshDegrees& degrees : kSample) {

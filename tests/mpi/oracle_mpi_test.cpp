@@ -44,6 +44,30 @@ TEST(OracleOverMpi, GPipeGivesTheSame) {
   }
 }
 
+// A sample of what ranks as threads are held to in full (oracle_test, layout_matrix_test).
+TEST(OracleOverMpi, SchedulesShardingAndRecomputationGiveTheSame) {
+  using S = PipelineSchedule;
+  const std::vector<OracleLayout> layouts{
+      {.degrees = {.data = 2}, .recompute = Recompute::full, .sharding = Sharding::parameters},
+      {.degrees = {.pipeline = 2}, .schedule = S::zb_v},
+      {.degrees = {.data = 3}, .sharding = Sharding::gradients},
+      {.degrees = {.pipeline = 3}, .schedule = S::zb_h2, .recompute = Recompute::selective},
+      {.degrees = {.data = 2, .pipeline = 2},
+       .schedule = S::interleaved,
+       .virtual_stages = 2,
+       .sharding = Sharding::parameters},
+      {.degrees = {.tensor = 2, .data = 2, .pipeline = 2},
+       .schedule = S::zb_v,
+       .recompute = Recompute::full,
+       .sharding = Sharding::parameters}};
+  const OracleFixture fixture = load_oracle_fixture("normformer");
+  for (const OracleLayout& layout : layouts) {
+    if (num_ranks(layout.degrees) != mpi_world().size()) continue;
+    EXPECT_EQ(compare_with_oracle(fixture, layout, mpi_world(), 1e-9), std::vector<std::string>{})
+        << to_string(layout);
+  }
+}
+
 // Processes and threads run the same sums in the same order: not a bit differs.
 TEST(OracleOverMpi, ProcessesAndThreadsGiveTheSameBits) {
   const OracleFixture fixture = load_oracle_fixture("normformer-resscale");

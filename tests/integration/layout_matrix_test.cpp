@@ -1,0 +1,250 @@
+// Every way to lay out a run against one process: all pairs of choices, with dropout on, in fp64.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <map>
+#include <random>
+#include <set>
+
+#include <fmt/ranges.h>
+#include <gtest/gtest.h>
+
+#include "normformer/training/trainer.h"
+
+#include "small_model.h"
+
+namespace normformer::testing_support {
+namespace {
+
+constexpr int64_t kMostRanks = 8;
+constexpr int64_t kSteps = 20;
+
+/// A pipeline with its schedule.
+struct Pipeline {
+  int64_t stages;
+  PipelineSchedule schedule;
+  int64_t virtual_stages = 1;
+  int64_t interleave_group = 0;
+  std::vector<int64_t> split = {};
+};
+
+const std::vector<Pipeline>& pipelines() {
+  using S = PipelineSchedule;
+  static const std::vector<Pipeline> all{{1, S::one_f_one_b},
+                                         {1, S::zb_h1},
+                                         {1, S::interleaved, 3},
+                                         {2, S::gpipe},
+                                         {2, S::one_f_one_b, 1, 0, {5, 2}},
+                                         {2, S::interleaved, 2},
+                                         {2, S::interleaved, 3, 4},
+                                         {2, S::zb_h2},
+                                         {2, S::zb_v, 1, 0, {1, 2, 3, 1}},
+                                         {3, S::one_f_one_b},
+                                         {3, S::interleaved, 2},
+                                         {3, S::zb_h1},
+                                         {3, S::zb_v}};
+  return all;
+}
+
+constexpr std::array<int64_t, 4> kTensor{1, 2, 3, 4};
+constexpr std::array<int64_t, 3> kData{1, 2, 3};
+constexpr std::array<Sharding, 3> kSharding{Sharding::optimizer, Sharding::gradients, Sharding::parameters};
+constexpr std::array<std::pair<Recompute, int64_t>, 4> kRecompute{
+    {{Recompute::none, 0}, {Recompute::selective, 0}, {Recompute::full, 0}, {Recompute::full, 1}}};
+constexpr std::array<int64_t, 3> kMicroBatch{1, 2, 3};
+constexpr std::array<FfnNormForm, 2> kForm{FfnNormForm::folded, FfnNormForm::plain};
+
+/// A choice of each factor, by its place in the lists above.
+enum Factor : size_t { tensor, pipeline, data, sharding, recompute, micro_batch, form, kFactors };
+using Choice = std::array<size_t, kFactors>;
+
+std::array<size_t, kFactors> levels() {
+  return {kTensor.size(),    pipelines().size(), kData.size(), kSharding.size(),
+          kRecompute.size(), kMicroBatch.size(), kForm.size()};
+}
+
+MeshDegrees degrees_of(const Choice& c) {
+  return {.tensor = kTensor[c[tensor]],
+          .context = 1,
+          .data = kData[c[data]],
+          .pipeline = pipelines()[c[pipeline]].stages};
+}
+
+RunConfig config_of(const Choice& c) {
+  RunConfig config = small_config(Precision::fp64);
+  const Pipeline& p = pipelines()[c[pipeline]];
+  config.model.layers = 7;
+  config.model.embedding_dropout = config.model.activation_dropout = 0.1;
+  config.model.ffn_norm_form = kForm[c[form]];
+  config.optimizer.lr = 3e-3;
+  config.optimizer.warmup_updates = 2;
+  config.optimizer.clip_norm = 0.5;
+  config.train.global_batch = 5;
+  config.train.micro_batch = kMicroBatch[c[micro_batch]];
+  config.train.recompute = kRecompute[c[recompute]].first;
+  config.train.recompute_layers = kRecompute[c[recompute]].second;
+  config.parallel.tensor = kTensor[c[tensor]];
+  config.parallel.pipeline = p.stages;
+  config.parallel.data = kData[c[data]];
+  config.parallel.schedule = p.schedule;
+  config.parallel.virtual_stages = p.virtual_stages;
+  config.parallel.interleave_group = p.interleave_group;
+  config.parallel.split = p.split;
+  config.parallel.sharding = kSharding[c[sharding]];
+  return config;
+}
+
+std::string describe(const Choice& c) { return to_toml(config_of(c)); }
+
+/// A pair of factors with their levels.
+using Pair = std::array<size_t, 4>;
+
+std::set<Pair> pairs_of(const Choice& c) {
+  std::set<Pair> pairs;
+  for (size_t a = 0; a < kFactors; ++a) {
+    for (size_t b = a + 1; b < kFactors; ++b) pairs.insert({a, c[a], b, c[b]});
+  }
+  return pairs;
+}
+
+// All choices that need no more ranks than there may be.
+std::vector<Choice> possible_choices() {
+  std::vector<Choice> all{{}};
+  for (size_t factor = 0; factor < kFactors; ++factor) {
+    std::vector<Choice> longer;
+    for (const Choice& c : all) {
+      for (size_t level = 0; level < levels()[factor]; ++level) {
+        longer.push_back(c);
+        longer.back()[factor] = level;
+      }
+    }
+    all = std::move(longer);
+  }
+  std::erase_if(all, [](const Choice& c) { return num_ranks(degrees_of(c)) > kMostRanks; });
+  return all;
+}
+
+// Few choices in which every pair that can be is: each time one that has the most pairs which are still
+// missing, among some drawn ones.
+std::vector<Choice> all_pairs() {
+  constexpr int kDrawn = 300;
+  const std::vector<Choice> possible = possible_choices();
+  std::set<Pair> missing;
+  for (const Choice& c : possible) missing.merge(pairs_of(c));
+  std::mt19937 random(1);
+  std::vector<Choice> chosen;
+  const auto gain = [&](const Choice& c) {
+    const std::set<Pair> pairs = pairs_of(c);
+    return std::count_if(pairs.begin(), pairs.end(), [&](const Pair& p) { return missing.contains(p); });
+  };
+  while (!missing.empty()) {
+    Choice best{};
+    for (int i = 0; i < kDrawn || gain(best) == 0; ++i) {
+      const Choice& drawn = possible[random() % possible.size()];
+      if (i == 0 || gain(drawn) > gain(best)) best = drawn;
+    }
+    for (const Pair& p : pairs_of(best)) missing.erase(p);
+    chosen.push_back(best);
+  }
+  return chosen;
+}
+
+struct Outcome {
+  std::map<std::string, std::vector<double>> gradients;  ///< of the first batch, summed over its tokens
+  std::vector<double> losses;
+  std::vector<double> gradient_norms;
+};
+
+Outcome outcome_of(const RunConfig& config, const MeshDegrees& degrees, bool with_gradients = true) {
+  Outcome outcome;
+  run_local_world(static_cast<int>(num_ranks(degrees)), [&](const Group& world) {
+    SmallModel small(config, DeviceKind::cpu, world, degrees);
+    std::map<std::string, std::vector<double>> gradients;
+    if (with_gradients) {
+      small.trainer.compute_gradients();
+      gather_logical(small.context, world, small.trainer.optimizer().owned_gradients(), DType::f64, 0,
+                     [&](const std::string& name, const Tensor& whole) { gradients[name] = to_host(whole); });
+    }
+    std::vector<StepReport> reports;
+    for (int64_t i = 0; i < kSteps; ++i) reports.push_back(small.trainer.step());
+    if (world.rank() != 0) return;
+    outcome.gradients = std::move(gradients);
+    for (const StepReport& r : reports) {
+      outcome.losses.push_back(r.loss);
+      outcome.gradient_norms.push_back(r.gradient_norm);
+    }
+  });
+  return outcome;
+}
+
+double norm_of(const std::vector<double>& values) {
+  double sum = 0;
+  for (const double v : values) sum += v * v;
+  return std::sqrt(sum);
+}
+
+// "k_proj.bias" has no gradient in exact arithmetic; its rounding errors are held against its weight's.
+double scale_of(const Outcome& expected, const std::string& name) {
+  const std::string zero = "k_proj.bias";
+  const std::string of = name.ends_with(zero) ? name.substr(0, name.size() - 4) + "weight" : name;
+  return norm_of(expected.gradients.at(of));
+}
+
+void expect_same_run(const Outcome& got, const Outcome& expected) {
+  ASSERT_EQ(got.gradients.size(), expected.gradients.size());
+  for (const auto& [name, values] : expected.gradients) {
+    ASSERT_TRUE(got.gradients.contains(name)) << name;
+    std::vector<double> difference = got.gradients.at(name);
+    ASSERT_EQ(difference.size(), values.size()) << name;
+    for (size_t i = 0; i < values.size(); ++i) difference[i] -= values[i];
+    EXPECT_LE(norm_of(difference), 1e-11 * scale_of(expected, name)) << name;
+  }
+  for (size_t i = 0; i < expected.losses.size(); ++i) {
+    EXPECT_NEAR(got.losses[i], expected.losses[i], 1e-12 * expected.losses[i]) << "loss of step " << i;
+    EXPECT_NEAR(got.gradient_norms[i], expected.gradient_norms[i], 1e-10 * expected.gradient_norms[i])
+        << "gradient norm of step " << i;
+  }
+}
+
+TEST(LayoutMatrix, AllPairsOfChoicesEqualOneProcess) {
+  RunConfig alone = config_of({});
+  alone.train.micro_batch = alone.train.global_batch;
+  const Outcome expected = outcome_of(alone, {});
+  EXPECT_LT(expected.losses.back(), expected.losses.front());
+  const std::vector<Choice> choices = all_pairs();
+  for (const Choice& c : choices) {
+    SCOPED_TRACE(describe(c));
+    expect_same_run(outcome_of(config_of(c), degrees_of(c)), expected);
+    if (HasFailure()) return;
+  }
+  std::printf("%zu layouts\n", choices.size());
+}
+
+// What only moves work elsewhere in time changes no bit, in the types that are trained in.
+TEST(LayoutMatrix, BucketsAndRecomputationChangeNoBit) {
+  for (const Precision precision : {Precision::fp32, Precision::bf16}) {
+    for (const Sharding sharding : kSharding) {
+      Choice c{};
+      c[tensor] = 1;
+      c[pipeline] = 8;
+      c[data] = 1;
+      RunConfig config = config_of(c);
+      config.train.precision = precision;
+      config.parallel.sharding = sharding;
+      const Outcome expected = outcome_of(config, degrees_of(c), false);
+      for (const auto& [kind, layers] : kRecompute) {
+        for (const int64_t bucket_mib : {1, 64}) {
+          config.train.recompute = kind;
+          config.train.recompute_layers = layers;
+          config.parallel.bucket_mib = bucket_mib;
+          const Outcome got = outcome_of(config, degrees_of(c), false);
+          EXPECT_EQ(got.losses, expected.losses);
+          EXPECT_EQ(got.gradient_norms, expected.gradient_norms);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace normformer::testing_support
