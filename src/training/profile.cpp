@@ -100,8 +100,10 @@ void Profiler::before_update(int64_t update) {
 bool Profiler::after_update(int64_t update) {
   if (update != updates_.last) return false;
   std::string mine;
-  if (context_.trace().is_on())
-    mine = trace_events(world_.rank(), host_name(), context_.trace().finish(context_));
+  if (context_.trace().is_on()) {
+    spans_ = context_.trace().finish(context_);
+    mine = trace_events(world_.rank(), host_name(), spans_);
+  }
   const std::vector<std::string> all = world_.all_gather_text(mine);
   run_agreed(world_, [&] {
     if (world_.rank() != 0) return;

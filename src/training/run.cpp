@@ -9,6 +9,7 @@
 #include "normformer/training/agreement.h"
 #include "normformer/training/gathered_file.h"
 #include "normformer/training/metrics.h"
+#include "normformer/training/pipeline_drawing.h"
 #include "normformer/training/run_checkpoint.h"
 #include "normformer/training/run_data.h"
 #include "normformer/training/stop_signal.h"
@@ -31,6 +32,7 @@ class TrainingRun {
   void restore();
   void dump_gradients();
   void step();
+  void show_profile();
   void validate();
   void save();
   bool stop_is_wanted();
@@ -155,9 +157,7 @@ void TrainingRun::step() {
   const int64_t update = counters.updates + 1;
   profiler_.before_update(update);
   const StepReport report = trainer_->step();
-  if (profiler_.after_update(update))
-    say(fmt::format("traced: open {} in ui.perfetto.dev or chrome://tracing",
-                    folder_.trace(options_.profile).string()));
+  if (profiler_.after_update(update)) show_profile();
   const Speed speed = speedometer_.enter_step(report.tokens, config_.train.updates - counters.updates);
   if (metrics_) metrics_->write_step(counters, report, speed);
   if (status_) status_->show_step(counters, report, speed);
@@ -168,6 +168,26 @@ void TrainingRun::step() {
                     "optimizer.lr, lengthen optimizer.warmup_updates or set optimizer.clip_norm",
                     counters.skipped_in_a_row));
   }
+}
+
+void TrainingRun::show_profile() {
+  say(fmt::format("traced: open {} in ui.perfetto.dev or chrome://tracing",
+                  folder_.trace(options_.profile).string()));
+  const Mesh& mesh = model_->mesh();
+  if (mesh.pipeline().size() == 1) return;
+  const auto drawing = draw_pipeline(mesh, trainer_->schedule(), profiler_.spans());
+  run_agreed(world_, [&] {
+    if (!drawing) return;
+    const auto write = [&](const char* how, const std::string& picture) {
+      const std::filesystem::path path = folder_.timeline(options_.profile, how);
+      std::ofstream file(path);
+      file << picture;
+      if (!file.flush()) throw IoError(fmt::format("cannot write {}: {}", path.string(), system_reason()));
+      say(fmt::format("drawn: {}", path.string()));
+    };
+    write("measured", drawing->measured);
+    write("simulated", drawing->simulated);
+  });
 }
 
 void TrainingRun::validate() {

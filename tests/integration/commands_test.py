@@ -5,6 +5,7 @@ import math
 import struct
 import sys
 import unittest
+from xml.etree import ElementTree
 
 from program import ROOT, Folder, losses, metrics, run
 
@@ -80,6 +81,21 @@ class Commands(unittest.TestCase):
             self.assertEqual(count("attention_forward"), 12 if rank < 2 else 6)
             products = [span for span in spans if span["name"] == "linear_forward"]
             self.assertTrue(all(span["args"]["FLOPs"] > 0 and span["args"]["GFLOP/s"] > 0 for span in products))
+
+    def test_a_profile_draws_the_pipeline_as_it_ran_and_as_it_was_planned(self):
+        for schedule in ("1f1b", "zb_v"):
+            settings = {"train__updates": 3, "parallel__pipeline": 2, "parallel__data": 2, "model__layers": 4,
+                        "parallel__schedule": f'"{schedule}"'}
+            run(["train", self.folder.config(f"drawn_{schedule}", **settings), "--profile", "3"], 4, expect=0)
+            boxes = []
+            for how in ("measured", "simulated"):
+                root = ElementTree.parse(self.folder.path / f"drawn_{schedule}" / f"pipeline_3_{how}.svg").getroot()
+                titles = [e.text for e in root.iter("{http://www.w3.org/2000/svg}title")]
+                boxes.append(sorted(t.split(":")[0].split(",")[0] for t in titles if "micro-batch" in t))
+            # Two micro-batches of the first replica on two ranks: each part once forward and once back, in halves
+            # where the schedule has halves.
+            self.assertEqual(len(boxes[0]), {"1f1b": 2 * 2 * 2, "zb_v": 2 * 2 * 2 * 3}[schedule])
+            self.assertEqual(boxes[0], boxes[1])
 
     def test_training_learns(self):
         losses = [line["loss"] for line in metrics(self.run_folder) if line["kind"] == "step"]

@@ -38,11 +38,15 @@ class Profiler {
   /// cannot be written. Collective over the world.
   bool after_update(int64_t update);
 
+  /// This rank's spans of the updates traced last.
+  const std::vector<TraceSpan>& spans() const { return spans_; }
+
  private:
   Context& context_;
   Group world_;
   ProfiledUpdates updates_;
   std::filesystem::path file_;
+  std::vector<TraceSpan> spans_;
 };
 
 }  // namespace normformer

@@ -30,6 +30,10 @@ struct RunFolder {
   std::filesystem::path trace(const ProfiledUpdates& updates) const {
     return root / fmt::format("trace_{}-{}.json", updates.first, updates.last);
   }
+  /// A pipeline's pictures: "measured" or "simulated".
+  std::filesystem::path timeline(const ProfiledUpdates& updates, const char* how) const {
+    return root / fmt::format("pipeline_{}_{}.svg", updates.last, how);
+  }
   std::filesystem::path tokenizer() const { return root / "tokenizer"; }
   std::filesystem::path checkpoints() const { return root / "checkpoints"; }
 };

@@ -63,6 +63,7 @@ class Trainer {
   const TrainingCounters& counters() const { return counters_; }
   void set_counters(const TrainingCounters& counters) { counters_ = counters; }
   ShardedOptimizer& optimizer() { return optimizer_; }
+  const Schedule& schedule() const { return schedule_; }
   ModelInstance& model() { return model_; }
 
  private:
