@@ -30,6 +30,12 @@ spdlog::logger& logger() {
   return *instance;
 }
 
+// What writes to the log file alone; null until there is one.
+std::shared_ptr<spdlog::logger>& file_logger() {
+  static std::shared_ptr<spdlog::logger> instance;
+  return instance;
+}
+
 spdlog::level::level_enum to_spdlog(LogLevel level) {
   switch (level) {
     case LogLevel::debug:
@@ -50,10 +56,16 @@ void log_line(LogLevel level, std::string_view message) {
   logger().log(to_spdlog(level), "{}{}", rank_prefix(), message);
 }
 
+void log_to_file(std::string_view message) {
+  if (file_logger() != nullptr) file_logger()->info("{}", message);
+}
+
 void open_log_file(const std::string& path) {
   try {
     auto sink = std::make_shared<spdlog::sinks::basic_file_sink_mt>(path);
     sink->set_pattern(kPattern);
+    file_logger() = std::make_shared<spdlog::logger>("file", sink);
+    file_logger()->flush_on(spdlog::level::info);
     logger().sinks().push_back(std::move(sink));
   } catch (const spdlog::spdlog_ex& e) {
     throw IoError(fmt::format("cannot open the log file {}: {}", path, e.what()));

@@ -133,8 +133,10 @@ void StatusLine::show_step(const TrainingCounters& counters, const StepReport& r
       with_prefix(speed.flops_per_second, "FLOP/s"), duration_text(speed.seconds_left),
       report.skipped ? "  SKIPPED: gradient not finite" : "");
   const bool is_last = counters.updates >= updates_;
+  const bool is_plain_line = counters.updates % every_ == 0 || is_last || report.skipped;
+  if (is_plain_line) log_to_file(text);
   if (!is_terminal_) {
-    if (counters.updates % every_ == 0 || is_last || report.skipped) std::puts(text.c_str());
+    if (is_plain_line) std::puts(text.c_str());
     std::fflush(stdout);
     return;
   }
@@ -151,6 +153,7 @@ void StatusLine::show_step(const TrainingCounters& counters, const StepReport& r
 }
 
 void StatusLine::show_message(const std::string& message) {
+  log_to_file(message);
   clear_live_line();
   std::puts(message.c_str());
   std::fflush(stdout);

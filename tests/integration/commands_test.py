@@ -97,6 +97,11 @@ class Commands(unittest.TestCase):
             self.assertEqual(len(boxes[0]), {"1f1b": 2 * 2 * 2, "zb_v": 2 * 2 * 2 * 3}[schedule])
             self.assertEqual(boxes[0], boxes[1])
 
+    def test_the_log_has_what_was_shown(self):
+        log = (self.run_folder / "log.txt").read_text()
+        for line in ("update 40/40  loss", "parameters, 1 ranks", "validation after update 40", "saved a checkpoint"):
+            self.assertEqual(log.count(line), 1, line)
+
     def test_training_learns(self):
         losses = [line["loss"] for line in metrics(self.run_folder) if line["kind"] == "step"]
         self.assertLess(losses[-1], losses[0] - 0.5)

@@ -70,7 +70,7 @@ class StatusLine {
 
   void show_step(const TrainingCounters& counters, const StepReport& report, const Speed& speed);
 
-  /// Prints a line that stays, above the live one.
+  /// Prints a line that stays, above the live one. It and plain lines go to the log file too.
   void show_message(const std::string& message);
 
  private:
