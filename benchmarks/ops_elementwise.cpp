@@ -211,11 +211,11 @@ class Bench {
     measure("embedding_forward", [&] { embedding_forward(context_, tokens, weight, 0, out); });
     measure("embedding_backward", [&] { embedding_backward(context_, tokens, x, 1.0, 0, dweight); });
     measure("add_positions_forward",
-            [&] { add_positions_forward(context_, x, 2.0, positions, dropout(0), out); });
+            [&] { add_positions_forward(context_, x, 2.0, positions, 0, dropout(0), out); });
     measure("add_positions_forward dropout",
-            [&] { add_positions_forward(context_, x, 2.0, positions, dropout(0.1), out); });
+            [&] { add_positions_forward(context_, x, 2.0, positions, 0, dropout(0.1), out); });
     measure("add_positions_backward",
-            [&] { add_positions_backward(context_, x, 1024, dropout(0), out, dpositions); });
+            [&] { add_positions_backward(context_, x, 1024, 0, dropout(0), out, dpositions); });
   }
 
   void losses() {

@@ -155,7 +155,7 @@ Tensor LanguageModelStage::embed(const MicroBatch& batch, SavedState& saved) con
   const Tensor positions = positions_ != nullptr ? positions_->value : sinusoidal_;
   saved.embedding_dropout =
       make_dropout(environment_, batch, DropoutSite::embedding, 0, config.embedding_dropout, config.width);
-  ops::add_positions_forward(context, embedded.tensor(), embedding_factor(), positions.rows(0, batch.length),
+  ops::add_positions_forward(context, embedded.tensor(), embedding_factor(), positions.rows(0, batch.length), 0,
                              saved.embedding_dropout, embedded.tensor());
   return embedded.tensor();
 }
@@ -165,7 +165,7 @@ void LanguageModelStage::embed_backward(const MicroBatch& batch, const SavedStat
   Context& context = *environment_.context;
   const TraceScope scope = trace_module(environment_, "decoder.embed_tokens", "backward");
   const Tensor dpositions = positions_ != nullptr ? positions_->gradient.rows(0, batch.length) : Tensor();
-  ops::add_positions_backward(context, dx, batch.length, saved.embedding_dropout, dx, dpositions);
+  ops::add_positions_backward(context, dx, batch.length, 0, saved.embedding_dropout, dx, dpositions);
   embed_tokens_backward(context, vocabulary_rows(), batch.tokens, Placed<Replicated>(dx), embedding_factor());
 }
 

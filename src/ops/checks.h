@@ -67,6 +67,7 @@ inline void check_dropout(std::string_view operation, const Dropout& dropout) {
            operation, dropout.probability);
   NF_CHECK(dropout.rows_per_sample >= 1, "{}: dropout with {} rows in a sample", operation,
            dropout.rows_per_sample);
+  NF_CHECK(dropout.first_row >= 0, "{}: dropout from row {} on", operation, dropout.first_row);
 }
 
 }  // namespace normformer::ops

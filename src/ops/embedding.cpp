@@ -41,7 +41,7 @@ void embedding_backward(Context& context, const Tensor& tokens, const Tensor& do
 }
 
 void add_positions_forward(Context& context, const Tensor& embedded, double factor, const Tensor& positions,
-                           const Dropout& dropout, const Tensor& out) {
+                           int64_t first_row, const Dropout& dropout, const Tensor& out) {
   constexpr std::string_view kName = "add_positions_forward";
   const Shape shape = matrix_shape(kName, "embedded", embedded);
   const Shape table = matrix_shape(kName, "positions", positions);
@@ -49,26 +49,26 @@ void add_positions_forward(Context& context, const Tensor& embedded, double fact
   arguments.model("embedded", embedded, shape);
   arguments.model("positions", positions, {table[0], shape[1]});
   arguments.model("out", out, shape);
-  NF_CHECK(table[0] > 0 || shape[0] == 0, "{}: no positions", kName);
+  NF_CHECK(first_row >= 0 && (table[0] > 0 || shape[0] == 0), "{}: no positions", kName);
   check_dropout(kName, dropout);
   context.costs().record(kName, 3 * embedded.numel(), arguments.bytes());
   if (context.is_meta() || embedded.numel() == 0) return;
-  NF_ON_DEVICE(add_positions_forward, context, embedded, factor, positions, dropout, out);
+  NF_ON_DEVICE(add_positions_forward, context, embedded, factor, positions, first_row, dropout, out);
 }
 
-void add_positions_backward(Context& context, const Tensor& dout, int64_t length, const Dropout& dropout,
-                            const Tensor& dsum, const Tensor& dpositions) {
+void add_positions_backward(Context& context, const Tensor& dout, int64_t length, int64_t first_row,
+                            const Dropout& dropout, const Tensor& dsum, const Tensor& dpositions) {
   constexpr std::string_view kName = "add_positions_backward";
   const Shape shape = matrix_shape(kName, "dout", dout);
   Arguments arguments(context, kName, dout.dtype());
   arguments.model("dout", dout, shape);
   arguments.model("dsum", dsum, shape);
   if (dpositions) arguments.accumulator("dpositions", dpositions, {length, shape[1]}, 2);
-  NF_CHECK(length > 0, "{}: sequences of {} tokens", kName, length);
+  NF_CHECK(length > 0 && first_row >= 0, "{}: sequences of {} tokens", kName, length);
   check_dropout(kName, dropout);
   context.costs().record(kName, 2 * dout.numel(), arguments.bytes());
   if (context.is_meta() || dout.numel() == 0) return;
-  NF_ON_DEVICE(add_positions_backward, context, dout, length, dropout, dsum, dpositions);
+  NF_ON_DEVICE(add_positions_backward, context, dout, length, first_row, dropout, dsum, dpositions);
 }
 
 Tensor sinusoidal_positions(Context& context, int64_t length, int64_t width, DType dtype) {

@@ -59,26 +59,42 @@ void fold_norm_backward(Context& context, const Tensor& dy, const Tensor& y, con
   const Shape shape = matrix_shape(kName, "dy", dy);
   const Shape column{shape[0]};
   const Shape row{shape[1]};
+  const bool with_means = y.defined();
+  const bool with_sums = dy_scaled.defined();
+  NF_CHECK(with_means || with_sums, "{}: nothing to compute", kName);
   Arguments arguments(context, kName, dy.dtype());
   arguments.model("dy", dy, shape);
-  arguments.model("y", y, shape);
   arguments.accumulator("mean", mean, column);
   arguments.accumulator("rstd", rstd, column);
   arguments.accumulator("c", c, row);
   arguments.accumulator("w_beta", w_beta, row);
   arguments.model("b2", b2, row);
-  arguments.accumulator("mean_g", mean_g, column);
-  arguments.accumulator("mean_gx", mean_gx, column);
-  arguments.model("dy_scaled", dy_scaled, shape);
-  arguments.accumulator("u", u, row);
-  arguments.accumulator("s", s, row);
+  if (with_means) {
+    arguments.model("y", y, shape);
+    arguments.accumulator("mean_g", mean_g, column);
+    arguments.accumulator("mean_gx", mean_gx, column);
+  }
+  if (with_sums) {
+    arguments.model("dy_scaled", dy_scaled, shape);
+    arguments.accumulator("u", u, row);
+    arguments.accumulator("s", s, row);
+  }
   NF_CHECK(features > 0, "{}: {} features", kName, features);
-  context.costs().record(kName, 10 * dy.numel(), arguments.bytes());
-  const Tensor partials = context.empty({RowBlocks(shape[0]).count, 2 * shape[1]}, accumulator_of(dy.dtype()),
-                                        MemoryUse::workspace);
+  const int64_t flops = (with_means ? 6 : 0) + (with_sums ? 4 : 0);
+  context.costs().record(kName, flops * dy.numel(), arguments.bytes());
+  Tensor partials;
+  if (with_sums) {
+    partials = context.empty({RowBlocks(shape[0]).count, 2 * shape[1]}, accumulator_of(dy.dtype()),
+                             MemoryUse::workspace);
+  }
   if (context.is_meta()) return;
   if (dy.numel() == 0) {  // written, not added to
-    for (const Tensor* sum : {&mean_g, &mean_gx, &u, &s}) fill_zero(context, *sum);
+    for (const Tensor* sum : {&u, &s}) {
+      if (with_sums) fill_zero(context, *sum);
+    }
+    for (const Tensor* sum : {&mean_g, &mean_gx}) {
+      if (with_means) fill_zero(context, *sum);
+    }
     return;
   }
   NF_ON_DEVICE(fold_norm_backward, context, dy, y, mean, rstd, c, w_beta, b2, features, mean_g, mean_gx,

@@ -11,14 +11,16 @@ namespace normformer::ops {
 /// Which elements of a matrix are dropped: a pure function of what each element is, never of which rank holds
 /// it.
 ///
-/// Row r of a local matrix is token `first_token + r % rows_per_sample` of sample `first_sample + r /
+/// A local matrix is rows `first_row` and on of the whole samples from `first_sample` on: with w = first_row
+/// + r, its row r is token `first_token + w % rows_per_sample` of sample `first_sample + w /
 /// rows_per_sample`; column c is global column `first_column + c` of `row_elements`. The element's index
 /// within its sample is i = token * row_elements + column; its random word is word i % 4 of stream.words(i /
 /// 4, sample). It is kept where word >= probability * 2^32, and then multiplied by 1 / (1 - probability).
 struct Dropout {
   double probability = 0.0;  ///< in [0, 1); 0 means that nothing is dropped and nothing else here is read
   RandomStream stream;       ///< for this seed, batch index, layer and site
-  int64_t first_sample = 0;  ///< position in the global batch of the sample in row 0
+  int64_t first_sample = 0;  ///< position in the global batch of the first sample
+  int64_t first_row = 0;     ///< where in the samples' rows the local matrix begins, which may be inside one
   int64_t rows_per_sample = 1;
   int64_t first_token = 0;
   int64_t row_elements = 1;

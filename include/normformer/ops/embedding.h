@@ -18,15 +18,15 @@ void embedding_forward(Context& context, const Tensor& tokens, const Tensor& wei
 void embedding_backward(Context& context, const Tensor& tokens, const Tensor& dout, double factor,
                         int64_t first_row, const Tensor& dweight);
 
-/// out[N, D] = drop(factor * embedded + positions[row % length]); positions [length, D] of T. out may be
-/// embedded.
+/// out[N, D] = drop(factor * embedded + positions[(first_row + row) % length]); positions [length, D] of T:
+/// the rows may begin inside a sequence. out may be embedded.
 void add_positions_forward(Context& context, const Tensor& embedded, double factor, const Tensor& positions,
-                           const Dropout& dropout, const Tensor& out);
+                           int64_t first_row, const Dropout& dropout, const Tensor& out);
 
 /// dsum[N, D] = dout with the dropout of the forward (not yet multiplied by `factor`); dpositions[length, D]
 /// (accumulator_of(T)), where defined, += its sums over sequences. dsum may be dout.
-void add_positions_backward(Context& context, const Tensor& dout, int64_t length, const Dropout& dropout,
-                            const Tensor& dsum, const Tensor& dpositions);
+void add_positions_backward(Context& context, const Tensor& dout, int64_t length, int64_t first_row,
+                            const Dropout& dropout, const Tensor& dsum, const Tensor& dpositions);
 
 /// fairseq's sinusoidal table, [length, width] of T: row t is position t + 2; sines in the first half of the
 /// channels, cosines in the second, of frequencies exp(-i ln(10000) / (width / 2 - 1)). An odd width's last

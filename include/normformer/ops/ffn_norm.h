@@ -30,6 +30,8 @@ void unfold_norm(Context& context, const Tensor& z, const Tensor& mean, const Te
 ///   dy_scaled[N, D] = rstd * dy (T), u[D] = sum over tokens of rstd * mean * dy, s[D] = sum over tokens of
 ///   dy
 /// (u, s, means: A, written). Sums over tokens run in an order that does not depend on the number of threads.
+/// The two lines may be had one by one, as where only some tokens' y are here: an undefined y leaves mean_g
+/// and mean_gx alone, an undefined dy_scaled u and s.
 void fold_norm_backward(Context& context, const Tensor& dy, const Tensor& y, const Tensor& mean,
                         const Tensor& rstd, const Tensor& c, const Tensor& w_beta, const Tensor& b2,
                         int64_t features, const Tensor& mean_g, const Tensor& mean_gx,

@@ -37,7 +37,7 @@ void embedding_backward_columns(const Tensor& tokens, const Tensor& dout, double
   });
 }
 
-void add_positions_rows(const Tensor& embedded, double factor, const Tensor& positions,
+void add_positions_rows(const Tensor& embedded, double factor, const Tensor& positions, int64_t first_row,
                         const Dropout& dropout, const Tensor& out, Range rows) {
   const int64_t columns = embedded.dim(1);
   dispatch_floating(embedded.dtype(), [&]<class T>() {
@@ -48,7 +48,7 @@ void add_positions_rows(const Tensor& embedded, double factor, const Tensor& pos
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       if (dropout.active()) dropout_row(dropout, r, columns, drawn.data());
       const T* token = embedded.data<T>() + r * columns;
-      const T* position = positions.data<T>() + (r % positions.dim(0)) * columns;
+      const T* position = positions.data<T>() + ((first_row + r) % positions.dim(0)) * columns;
       T* to = out.data<T>() + r * columns;
       for_columns<A>(columns, [&](int64_t c, auto use) HWY_ATTR {
         auto sum = hn::MulAdd(factor_lanes, load_ahead(token + c, use), load_ahead(position + c, use));
@@ -60,16 +60,17 @@ void add_positions_rows(const Tensor& embedded, double factor, const Tensor& pos
 }
 
 /// The rows of positions [at.begin, at.end) of every sequence, in the order of sequences.
-void add_positions_backward_at(const Tensor& dout, int64_t length, const Dropout& dropout, const Tensor& dsum,
-                               const Tensor& dpositions, Range at) {
+void add_positions_backward_at(const Tensor& dout, int64_t length, int64_t first_row, const Dropout& dropout,
+                               const Tensor& dsum, const Tensor& dpositions, Range at) {
   const int64_t columns = dout.dim(1);
   dispatch_floating(dout.dtype(), [&]<class T>() {
     using A = Accumulator<T>;
     std::vector<A> drawn(static_cast<size_t>(dropout.active() ? columns : 0));
     const A* multipliers = dropout.active() ? drawn.data() : nullptr;
-    for (int64_t first = 0; first < dout.dim(0); first += length) {
+    for (int64_t first = -(first_row % length); first < dout.dim(0); first += length) {
       for (int64_t position = at.begin; position < at.end && first + position < dout.dim(0); ++position) {
         const int64_t row = first + position;
+        if (row < 0) continue;
         if (dropout.active()) dropout_row(dropout, row, columns, drawn.data());
         const T* from = dout.data<T>() + row * columns;
         T* to = dsum.data<T>() + row * columns;
@@ -136,20 +137,20 @@ void embedding_backward(Context& context, const Tensor& tokens, const Tensor& do
 }
 
 void add_positions_forward(Context& context, const Tensor& embedded, double factor, const Tensor& positions,
-                           const Dropout& dropout, const Tensor& out) {
+                           int64_t first_row, const Dropout& dropout, const Tensor& out) {
   context.threads().parallel_for(embedded.dim(0), row_grain(embedded.dim(1)),
                                  [&](int64_t begin, int64_t end) {
                                    HWY_DYNAMIC_DISPATCH(add_positions_rows)
-                                   (embedded, factor, positions, dropout, out, Range{begin, end});
+                                   (embedded, factor, positions, first_row, dropout, out, Range{begin, end});
                                  });
 }
 
-void add_positions_backward(Context& context, const Tensor& dout, int64_t length, const Dropout& dropout,
-                            const Tensor& dsum, const Tensor& dpositions) {
-  const int64_t positions = std::min(length, dout.dim(0));
+void add_positions_backward(Context& context, const Tensor& dout, int64_t length, int64_t first_row,
+                            const Dropout& dropout, const Tensor& dsum, const Tensor& dpositions) {
+  const int64_t positions = std::min(length, first_row % length + dout.dim(0));
   context.threads().parallel_for(positions, row_grain(dout.dim(1)), [&](int64_t begin, int64_t end) {
     HWY_DYNAMIC_DISPATCH(add_positions_backward_at)
-    (dout, length, dropout, dsum, dpositions, Range{begin, end});
+    (dout, length, first_row, dropout, dsum, dpositions, Range{begin, end});
   });
 }
 

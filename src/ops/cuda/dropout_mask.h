@@ -16,6 +16,7 @@ struct DropoutMask {
   explicit DropoutMask(const Dropout& dropout)
       : stream(dropout.stream),
         first_sample(dropout.first_sample),
+        first_row(dropout.first_row),
         rows_per_sample(dropout.rows_per_sample),
         first_token(dropout.first_token),
         row_elements(dropout.row_elements),
@@ -26,6 +27,7 @@ struct DropoutMask {
 
   RandomStream stream;
   int64_t first_sample;
+  int64_t first_row;
   int64_t rows_per_sample;
   int64_t first_token;
   int64_t row_elements;
@@ -43,8 +45,9 @@ struct DropoutMask {
       for (int i = 0; i < N; ++i) to[i] = A{1};
       return;
     }
-    const int64_t token = first_token + row % rows_per_sample;
-    const auto sample = static_cast<uint64_t>(first_sample + row / rows_per_sample);
+    const int64_t whole_row = first_row + row;
+    const int64_t token = first_token + whole_row % rows_per_sample;
+    const auto sample = static_cast<uint64_t>(first_sample + whole_row / rows_per_sample);
     const auto first = static_cast<uint64_t>(token * row_elements + first_column + column);
     multipliers_of<N>(sample, first, to);
   }

@@ -358,11 +358,11 @@ LaunchShape block_per_row(int64_t rows, int64_t packs) {
 
 template <int N, class T>
 __global__ void add_positions_kernel(const T* embedded, Accumulator<T> factor, const T* positions,
-                                     int64_t length, int64_t columns, DropoutMask<Accumulator<T>> mask,
-                                     T* out) {
+                                     int64_t length, int64_t first_row, int64_t columns,
+                                     DropoutMask<Accumulator<T>> mask, T* out) {
   using A = Accumulator<T>;
   const int64_t row = blockIdx.x;
-  const T* position = positions + row % length * columns;
+  const T* position = positions + (first_row + row) % length * columns;
   for (int64_t c = int64_t{threadIdx.x} * N; c < columns; c += int64_t{blockDim.x} * N) {
     A x[N], p[N], multipliers[N];
     load_pack<N>(embedded + row * columns + c, x);
@@ -374,19 +374,21 @@ __global__ void add_positions_kernel(const T* embedded, Accumulator<T> factor, c
   }
 }
 
-/// The block's position in every sequence, in the order of sequences. `dpositions` may be null.
+/// The block's position in every sequence, in the order of sequences; row 0 is position `into`. `dpositions`
+/// may be null.
 template <int N, class T>
-__global__ void add_positions_backward_kernel(const T* dout, int64_t rows, int64_t length, int64_t columns,
-                                              DropoutMask<Accumulator<T>> mask, T* dsum,
+__global__ void add_positions_backward_kernel(const T* dout, int64_t rows, int64_t length, int64_t into,
+                                              int64_t columns, DropoutMask<Accumulator<T>> mask, T* dsum,
                                               Accumulator<T>* dpositions) {
   using A = Accumulator<T>;
   constexpr int kAhead = 4;
   const int64_t position = blockIdx.x;
+  const int64_t first_of_position = position >= into ? position - into : position - into + length;
   A* sum_to = dpositions == nullptr ? nullptr : dpositions + position * columns;
   for (int64_t c = int64_t{threadIdx.x} * N; c < columns; c += int64_t{blockDim.x} * N) {
     A sums[N] = {};
     if (sum_to != nullptr) load_pack<N>(sum_to + c, sums);
-    for (int64_t first = position; first < rows; first += kAhead * length) {
+    for (int64_t first = first_of_position; first < rows; first += kAhead * length) {
       A x[kAhead][N] = {};
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) {
@@ -453,7 +455,7 @@ void embedding_backward(Context& context, const Tensor& tokens, const Tensor& do
 }
 
 void add_positions_forward(Context& context, const Tensor& embedded, double factor, const Tensor& positions,
-                           const Dropout& dropout, const Tensor& out) {
+                           int64_t first_row, const Dropout& dropout, const Tensor& out) {
   dispatch_floating(embedded.dtype(), [&]<class T>() {
     using A = Accumulator<T>;
     constexpr int kN = kPack<T>;
@@ -461,25 +463,26 @@ void add_positions_forward(Context& context, const Tensor& embedded, double fact
     const bool packs = can_pack<kN>(columns, embedded.data<T>(), positions.data<T>(), out.data<T>());
     const auto kernel = packs ? add_positions_kernel<kN, T> : add_positions_kernel<1, T>;
     launch(context, block_per_row(embedded.dim(0), packs ? columns / kN : columns), kernel,
-           embedded.data<T>(), static_cast<A>(factor), positions.data<T>(), positions.dim(0), columns,
-           DropoutMask<A>(dropout), out.data<T>());
+           embedded.data<T>(), static_cast<A>(factor), positions.data<T>(), positions.dim(0), first_row,
+           columns, DropoutMask<A>(dropout), out.data<T>());
   });
 }
 
-void add_positions_backward(Context& context, const Tensor& dout, int64_t length, const Dropout& dropout,
-                            const Tensor& dsum, const Tensor& dpositions) {
+void add_positions_backward(Context& context, const Tensor& dout, int64_t length, int64_t first_row,
+                            const Dropout& dropout, const Tensor& dsum, const Tensor& dpositions) {
   dispatch_floating(dout.dtype(), [&]<class T>() {
     using A = Accumulator<T>;
     constexpr int kN = kPack<T>;
     const int64_t rows = dout.dim(0);
     const int64_t columns = dout.dim(1);
     // Without sums every row can have its own block.
-    const int64_t apart = dpositions ? std::min(length, rows) : rows;
+    const int64_t apart = dpositions ? length : rows;
+    const int64_t into = dpositions ? first_row % length : 0;
     A* sums = dpositions ? dpositions.data<A>() : nullptr;
     const bool packs = can_pack<kN>(columns, dout.data<T>(), dsum.data<T>(), sums);
     const auto kernel = packs ? add_positions_backward_kernel<kN, T> : add_positions_backward_kernel<1, T>;
     launch(context, block_per_row(apart, packs ? columns / kN : columns), kernel, dout.data<T>(), rows, apart,
-           columns, DropoutMask<A>(dropout), dsum.data<T>(), sums);
+           into, columns, DropoutMask<A>(dropout), dsum.data<T>(), sums);
   });
 }
 

@@ -137,7 +137,8 @@ struct Unfold {
   }
 };
 
-template <class T, int N>
+/// `WithMeans` false leaves y, and means of rows, alone.
+template <class T, int N, bool WithMeans = true>
 struct FoldBackward {
   using A = Accumulator<T>;
   static constexpr int kN = N;
@@ -164,7 +165,10 @@ struct FoldBackward {
   __device__ Columns columns(int64_t column) const { return vectors.template at<N>(column); }
   __device__ Row row(int64_t row) const { return {means[row], rstds[row]}; }
   __device__ Elements load(int64_t row, int64_t column) const {
-    return {pack_at<N>(dy, row * width + column), pack_at<N>(y, row * width + column)};
+    if constexpr (WithMeans)
+      return {pack_at<N>(dy, row * width + column), pack_at<N>(y, row * width + column)};
+    else
+      return {pack_at<N>(dy, row * width + column), {}};
   }
 
   __device__ void terms(const Columns& of_columns, const Elements& elements, const Row&, int64_t, int64_t,
@@ -375,23 +379,33 @@ void fold_norm_backward(Context& context, const Tensor& dy, const Tensor& y, con
   dispatch_floating(dy.dtype(), [&]<class T>() {
     using A = Accumulator<T>;
     const T* from = dy.data<T>();
-    const T* kept = y.data<T>();
-    T* out = dy_scaled.data<T>();
+    const T* kept = data_or_null<T>(y);
+    T* out = data_or_null<T>(dy_scaled);
+    A* column_sums = data_or_null<A>(partials);
     const FoldVectors<T> v{c.data<A>(), w_beta.data<A>(), b2.data<T>()};
-    const bool packs = can_pack<kPack<T>>(columns, from, kept, v.c, v.w_beta, v.b2, out, partials.data<A>());
+    const bool packs = can_pack<kPack<T>>(columns, from, kept, v.c, v.w_beta, v.b2, out, column_sums);
     with_packs<T>(packs, [&]<int N>() {
-      const FoldBackward<T, N> op{from,
-                                  kept,
-                                  mean.data<A>(),
-                                  rstd.data<A>(),
-                                  v,
-                                  of_each<A>(features),
-                                  mean_g.data<A>(),
-                                  mean_gx.data<A>(),
-                                  out,
-                                  columns};
-      launch_by_rows<2>(context, op, dy.dim(0), columns, partials_in<A, 2>(partials, columns));
+      const auto made = [&]<bool WithMeans>() {
+        return FoldBackward<T, N, WithMeans>{from,
+                                             kept,
+                                             mean.data<A>(),
+                                             rstd.data<A>(),
+                                             v,
+                                             of_each<A>(features),
+                                             data_or_null<A>(mean_g),
+                                             data_or_null<A>(mean_gx),
+                                             out,
+                                             columns};
+      };
+      if (out == nullptr)
+        return launch_row_sums(context, made.template operator()<true>(), dy.dim(0), columns);
+      const auto to = partials_in<A, 2>(partials, columns);
+      if (kept == nullptr)
+        launch_tiles(context, made.template operator()<false>(), dy.dim(0), columns, to);
+      else
+        launch_by_rows<2>(context, made.template operator()<true>(), dy.dim(0), columns, to);
     });
+    if (out == nullptr) return;
     add_blocks<A>(context, partials, std::array{ColumnSum{0, u}, ColumnSum{columns, s}}, true);
   });
 }

@@ -73,8 +73,9 @@ __device__ uint32_t kept_bits(const DropoutMask<A>& mask, int64_t row, int64_t c
   if (!mask.active) return ~0u;
   // Rows are fewer than 2^31, and a division of 32 bits takes a fraction of the instructions.
   const auto rows_per_sample = static_cast<uint32_t>(std::min<int64_t>(mask.rows_per_sample, INT32_MAX));
-  const uint32_t samples = static_cast<uint32_t>(row) / rows_per_sample;
-  const int64_t token = mask.first_token + (row - int64_t{samples} * rows_per_sample);
+  const auto whole_row = static_cast<uint32_t>(mask.first_row + row);
+  const uint32_t samples = whole_row / rows_per_sample;
+  const int64_t token = mask.first_token + (whole_row - samples * rows_per_sample);
   const auto sample = static_cast<uint64_t>(mask.first_sample + samples);
   const auto first = static_cast<uint64_t>(token * mask.row_elements + mask.first_column + column);
   const int before = static_cast<int>(first % 4);

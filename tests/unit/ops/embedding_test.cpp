@@ -97,19 +97,52 @@ TEST(Positions, ForwardAndBackwardMatchTheFormulas) {
             dpositions_want[at] += kept * d[i];
           }
         }
-        add_positions_forward(context, embedded, factor, positions, dropout, out);
-        add_positions_backward(context, dout, length, dropout, dsum, dpositions);
+        add_positions_forward(context, embedded, factor, positions, 0, dropout, out);
+        add_positions_backward(context, dout, length, 0, dropout, dsum, dpositions);
         const std::string what = name_of_case(dtype, rows, width);
         // |embedded| < 1 times the factor, rounded itself, and |position| < 5, divided by 0.7.
         expect_rounded(out, want, {2 * Real(factor) + 8}, 4, what + " out");
         expect_rounded(dsum, dsum_want, {8}, 3, what + " dsum");
         expect_rounded(dpositions, dpositions_want, {32}, 8, what + " dpositions");
         // Without learned positions, and in place.
-        add_positions_backward(context, dout, length, dropout, dout, Tensor());
+        add_positions_backward(context, dout, length, 0, dropout, dout, Tensor());
         expect_same_bits(dout, dsum, "dsum in place");
-        add_positions_forward(context, embedded, factor, positions, dropout, embedded);
+        add_positions_forward(context, embedded, factor, positions, 0, dropout, embedded);
         expect_same_bits(embedded, out, "out in place");
       }
+    }
+  }
+}
+
+// Rows cut anywhere, also inside a sequence, are treated as they are in the whole.
+TEST(Positions, ShardsOfRowsEqualTheWhole) {
+  for (const double probability : {0.0, 0.3}) {
+    for (const int64_t width : {5, 64}) {
+      Context context(test_device(), 2);
+      const int64_t length = 4;
+      const int64_t rows = 3 * length;
+      Dropout dropout = odd_dropout(probability, width);
+      const int64_t before = dropout.first_row;
+      const Tensor embedded = random_tensor(context, DType::f64, {rows, width}, 1);
+      const Tensor positions = random_tensor(context, DType::f64, {length, width}, 2);
+      const Tensor whole = unwritten(context, DType::f64, {rows, width});
+      const Tensor dwhole = unwritten(context, DType::f64, {rows, width});
+      const Tensor dpositions = context.zeros({length, width}, DType::f64);
+      add_positions_forward(context, embedded, 2.0, positions, 0, dropout, whole);
+      add_positions_backward(context, embedded, length, 0, dropout, dwhole, dpositions);
+      const Tensor sums = context.zeros({length, width}, DType::f64);
+      for (const Range cut : {Range{0, 0}, Range{0, 6}, Range{6, 7}, Range{7, 11}, Range{11, 12}}) {
+        const Tensor part = embedded.rows(cut.begin, cut.end);
+        const Tensor out = unwritten(context, DType::f64, {cut.size(), width});
+        dropout.first_row = before + cut.begin;
+        add_positions_forward(context, part, 2.0, positions, cut.begin, dropout, out);
+        expect_same_bits(out, whole.rows(cut.begin, cut.end), "out");
+        add_positions_backward(context, part, length, cut.begin, dropout, out, sums);
+        expect_same_bits(out, dwhole.rows(cut.begin, cut.end), "dsum");
+      }
+      const std::vector<double> got = to_host(sums);
+      const std::vector<double> want = to_host(dpositions);
+      for (size_t i = 0; i < want.size(); ++i) EXPECT_NEAR(got[i], want[i], 1e-13);
     }
   }
 }
@@ -120,7 +153,7 @@ TEST(Positions, TheBitsDoNotDependOnThreads) {
     Context context(test_device(), threads);
     const Tensor dout = random_tensor(context, DType::f32, {90, 77}, 1);
     const Tensor dpositions = context.zeros({30, 77}, DType::f32);
-    add_positions_backward(context, dout, 30, odd_dropout(0.3, 77), dout, dpositions);
+    add_positions_backward(context, dout, 30, 0, odd_dropout(0.3, 77), dout, dpositions);
     sums.push_back(dpositions);
     expect_same_bits(sums.back(), sums.front(), "dpositions");
   }
@@ -150,8 +183,8 @@ TEST(Embedding, MetaCountsAlike) {
     const Tensor table = sinusoidal_positions(context, 4, 5, DType::bf16);
     const Tensor dtable = context.empty({4, 5}, DType::f32);
     embedding_forward(context, tokens, weight, 0, x);
-    add_positions_forward(context, x, 2.0, table, odd_dropout(0.1, 5), x);
-    add_positions_backward(context, x, 4, odd_dropout(0.1, 5), x, dtable);
+    add_positions_forward(context, x, 2.0, table, 0, odd_dropout(0.1, 5), x);
+    add_positions_backward(context, x, 4, 0, odd_dropout(0.1, 5), x, dtable);
     embedding_backward(context, tokens, x, 1.0, 0, dweight);
   });
 }

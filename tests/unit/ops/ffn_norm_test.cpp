@@ -341,6 +341,53 @@ TEST(FfnNorm, NarrowTypesMatchFp64) {
   }
 }
 
+// Means of the rows whose y is here and sums of all rows, one by one: the bits of both at once, on a GPU the
+// same to rounding, since its blocks are then others.
+TEST(FoldedFfnNorm, BackwardInTwoHalvesGivesTheSame) {
+  for (const DType dtype : kFloatingTypes) {
+    for (const auto [n, d] : kExtents) {
+      Context context(test_device(), 2);
+      const DType sum_type = accumulator_of(dtype);
+      const Tensor dy = random_tensor(context, dtype, {n, d}, 1);
+      const Tensor y = random_tensor(context, dtype, {n, d}, 2);
+      const Tensor mean = random_tensor(context, sum_type, {n}, 3, 0.2, 0.3);
+      const Tensor rstd = random_tensor(context, sum_type, {n}, 4, 0.1, 1.0);
+      const Tensor c = random_tensor(context, sum_type, {d}, 5);
+      const Tensor b2 = random_tensor(context, dtype, {d}, 6);
+      struct Results {
+        Tensor mean_g, mean_gx, dy_scaled, u, s;
+      };
+      const auto results = [&] {
+        return Results{unwritten(context, sum_type, {n}), unwritten(context, sum_type, {n}),
+                       unwritten(context, dtype, {n, d}), unwritten(context, sum_type, {d}),
+                       unwritten(context, sum_type, {d})};
+      };
+      const Results whole = results();
+      fold_norm_backward(context, dy, y, mean, rstd, c, c, b2, 9, whole.mean_g, whole.mean_gx,
+                         whole.dy_scaled, whole.u, whole.s);
+      const Results halves = results();
+      fold_norm_backward(context, dy, y, mean, rstd, c, c, b2, 9, halves.mean_g, halves.mean_gx, Tensor(),
+                         Tensor(), Tensor());
+      fold_norm_backward(context, dy, Tensor(), mean, rstd, c, c, b2, 9, Tensor(), Tensor(), halves.dy_scaled,
+                         halves.u, halves.s);
+      const std::string what = name_of_case(dtype, n, d);
+      // Sums of terms below 5 * 16, and of terms below 8.
+      const auto expect_same = [&](const Tensor& got, const Tensor& want, int64_t terms, const char* name) {
+        if (context.is_cuda())
+          expect_rounded(got, reals(want), {80 * static_cast<Real>(terms)}, static_cast<Real>(terms) + 8,
+                         what + name);
+        else
+          expect_same_bits(got, want, what + name);
+      };
+      expect_same(halves.mean_g, whole.mean_g, d, " mean_g");
+      expect_same(halves.mean_gx, whole.mean_gx, d, " mean_gx");
+      expect_same(halves.u, whole.u, n, " u");
+      expect_same(halves.s, whole.s, n, " s");
+      expect_same_bits(halves.dy_scaled, whole.dy_scaled, what + " dy_scaled");
+    }
+  }
+}
+
 TEST(FfnNorm, AVarianceThatRoundingMadeNegativeCountsAsZero) {
   Context context(test_device());
   const Tensor sums = tensor_of(context, DType::f32, {2, 2}, {4.0, 3.999, 6.0, 10.0});

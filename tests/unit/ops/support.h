@@ -133,8 +133,9 @@ inline Real dot(const Reals& a, const Reals& b) {
 /// What an element is multiplied by, read off dropout.h word for word.
 inline Real dropout_multiplier(const Dropout& dropout, int64_t row, int64_t column) {
   if (!dropout.active()) return 1;
-  const int64_t token = dropout.first_token + row % dropout.rows_per_sample;
-  const int64_t sample = dropout.first_sample + row / dropout.rows_per_sample;
+  const int64_t whole_row = dropout.first_row + row;
+  const int64_t token = dropout.first_token + whole_row % dropout.rows_per_sample;
+  const int64_t sample = dropout.first_sample + whole_row / dropout.rows_per_sample;
   const int64_t i = token * dropout.row_elements + dropout.first_column + column;
   const uint32_t word = dropout.stream.words(static_cast<uint64_t>(i / 4),
                                              static_cast<uint64_t>(sample))[static_cast<size_t>(i % 4)];
@@ -146,6 +147,7 @@ inline Dropout odd_dropout(double probability, int64_t columns) {
   return Dropout{.probability = probability,
                  .stream = RandomStream{}.with(11).with("site"),
                  .first_sample = 5,
+                 .first_row = 4,
                  .rows_per_sample = 3,
                  .first_token = 7,
                  .row_elements = columns + 6,
