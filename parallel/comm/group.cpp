@@ -151,22 +151,39 @@ void combine(Context& context, ReduceOp op, const Inbox& inbox, const Tensor& ou
     max_in_order(context, inbox.all(), out);
 }
 
-// Where every rank's piece begins; checks that the pieces fill the whole.
-std::vector<int64_t> offsets_of(std::span<const int64_t> counts, int ranks, const Tensor& whole) {
-  NF_CHECK(static_cast<int>(counts.size()) == ranks, "{} counts for {} ranks", counts.size(), ranks);
-  std::vector<int64_t> offsets(counts.size() + 1, 0);
-  for (size_t r = 0; r < counts.size(); ++r) {
-    NF_CHECK(counts[r] >= 0, "a piece of {} elements", counts[r]);
-    offsets[r + 1] = checked_add(offsets[r], counts[r]);
+// A whole and its cut into one piece a rank, in their order; checks that they fill it.
+class Pieces {
+ public:
+  Pieces(const RowShare& share, std::span<const int64_t> rows, int ranks, int rank) : share_(share) {
+    const Tensor& whole = share.whole;
+    NF_CHECK(static_cast<int>(rows.size()) == ranks, "{} counts for {} ranks", rows.size(), ranks);
+    NF_CHECK(whole.shape().rank() > 0, "{} has no rows", to_string(whole));
+    const int64_t of_row = whole.dim(0) > 0 ? whole.numel() / whole.dim(0) : 0;
+    int64_t total = 0;
+    for (const int64_t count : rows) {
+      NF_CHECK(count >= 0, "a piece of {} elements", count);
+      total = checked_add(total, count);
+      offsets_.push_back(checked_mul(total, of_row));
+    }
+    NF_CHECK(total == whole.dim(0), "pieces of {} elements make up {}", total, to_string(whole));
+    NF_CHECK(share.part.dtype() == whole.dtype() && share.part.numel() == of(rank).numel(),
+             "{} as a piece of {} elements of {}", to_string(share.part), of(rank).numel(), to_string(whole));
   }
-  NF_CHECK(offsets.back() == whole.numel(), "pieces of {} elements make up {}", offsets.back(),
-           to_string(whole));
-  return offsets;
-}
 
-void check_piece(const Tensor& part, const Tensor& whole, int64_t count) {
-  NF_CHECK(part.dtype() == whole.dtype() && part.numel() == count, "{} as a piece of {} elements of {}",
-           to_string(part), count, to_string(whole));
+  Tensor of(int rank) const {
+    const auto r = static_cast<size_t>(rank);
+    return share_.whole.flat(offsets_[r], offsets_[r + 1] - offsets_[r]);
+  }
+  const Tensor& part() const { return share_.part; }
+
+ private:
+  RowShare share_;
+  std::vector<int64_t> offsets_ = {0};
+};
+
+// A tensor's elements as its rows.
+RowShare by_elements(const Tensor& whole, const Tensor& part) {
+  return {whole.flat(0, whole.numel()), part.flat(0, part.numel())};
 }
 
 // FNV-1a, to compare what ranks believe.
@@ -264,41 +281,64 @@ void Group::all_reduce_together(Context& context, std::span<const Tensor> tensor
   moves.run();
 }
 
+int64_t Group::check_shares(const Context& context, std::span<const RowShare> tensors) const {
+  int64_t bytes = 0;
+  for (const RowShare& share : tensors) {
+    check(context, share.whole);
+    check(context, share.part);
+    bytes += share.whole.nbytes();
+  }
+  return bytes;
+}
+
 void Group::reduce_scatter_sum(Context& context, const Tensor& whole, const Tensor& part,
                                std::span<const int64_t> counts) const {
-  check(context, whole);
-  check(context, part);
-  const std::vector<int64_t> offsets = offsets_of(counts, size(), whole);
-  const auto piece = [&](int r) { return whole.flat(offsets[r], counts[r]); };
-  check_piece(part, whole, counts[rank()]);
-  if (size() > 1) record("reduce_scatter", whole.nbytes());
-  const TraceScope scope = trace(context, "reduce_scatter", whole.nbytes());
+  const RowShare share = by_elements(whole, part);
+  reduce_scatter_rows(context, {&share, 1}, counts);
+}
 
-  const Inbox inbox(context, *impl_, piece(rank()));
+void Group::reduce_scatter_rows(Context& context, std::span<const RowShare> tensors,
+                                std::span<const int64_t> rows) const {
+  const int64_t bytes = check_shares(context, tensors);
+  if (size() > 1) record("reduce_scatter", bytes);
+  const TraceScope scope = trace(context, "reduce_scatter", bytes);
+
+  std::vector<Inbox> inboxes;
+  std::vector<Tensor> parts;
   Moves moves(context, *impl_);
-  for (const int peer : peers_of(*impl_)) {
-    moves.send(peer, piece(peer));
-    moves.receive(peer, inbox.from(peer));
+  for (const RowShare& share : tensors) {
+    const Pieces pieces(share, rows, size(), rank());
+    inboxes.emplace_back(context, *impl_, pieces.of(rank()));
+    parts.push_back(pieces.part());
+    for (const int peer : peers_of(*impl_)) {
+      moves.send(peer, pieces.of(peer));
+      moves.receive(peer, inboxes.back().from(peer));
+    }
   }
   moves.run();
-  combine(context, ReduceOp::sum, inbox, part);
+  for (size_t t = 0; t < parts.size(); ++t) combine(context, ReduceOp::sum, inboxes[t], parts[t]);
 }
 
 void Group::all_gather(Context& context, const Tensor& part, const Tensor& whole,
                        std::span<const int64_t> counts) const {
-  check(context, whole);
-  check(context, part);
-  const std::vector<int64_t> offsets = offsets_of(counts, size(), whole);
-  const auto piece = [&](int r) { return whole.flat(offsets[r], counts[r]); };
-  check_piece(part, whole, counts[rank()]);
-  if (size() > 1) record("all_gather", whole.nbytes());
-  const TraceScope scope = trace(context, "all_gather", whole.nbytes());
+  const RowShare share = by_elements(whole, part);
+  all_gather_rows(context, {&share, 1}, counts);
+}
 
-  copy(context, part, piece(rank()));
+void Group::all_gather_rows(Context& context, std::span<const RowShare> tensors,
+                            std::span<const int64_t> rows) const {
+  const int64_t bytes = check_shares(context, tensors);
+  if (size() > 1) record("all_gather", bytes);
+  const TraceScope scope = trace(context, "all_gather", bytes);
+
   Moves moves(context, *impl_);
-  for (const int peer : peers_of(*impl_)) {
-    moves.send(peer, piece(rank()));
-    moves.receive(peer, piece(peer));
+  for (const RowShare& share : tensors) {
+    const Pieces pieces(share, rows, size(), rank());
+    copy(context, pieces.part(), pieces.of(rank()));
+    for (const int peer : peers_of(*impl_)) {
+      moves.send(peer, pieces.of(rank()));
+      moves.receive(peer, pieces.of(peer));
+    }
   }
   moves.run();
 }

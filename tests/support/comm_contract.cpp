@@ -194,6 +194,40 @@ void all_gather(const Group& world) {
   }
 }
 
+// Tensors of several types and widths, cut by rows at once: each as if alone.
+void rows_together(const Group& world) {
+  Context context(contract_device);
+  for (const int64_t scale : {0, 1, 251}) {
+    const std::vector<int64_t> rows = uneven_counts(world.size(), scale);
+    const int64_t total = sum_of(rows, world.size());
+    const int64_t begin = sum_of(rows, world.rank());
+    const int64_t mine = rows[static_cast<size_t>(world.rank())];
+    const auto matrix = [&]<class T>(int rank, int64_t first_row, int64_t count, int64_t columns, T) {
+      return make<T>(context, rank, count * columns, first_row * columns).view({count, columns});
+    };
+    const auto sum = [&]<class T>(int64_t columns, T) {
+      return
+          [&world, first = begin * columns](int64_t i) { return expected_sum<T>(world.size(), first + i); };
+    };
+    const RowShare scattered[] = {
+        {matrix(world.rank(), 0, total, 33, bf16()), matrix(99, 0, mine, 33, bf16())},
+        {matrix(world.rank(), 0, total, 2, 0.0f), matrix(99, 0, mine, 2, 0.0f)},
+        {make<double>(context, world.rank(), total), make<double>(context, 99, mine)}};
+    world.reduce_scatter_rows(context, scattered, rows);
+    EXPECT_EQ(wrong_bits<bf16>(scattered[0].part, sum(33, bf16())), 0) << "scale " << scale;
+    EXPECT_EQ(wrong_bits<float>(scattered[1].part, sum(2, 0.0f)), 0) << "scale " << scale;
+    EXPECT_EQ(wrong_bits<double>(scattered[2].part, sum(1, 0.0)), 0) << "scale " << scale;
+
+    const RowShare gathered[] = {{matrix(99, 0, total, 33, bf16()), matrix(7, begin, mine, 33, bf16())},
+                                 {make<double>(context, 99, total), make<double>(context, 7, mine, begin)}};
+    world.all_gather_rows(context, gathered, rows);
+    const auto value = [&]<class T>(T) { return [](int64_t i) { return stored<T>(value_at(7, i)); }; };
+    EXPECT_EQ(wrong_bits<bf16>(gathered[0].whole, value(bf16())), 0) << "scale " << scale;
+    EXPECT_EQ(wrong_bits<double>(gathered[1].whole, value(0.0)), 0) << "scale " << scale;
+  }
+  world.all_gather_rows(context, {}, std::vector<int64_t>(static_cast<size_t>(world.size()), 1));
+}
+
 void all_gather_of_integers(const Group& world) {
   Context context(contract_device);
   const std::vector<int64_t> counts(static_cast<size_t>(world.size()), 1);
@@ -491,6 +525,7 @@ const std::vector<ContractCase>& comm_contract() {
       {"AllGatherF32", all_gather<float>},
       {"AllGatherBf16", all_gather<bf16>},
       {"AllGatherOfIntegers", all_gather_of_integers},
+      {"RowsTogether", rows_together},
       {"Broadcast", broadcast},
       {"MessagesKeepOrderAndTags", messages_keep_order_and_tags},
       {"MessagesDoNotMeetCollectives", messages_do_not_meet_collectives},

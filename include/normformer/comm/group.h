@@ -156,6 +156,12 @@ class GroupImpl {
 
 }  // namespace detail
 
+/// A tensor whose rows are dealt out to ranks, and the rows of this one.
+struct RowShare {
+  Tensor whole;  ///< [N, ...]
+  Tensor part;   ///< [rows of this rank, ...]
+};
+
 /// Which group a rank joins on a split: ranks with equal color form one, ordered by key, then by rank. A
 /// negative color joins none.
 struct SplitChoice {
@@ -209,6 +215,15 @@ class Group {
   void all_gather(Context& context, const Tensor& part, const Tensor& whole,
                   std::span<const int64_t> counts) const;
 
+  /// As reduce_scatter_sum of each of several tensors, of any floating-point types, in one exchange. Pieces
+  /// are rows: rank r's are rows[r] of every whole. Collective over the group.
+  void reduce_scatter_rows(Context& context, std::span<const RowShare> tensors,
+                           std::span<const int64_t> rows) const;
+
+  /// As all_gather of each of several tensors in one exchange, in pieces of rows. Collective over the group.
+  void all_gather_rows(Context& context, std::span<const RowShare> tensors,
+                       std::span<const int64_t> rows) const;
+
   /// Every rank's tensor receives root's. Collective over the group.
   void broadcast(Context& context, const Tensor& tensor, int root) const;
 
@@ -255,6 +270,7 @@ class Group {
   void record(std::string_view kind, int64_t bytes, int peer = -1, int tag = 0) const;
   TraceScope trace(Context& context, std::string_view kind, int64_t bytes) const;
   void check(const Context& context, const Tensor& tensor) const;
+  int64_t check_shares(const Context& context, std::span<const RowShare> tensors) const;
   void all_reduce_together(Context& context, std::span<const Tensor> tensors, ReduceOp op) const;
   std::vector<std::string> gather_text(const std::string& mine) const;
 
