@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kAlignment = 64;
 
 bool same_sum(const GradientSum& a, const GradientSum& b) {
-  return a.data == b.data && a.embedding == b.embedding;
+  return a.tensor == b.tensor && a.data == b.data && a.embedding == b.embedding;
 }
 
 Shape local_shape(const ParameterSpec& spec) {
@@ -36,32 +36,40 @@ Parameter* ParameterStore::find(std::string_view name) {
   return found == parameters_.end() ? nullptr : &*found;
 }
 
+std::vector<Parameter*> ParameterStore::in_flat_order() {
+  std::vector<Parameter*> order;
+  for (Parameter& p : parameters_) order.push_back(&p);
+  std::stable_partition(order.begin(), order.end(),
+                        [](const Parameter* p) { return !p->spec.sum_over.tensor; });
+  return order;
+}
+
 void ParameterStore::place_parameters() {
-  for (Parameter& p : parameters_) {
-    if (!p.spec.joins_previous) flat_size_ = round_up(flat_size_, kAlignment);
-    p.offset = flat_size_;
-    flat_size_ = checked_add(flat_size_, p.numel());
+  for (Parameter* p : in_flat_order()) {
+    if (!p->spec.joins_previous) flat_size_ = round_up(flat_size_, kAlignment);
+    p->offset = flat_size_;
+    flat_size_ = checked_add(flat_size_, p->numel());
   }
 }
 
 void ParameterStore::cut_buckets(const Group& data) {
   const int64_t wanted = std::max<int64_t>(1, options_.bucket_bytes / size_of(accumulator_of(dtype_)));
   const bool by_unit = options_.sharding != Sharding::optimizer;
-  for (const Parameter& p : parameters_) {
-    const int64_t unit = by_unit ? p.spec.unit : -1;
-    const bool starts = buckets_.empty() || !same_sum(buckets_.back().sum_over, p.spec.sum_over) ||
+  for (const Parameter* p : in_flat_order()) {
+    const int64_t unit = by_unit && !p->spec.sum_over.tensor ? p->spec.unit : -1;
+    const bool starts = buckets_.empty() || !same_sum(buckets_.back().sum_over, p->spec.sum_over) ||
                         buckets_.back().unit != unit ||
-                        (buckets_.back().size() >= wanted && !p.spec.joins_previous);
+                        (buckets_.back().size() >= wanted && !p->spec.joins_previous);
     if (starts) {
       // The gap of an aligned start belongs to the bucket before; it holds zeros and stays zero.
-      const int64_t begin = buckets_.empty() ? 0 : p.offset;
+      const int64_t begin = buckets_.empty() ? 0 : p->offset;
       if (!buckets_.empty()) buckets_.back().flat.end = begin;
       buckets_.emplace_back();
       buckets_.back().flat = {begin, begin};
-      buckets_.back().sum_over = p.spec.sum_over;
+      buckets_.back().sum_over = p->spec.sum_over;
       buckets_.back().unit = unit;
     }
-    buckets_.back().flat.end = p.offset + p.numel();
+    buckets_.back().flat.end = p->offset + p->numel();
   }
   for (Bucket& b : buckets_) {
     const Range mine = bucket_shard(b.size(), data.size(), data.rank());

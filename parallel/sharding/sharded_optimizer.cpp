@@ -5,8 +5,12 @@
 
 namespace normformer {
 
-ShardedOptimizer::ShardedOptimizer(ParameterStore& store, Group data, Group embedding, Group world)
-    : store_(&store), data_(std::move(data)), embedding_(std::move(embedding)), world_(std::move(world)) {
+ShardedOptimizer::ShardedOptimizer(ParameterStore& store, const Mesh& mesh)
+    : store_(&store),
+      tensor_(mesh.tensor()),
+      data_(mesh.data()),
+      embedding_(mesh.embedding()),
+      world_(mesh.world()) {
   int64_t total = 0;
   for (const Bucket& bucket : store.buckets()) {
     state_offsets_.push_back(total);
@@ -45,10 +49,12 @@ void ShardedOptimizer::reduce_gradients() {
   Context& context = store_->context();
   const TraceScope scope(context, TraceKind::step, "reduce gradients");
   // Backward finishes the last bucket first. Tied copies lie in different buckets on their two stages, so
-  // they are summed whole before either stage cuts its bucket over data-parallel ranks.
+  // they are summed whole before either stage cuts its bucket over data-parallel ranks; and so are copies of
+  // a stream's vectors, so that norms and files may take them from one tensor rank.
   for (size_t i = store_->buckets().size(); i-- > 0;) {
     const Bucket& bucket = store_->buckets()[i];
     if (store_->splits_gradients(bucket)) continue;  // summed behind every micro-batch
+    if (bucket.sum_over.tensor) tensor_.all_reduce(context, bucket.gradients, ReduceOp::sum);
     if (bucket.sum_over.embedding && embedding_.defined())
       embedding_.all_reduce(context, bucket.gradients, ReduceOp::sum);
     if (bucket.sum_over.data)

@@ -102,7 +102,7 @@ int import_weights(const std::filesystem::path& input, const std::filesystem::pa
   Context context(DeviceKind::cpu);
   const Group world = make_self_world();
   ModelInstance model(context, Mesh(world, {}), config, true);
-  const ShardedOptimizer optimizer(model.store(), world, Group(), world);
+  const ShardedOptimizer optimizer(model.store(), model.mesh());
   const std::vector<TensorPiece> pieces = checkpoint_pieces(optimizer, true);
   for (const TensorPiece& piece : pieces) {
     if (piece.role == Role::master) weights.read(piece.name, piece.rectangle, piece.data);

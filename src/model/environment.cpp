@@ -44,7 +44,7 @@ Parameter& ParameterDeclarer::declare(const std::string& name, Shape shape, Rect
   return store_->declare({.name = prefix_ + name,
                           .logical_shape = shape,
                           .part = part,
-                          .sum_over = {.data = true, .embedding = false},
+                          .sum_over = {.tensor = false, .data = true, .embedding = false},
                           .owned = !replicated || environment_->tensor.rank() == 0,
                           .initial = initial,
                           .joins_previous = joins_previous,

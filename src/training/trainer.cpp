@@ -69,7 +69,7 @@ Trainer::Trainer(ModelInstance& model, const RunConfig& config, BatchSource sour
     : model_(model),
       config_(config),
       source_(std::move(source)),
-      optimizer_(model.store(), model.mesh().data(), model.mesh().embedding(), model.mesh().world()),
+      optimizer_(model.store(), model.mesh()),
       schedule_(checked_schedule(
           config, model.mesh().pipeline().size(),
           static_cast<int64_t>(

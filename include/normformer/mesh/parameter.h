@@ -21,6 +21,7 @@ struct InitialValue {
 /// The ranks, by name, over which a parameter's gradient is still to be summed once this rank's backward is
 /// done. There is no default: whoever declares a parameter says it.
 struct GradientSum {
+  bool tensor;     ///< the mesh's tensor group: each rank has added up its own tokens only
   bool data;       ///< the mesh's data group
   bool embedding;  ///< the first and the last pipeline stage, which both hold the tied embedding
 };

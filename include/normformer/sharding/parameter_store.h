@@ -36,7 +36,9 @@ struct StoreOptions {
 };
 
 /// One rank's parameters, values and main gradients, cut into buckets. Parameters are declared first, in the
-/// order of the forward pass, then allocated together; references to them stay valid. Owns the memory.
+/// order of the forward pass, then allocated together; references to them stay valid. Those whose gradients
+/// are summed over the tensor group, vectors of the residual stream, lie behind all others, so that they
+/// share a bucket, which is always whole. Owns the memory.
 ///
 /// Under Sharding::gradients the main gradients of units, and under Sharding::parameters their values too,
 /// are held in pieces, a rank's share of each bucket; they are whole only between open_* and close_values or
@@ -99,6 +101,7 @@ class ParameterStore {
   int64_t owned_scalars() const;
 
  private:
+  std::vector<Parameter*> in_flat_order();
   void place_parameters();
   void cut_buckets(const Group& data);
   const Bucket& bucket_of(const Parameter& parameter) const;

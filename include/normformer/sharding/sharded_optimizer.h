@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "normformer/comm/group.h"
+#include "normformer/mesh/mesh.h"
 #include "normformer/ops/optimizer.h"
 #include "normformer/sharding/parameter_piece.h"
 #include "normformer/sharding/parameter_store.h"
@@ -27,16 +27,17 @@ struct StatePiece {
 /// values are the masters. Pieces need not divide evenly, and nothing is padded.
 class ShardedOptimizer {
  public:
-  /// `embedding` is undefined on ranks that hold no tied copy; `world` is everyone, for norms.
-  ShardedOptimizer(ParameterStore& store, Group data, Group embedding, Group world);
+  /// The store's gradients are summed over these groups of `mesh`, as their declarations say.
+  ShardedOptimizer(ParameterStore& store, const Mesh& mesh);
 
   /// Draws this rank's weights from the seed, masters first. Collective over nothing: every rank draws its
   /// own.
   void initialise(uint64_t seed);
 
-  /// Sums main gradients that are held whole over the ranks that their declarations name: tied embeddings
-  /// over the embedding group first, then every bucket over the data group. Afterwards only this rank's
-  /// pieces hold sums. Collective over the world.
+  /// Sums main gradients that are held whole over the ranks that their declarations name: vectors of a
+  /// sequence-sharded stream over the tensor group and tied embeddings over the embedding group first, then
+  /// every bucket over the data group. Afterwards only this rank's pieces hold sums. Collective over the
+  /// world.
   void reduce_gradients();
 
   /// The largest |gradient| of the model, agreed by all ranks; +inf where any is not finite. Collective over
@@ -69,6 +70,7 @@ class ShardedOptimizer {
   void gather_values();
 
   ParameterStore* store_;
+  Group tensor_;
   Group data_;
   Group embedding_;
   Group world_;

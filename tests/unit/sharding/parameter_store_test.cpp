@@ -10,7 +10,7 @@ ParameterSpec matrix(const std::string& name, int64_t rows, int64_t columns, boo
   return {.name = name,
           .logical_shape = {rows, columns},
           .part = {{0, rows}, {0, columns}, rows, columns},
-          .sum_over = {.data = true, .embedding = embedding},
+          .sum_over = {.tensor = false, .data = true, .embedding = embedding},
           .owned = true,
           .initial = InitialValue::normal(1.0),
           .joins_previous = joins};
@@ -52,6 +52,27 @@ TEST(ParameterStore, BucketsCoverEverythingAndNeverMixSums) {
     EXPECT_EQ(store.flat_gradients().dtype(), DType::f32);
     EXPECT_EQ(store.buckets().size() > 2, bytes < 1 << 20);
   }
+}
+
+TEST(ParameterStore, SumsOverTheTensorGroupShareABucketBehindAllOthers) {
+  Context context(DeviceKind::cpu);
+  ParameterStore store(context, DType::f32);
+  for (int layer = 0; layer < 3; ++layer) {
+    ParameterSpec norm = matrix(fmt::format("norm{}", layer), 7, 1);
+    norm.sum_over.tensor = true;
+    store.declare(norm);
+    store.declare(matrix(fmt::format("q{}", layer), 3, 5));
+    store.declare(matrix(fmt::format("k{}", layer), 3, 5, true));
+  }
+  store.allocate(make_self_world(), {});
+  ASSERT_EQ(store.buckets().size(), 2);
+  EXPECT_FALSE(store.buckets()[0].sum_over.tensor);
+  EXPECT_TRUE(store.buckets()[1].sum_over.tensor);
+  for (const Parameter& p : store.parameters()) {
+    const Bucket& bucket = store.buckets()[p.spec.sum_over.tensor ? 1 : 0];
+    EXPECT_EQ(intersect(p.flat_range(), bucket.flat), p.flat_range()) << p.spec.name;
+  }
+  EXPECT_EQ(store.find("k2")->offset, store.find("q2")->offset + 15);
 }
 
 TEST(ParameterStore, DeclaringTwiceOrTooLateIsRefused) {

@@ -1,5 +1,6 @@
 #include "normformer/sharding/sharded_optimizer.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -19,12 +20,12 @@ struct Model {
       store.declare({.name = name,
                      .logical_shape = {rows, columns},
                      .part = {{0, rows}, {0, columns}, rows, columns},
-                     .sum_over = {.data = true, .embedding = false},
+                     .sum_over = {.tensor = false, .data = true, .embedding = false},
                      .owned = true,
                      .initial = InitialValue::normal(0.5)});
     }
     store.allocate(world, {.bucket_bytes = bucket_bytes});
-    optimizer.emplace(store, world, Group(), world);
+    optimizer.emplace(store, Mesh(world, {.data = world.size()}));
     optimizer->initialise(9);
   }
 
@@ -98,6 +99,36 @@ TEST(ShardedOptimizer, NormIsTheNormOfTheSum) {
     }
     EXPECT_NEAR(model.optimizer->gradient_norm(model.optimizer->largest_gradient()), std::sqrt(expected),
                 1e-14);
+  });
+}
+
+TEST(ShardedOptimizer, ATensorGroupsPartsOfAGradientAreAdded) {
+  run_local_world(4, [](const Group& world) {
+    Context context(DeviceKind::cpu);
+    ParameterStore store(context, DType::f64);
+    for (const bool tensor : {true, false}) {
+      store.declare({.name = tensor ? "vector" : "shard",
+                     .logical_shape = {7},
+                     .part = {{0, 7}, {0, 1}, 7, 1},
+                     .sum_over = {.tensor = tensor, .data = true, .embedding = false},
+                     .owned = true,
+                     .initial = InitialValue::constant(0.0)});
+    }
+    const Mesh mesh(world, {.tensor = 2, .data = 2});
+    store.allocate(mesh.data(), {});
+    ShardedOptimizer optimizer(store, mesh);
+    for (const Parameter& p : store.parameters())
+      std::fill_n(p.gradient.data<double>(), p.numel(), static_cast<double>(1 << world.rank()));
+    optimizer.reduce_gradients();
+    // Ranks 0 and 2 are replicas of each other, and 1 and 3.
+    const double of_replicas = world.rank() % 2 == 0 ? 1 + 4 : 2 + 8;
+    int64_t seen = 0;
+    for (const ParameterPiece& piece : optimizer.owned_gradients()) {
+      const double expected = piece.parameter->spec.sum_over.tensor ? 1 + 2 + 4 + 8 : of_replicas;
+      for (const double value : to_host(piece.values)) EXPECT_EQ(value, expected);
+      seen += piece.range.size();
+    }
+    EXPECT_GT(seen, 0);
   });
 }
 
