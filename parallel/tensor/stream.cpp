@@ -13,11 +13,65 @@ Placed<Replicated> StreamBoundary<Replicated>::reduce(const Placed<Partial>& val
   return reduce_partial(*context_, tensor_, value);
 }
 
-Placed<Replicated> StreamBoundary<Replicated>::leave_with(const Placed<Partial>& y,
-                                                          const Placed<Partial>& statistics) const {
+WithStatistics<Replicated> StreamBoundary<Replicated>::leave_with(const Placed<Partial>& y,
+                                                                  const Placed<Partial>& statistics) const {
   const std::array<Tensor, 2> both = {y.tensor(), statistics.tensor()};
   tensor_.all_reduce_sum(*context_, both);
-  return Placed<Replicated>(y.tensor());
+  return {Placed<Replicated>(y.tensor()), Placed<Replicated>(statistics.tensor())};
+}
+
+namespace {
+
+// How many rows every rank of a group has.
+std::vector<int64_t> rows_of_ranks(const Group& group, int64_t tokens) {
+  std::vector<int64_t> rows;
+  for (int r = 0; r < group.size(); ++r) rows.push_back(even_part(tokens, group.size(), r).size());
+  return rows;
+}
+
+// Of a vector's or a matrix's shape.
+Shape with_rows(const Shape& shape, int64_t rows) {
+  return shape.rank() == 1 ? Shape{rows} : Shape{rows, shape[1]};
+}
+
+}  // namespace
+
+// A part of its own: as a view it would keep the whole alive.
+RowShare StreamBoundary<SequenceSharded>::own_rows_of(const Tensor& whole) const {
+  const Shape shape = with_rows(whole.shape(), rows(whole.dim(0)).size());
+  return {whole, context_->empty(shape, whole.dtype())};
+}
+
+Placed<Replicated> StreamBoundary<SequenceSharded>::enter(const Placed<SequenceSharded>& x,
+                                                          int64_t tokens) const {
+  return leave_backward_with({x}, tokens).front();
+}
+
+Placed<SequenceSharded> StreamBoundary<SequenceSharded>::leave(const Placed<Partial>& y) const {
+  const RowShare share = own_rows_of(y.tensor());
+  tensor_.reduce_scatter_rows(*context_, {&share, 1}, rows_of_ranks(tensor_, y.tensor().dim(0)));
+  return Placed<SequenceSharded>(share.part);
+}
+
+WithStatistics<SequenceSharded> StreamBoundary<SequenceSharded>::leave_with(
+    const Placed<Partial>& y, const Placed<Partial>& statistics) const {
+  const std::array<RowShare, 2> both = {own_rows_of(y.tensor()), own_rows_of(statistics.tensor())};
+  tensor_.reduce_scatter_rows(*context_, both, rows_of_ranks(tensor_, y.tensor().dim(0)));
+  return {Placed<SequenceSharded>(both[0].part), Placed<SequenceSharded>(both[1].part)};
+}
+
+std::vector<Placed<Replicated>> StreamBoundary<SequenceSharded>::leave_backward_with(
+    const std::vector<Placed<SequenceSharded>>& values, int64_t tokens) const {
+  std::vector<RowShare> shares;
+  std::vector<Placed<Replicated>> gathered;
+  for (const Placed<SequenceSharded>& value : values) {
+    const Tensor& part = value.tensor();
+    const Tensor whole = context_->empty(with_rows(part.shape(), tokens), part.dtype());
+    shares.push_back({whole, part});
+    gathered.emplace_back(whole);
+  }
+  tensor_.all_gather_rows(*context_, shares, rows_of_ranks(tensor_, tokens));
+  return gathered;
 }
 
 }  // namespace normformer

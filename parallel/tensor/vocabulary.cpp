@@ -5,7 +5,6 @@
 #include "normformer/ops/cross_entropy.h"
 #include "normformer/ops/embedding.h"
 #include "normformer/ops/matmul.h"
-#include "normformer/tensor_parallel/stream.h"
 
 namespace normformer {
 
@@ -84,7 +83,7 @@ LossResult vocabulary_loss(Context& context, const Group& tensor, const Vocabula
     ops::linear_backward_input(context, logits, rows.weight, dx.rows(begin, end));
     ops::linear_backward_weight(context, logits, x_chunk, rows.gradient);
   }
-  if (options.training) result.dhidden = reduce_partial(context, tensor, Placed<Partial>(dx));
+  result.dhidden = Placed<Partial>(dx);
   return result;
 }
 

@@ -181,6 +181,9 @@ void add_parallel(std::vector<Field>& all) {
   using P = ParallelConfig;
   SectionFields<P> s(all, "parallel", &RunConfig::parallel);
   s.integer("tensor", &P::tensor, {1, largest_degree}, "ranks that share every layer");
+  s.boolean(
+      "sequence", &P::sequence,
+      "the ranks that share a layer also share its tokens, wherever they are not multiplied: less memory");
   s.integer("pipeline", &P::pipeline, {1, largest_degree}, "stages that the layers are cut into");
   s.integer("data", &P::data, {0, largest_degree},
             "replicas that share the batch; 0 means the ranks left over");

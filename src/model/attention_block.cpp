@@ -56,11 +56,11 @@ AttentionBlock<Stream>::AttentionBlock(const ModelEnvironment& environment, int6
     head_scale_ =
         &declare.sharded_vector("c_attn", config.heads, environment.heads(), InitialValue::constant(1.0));
   } else if (config.head_scale == HeadScale::fairseq) {
-    head_scale_ = &declare.replicated_vector("c_attn", config.heads, InitialValue::constant(1.0));
+    head_scale_ = &declare.stream_vector("c_attn", config.heads, InitialValue::constant(1.0));
   }
   output_weight_ =
       &declare.column_sharded("self_attn.out_proj.weight", width, width, channels, init.output_weight);
-  output_bias_ = &declare.replicated_vector("self_attn.out_proj.bias", width, InitialValue::constant(0.0));
+  output_bias_ = &declare.stream_vector("self_attn.out_proj.bias", width, InitialValue::constant(0.0));
   if (config.post_attention_norm) output_norm_ = declare_stream_norm(declare, "attn_ln", width);
 }
 
@@ -122,7 +122,7 @@ NormedStream<Stream> AttentionBlock<Stream>::forward(const MicroBatch& batch,
   const Range heads = environment_.heads();
   const int64_t tokens = batch.num_tokens();
 
-  const Placed<Replicated> input = boundary_.enter(stream.normed);
+  const Placed<Replicated> input = boundary_.enter(stream.normed, tokens);
   const Placed<FeatureSharded> qkv = qkv_linear().forward(input);
 
   saved.shape = {batch.sequences, batch.length, heads.size(), config.head_size(), heads.begin, true};
@@ -135,8 +135,8 @@ NormedStream<Stream> AttentionBlock<Stream>::forward(const MicroBatch& batch,
                          saved.probabilities_dropout, saved.heads, saved.lse);
 
   const Placed<Stream> projected = boundary_.leave(output_linear().forward(scaled_heads(saved.heads)));
-  saved.output_dropout = make_dropout(environment_, batch, DropoutSite::attention_output, layer_,
-                                      config.residual_dropout, config.width);
+  saved.output_dropout = make_stream_dropout(environment_, batch, DropoutSite::attention_output, layer_,
+                                             config.residual_dropout, boundary_.rows(tokens).begin);
   const ops::SublayerOutput parts = output_parts(saved.output_dropout);
   if (config.post_attention_norm) {
     saved.output_mean = context.empty({projected.tensor().dim(0)}, accumulator);
@@ -144,7 +144,7 @@ NormedStream<Stream> AttentionBlock<Stream>::forward(const MicroBatch& batch,
   }
   const NormedStream<Stream> made = sublayer_forward(environment_, parts, projected, stream.x,
                                                      saved.output_mean, saved.output_rstd, next_norm_);
-  if (!normalises_again()) saved.input = input.tensor();
+  if (!normalises_again()) saved.input = stream.normed.tensor();
   saved.qkv = qkv.tensor();
   // Without a norm or head scale behind it the product is not needed again: bias and dropout are linear.
   if (config.post_attention_norm || config.head_scale == HeadScale::fairseq)
@@ -165,12 +165,13 @@ Placed<Stream> AttentionBlock<Stream>::backward_input(Saved& saved, const Placed
       is_pre() ? dout.tensor()
                : stream_norm_backward(environment_, norm_, saved.norm, dout.tensor(), Tensor()));
 
-  saved.dprojected = context.empty(dsum.tensor().shape(), environment_.dtype);
+  const Placed<Stream> dbranch(context.empty(dsum.tensor().shape(), environment_.dtype));
   ops::sublayer_output_backward(context, output_parts(saved.output_dropout), dsum.tensor(), saved.projected,
-                                Tensor(), saved.output_mean, saved.output_rstd, saved.dprojected, Tensor(),
+                                Tensor(), saved.output_mean, saved.output_rstd, dbranch.tensor(), Tensor(),
                                 output_gradients());
   saved.projected = {};
-  const Placed<Replicated> dprojected = boundary_.leave_backward(Placed<Stream>(saved.dprojected));
+  const Placed<Replicated> dprojected = boundary_.leave_backward(dbranch, saved.num_tokens());
+  saved.dprojected = dprojected.tensor();
   const Tensor dheads = output_linear().backward_input(dprojected).tensor();
   if (environment_.config.head_scale == HeadScale::paper) {
     ops::head_scale_backward(context, dheads, saved.heads, head_scale_->value, dheads, head_scale_->gradient);
@@ -195,10 +196,12 @@ void AttentionBlock<Stream>::backward_weight(Saved& saved) const {
   const TraceScope scope = trace_module(environment_, name_, "backward weight");
   output_linear().backward_weight(Placed<Replicated>(saved.dprojected), scaled_heads(saved.heads));
   if (normalises_again()) saved.input = stream_norm_again(environment_, norm_, saved.norm);
-  qkv_linear().backward_weight(Placed<FeatureSharded>(saved.dqkv), Placed<Replicated>(saved.input));
+  qkv_linear().backward_weight(Placed<FeatureSharded>(saved.dqkv),
+                               boundary_.enter(Placed<Stream>(saved.input), saved.num_tokens()));
   saved = {};
 }
 
 template class AttentionBlock<Replicated>;
+template class AttentionBlock<SequenceSharded>;
 
 }  // namespace normformer

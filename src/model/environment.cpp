@@ -39,13 +39,21 @@ ops::Dropout make_dropout(const ModelEnvironment& environment, const MicroBatch&
   return dropout;
 }
 
-Parameter& ParameterDeclarer::declare(const std::string& name, Shape shape, Rectangle part, bool replicated,
+ops::Dropout make_stream_dropout(const ModelEnvironment& environment, const MicroBatch& batch,
+                                 DropoutSite site, int64_t layer, double probability, int64_t first_row) {
+  ops::Dropout dropout = make_dropout(environment, batch, site, layer, probability, environment.config.width);
+  dropout.first_row = first_row;
+  return dropout;
+}
+
+Parameter& ParameterDeclarer::declare(const std::string& name, Shape shape, Rectangle part, Held held,
                                       InitialValue initial, bool joins_previous) const {
+  const bool sums_tokens = held == Held::on_stream && environment_->sequence;
   return store_->declare({.name = prefix_ + name,
                           .logical_shape = shape,
                           .part = part,
-                          .sum_over = {.tensor = false, .data = true, .embedding = false},
-                          .owned = !replicated || environment_->tensor.rank() == 0,
+                          .sum_over = {.tensor = sums_tokens, .data = true, .embedding = false},
+                          .owned = held == Held::sharded || environment_->tensor.rank() == 0,
                           .initial = initial,
                           .joins_previous = joins_previous,
                           .unit = unit_});
@@ -53,27 +61,34 @@ Parameter& ParameterDeclarer::declare(const std::string& name, Shape shape, Rect
 
 Parameter& ParameterDeclarer::replicated_vector(const std::string& name, int64_t size,
                                                 InitialValue initial) const {
-  return declare(name, {size}, {{0, size}, {0, 1}, size, 1}, true, initial, false);
+  return declare(name, {size}, {{0, size}, {0, 1}, size, 1}, Held::replicated, initial, false);
+}
+
+Parameter& ParameterDeclarer::stream_vector(const std::string& name, int64_t size,
+                                            InitialValue initial) const {
+  return declare(name, {size}, {{0, size}, {0, 1}, size, 1}, Held::on_stream, initial, false);
 }
 
 Parameter& ParameterDeclarer::sharded_vector(const std::string& name, int64_t size, Range part,
                                              InitialValue initial, bool joins_previous) const {
-  return declare(name, {size}, {part, {0, 1}, size, 1}, false, initial, joins_previous);
+  return declare(name, {size}, {part, {0, 1}, size, 1}, Held::sharded, initial, joins_previous);
 }
 
 Parameter& ParameterDeclarer::row_sharded(const std::string& name, int64_t rows, int64_t columns, Range part,
                                           InitialValue initial, bool joins_previous) const {
-  return declare(name, {rows, columns}, {part, {0, columns}, rows, columns}, false, initial, joins_previous);
+  return declare(name, {rows, columns}, {part, {0, columns}, rows, columns}, Held::sharded, initial,
+                 joins_previous);
 }
 
-Parameter& ParameterDeclarer::replicated_matrix(const std::string& name, int64_t rows, int64_t columns,
-                                                InitialValue initial) const {
-  return declare(name, {rows, columns}, {{0, rows}, {0, columns}, rows, columns}, true, initial, false);
+Parameter& ParameterDeclarer::stream_matrix(const std::string& name, int64_t rows, int64_t columns,
+                                            InitialValue initial) const {
+  return declare(name, {rows, columns}, {{0, rows}, {0, columns}, rows, columns}, Held::on_stream, initial,
+                 false);
 }
 
 Parameter& ParameterDeclarer::column_sharded(const std::string& name, int64_t rows, int64_t columns,
                                              Range part, InitialValue initial) const {
-  return declare(name, {rows, columns}, {{0, rows}, part, rows, columns}, false, initial, false);
+  return declare(name, {rows, columns}, {{0, rows}, part, rows, columns}, Held::sharded, initial, false);
 }
 
 TraceScope trace_module(const ModelEnvironment& environment, std::string_view module,
@@ -84,8 +99,8 @@ TraceScope trace_module(const ModelEnvironment& environment, std::string_view mo
 std::string layer_prefix(int64_t layer) { return fmt::format("decoder.layers.{}.", layer); }
 
 NormParameters declare_stream_norm(const ParameterDeclarer& declare, const std::string& name, int64_t width) {
-  return {&declare.replicated_vector(name + ".weight", width, InitialValue::constant(1.0)),
-          &declare.replicated_vector(name + ".bias", width, InitialValue::constant(0.0))};
+  return {&declare.stream_vector(name + ".weight", width, InitialValue::constant(1.0)),
+          &declare.stream_vector(name + ".bias", width, InitialValue::constant(0.0))};
 }
 
 template <class Stream>
@@ -110,6 +125,12 @@ NormedStream<Stream> sublayer_forward(const ModelEnvironment& environment, const
   return {Placed<Stream>(out), Placed<Stream>(made.y), {out, made.mean, made.rstd}};
 }
 
+template NormedStream<SequenceSharded> stream_norm_forward(const ModelEnvironment&, const NormParameters&,
+                                                           const Placed<SequenceSharded>&);
+template NormedStream<SequenceSharded> sublayer_forward(const ModelEnvironment&, const ops::SublayerOutput&,
+                                                        const Placed<SequenceSharded>&,
+                                                        const Placed<SequenceSharded>&, const Tensor&,
+                                                        const Tensor&, const NormParameters&);
 template NormedStream<Replicated> stream_norm_forward(const ModelEnvironment&, const NormParameters&,
                                                       const Placed<Replicated>&);
 template NormedStream<Replicated> sublayer_forward(const ModelEnvironment&, const ops::SublayerOutput&,

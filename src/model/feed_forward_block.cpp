@@ -1,7 +1,10 @@
 #include "normformer/model/feed_forward_block.h"
 
+#include <array>
 #include <cmath>
 #include <optional>
+#include <type_traits>
+#include <vector>
 
 #include "normformer/ops/ffn_norm.h"
 
@@ -29,6 +32,18 @@ FeedForwardInit feed_forward_init(const ModelConfig& config) {
   return {fc1, fc1, fc2, fc2};
 }
 
+// dy and what goes with it by token, from this rank's tokens to all, in one exchange.
+Placed<Replicated> gather_with(const StreamBoundary<SequenceSharded>& boundary,
+                               const Placed<SequenceSharded>& dy, int64_t tokens,
+                               ops::NormOfActivation& norm) {
+  const std::array<Tensor*, 4> vectors = {&norm.mean, &norm.rstd, &norm.mean_g, &norm.mean_gx};
+  std::vector<Placed<SequenceSharded>> own = {dy};
+  for (const Tensor* vector : vectors) own.emplace_back(*vector);
+  const std::vector<Placed<Replicated>> all = boundary.leave_backward_with(own, tokens);
+  for (size_t i = 0; i < vectors.size(); ++i) *vectors[i] = all[i + 1].tensor();
+  return all.front();
+}
+
 }  // namespace
 
 template <class Stream>
@@ -53,9 +68,11 @@ FeedForwardBlock<Stream>::FeedForwardBlock(const ModelEnvironment& environment, 
         &declare.sharded_vector("ffn_layernorm.bias", config.ffn, features, InitialValue::constant(0.0));
   }
   fc2_weight_ = &declare.column_sharded("fc2.weight", config.width, config.ffn, features, init.fc2_weight);
-  fc2_bias_ = &declare.replicated_vector("fc2.bias", config.width, init.fc2_bias);
+  // The folded form's gradient of the bias is a sum over all tokens that every rank needs anyway.
+  fc2_bias_ = is_folded() ? &declare.replicated_vector("fc2.bias", config.width, init.fc2_bias)
+                          : &declare.stream_vector("fc2.bias", config.width, init.fc2_bias);
   if (config.residual_scale) {
-    residual_scale_ = &declare.replicated_vector("w_resid", config.width, InitialValue::constant(1.0));
+    residual_scale_ = &declare.stream_vector("w_resid", config.width, InitialValue::constant(1.0));
   }
 }
 
@@ -119,16 +136,26 @@ void FeedForwardBlock<Stream>::fold_weights(const Tensor& c, const Tensor& w_bet
   w_beta_ = w_beta;
 }
 
+// Of the tokens whose sums these are.
+template <class Stream>
+void FeedForwardBlock<Stream>::compute_statistics(Saved& saved, const Tensor& sums) const {
+  Context& context = *environment_.context;
+  saved.mean = context.empty({sums.dim(0)}, sums.dtype());
+  saved.rstd = context.empty({sums.dim(0)}, sums.dtype());
+  ops::norm_statistics(context, sums, environment_.config.ffn, environment_.config.norm_eps, saved.mean,
+                       saved.rstd);
+}
+
 template <class Stream>
 Placed<Stream> FeedForwardBlock<Stream>::folded_output(Saved& saved, const Tensor& sums) const {
   Context& context = *environment_.context;
   const Placed<Partial> product = fc2().forward(Placed<FeatureSharded>(saved.activated));
-  const Placed<Stream> z = boundary_.leave_with(product, Placed<Partial>(sums));
-  ops::norm_statistics(context, sums, environment_.config.ffn, environment_.config.norm_eps, saved.mean,
-                       saved.rstd);
-  ops::unfold_norm(context, z.tensor(), saved.mean, saved.rstd, c_, w_beta_, fc2_bias_->value, z.tensor());
-  saved.output = z.tensor();
-  return z;
+  const WithStatistics<Stream> z = boundary_.leave_with(product, Placed<Partial>(sums));
+  compute_statistics(saved, z.statistics.tensor());
+  saved.output = z.value.tensor();
+  ops::unfold_norm(context, saved.output, saved.mean, saved.rstd, c_, w_beta_, fc2_bias_->value,
+                   saved.output);
+  return z.value;
 }
 
 template <class Stream>
@@ -141,10 +168,8 @@ Tensor FeedForwardBlock<Stream>::normalised(const Saved& saved) const {
 
 template <class Stream>
 Placed<Stream> FeedForwardBlock<Stream>::plain_output(Saved& saved, const Tensor& sums) const {
-  Context& context = *environment_.context;
-  reduce_partial(context, boundary_.tensor_group(), Placed<Partial>(sums));
-  ops::norm_statistics(context, sums, environment_.config.ffn, environment_.config.norm_eps, saved.mean,
-                       saved.rstd);
+  reduce_partial(*environment_.context, boundary_.tensor_group(), Placed<Partial>(sums));
+  compute_statistics(saved, sums);
   return boundary_.leave(fc2().forward(Placed<FeatureSharded>(normalised(saved))));
 }
 
@@ -158,15 +183,9 @@ void FeedForwardBlock<Stream>::activate(Saved& saved, const Tensor& sums) const 
 
 template <class Stream>
 Placed<Stream> FeedForwardBlock<Stream>::fc2_output(Saved& saved) const {
-  Context& context = *environment_.context;
-  const int64_t tokens = saved.hidden.dim(0);
-  const DType accumulator = accumulator_of(environment_.dtype);
   Tensor sums;
-  if (environment_.config.ffn_norm) {
-    sums = context.empty({tokens, 2}, accumulator);
-    saved.mean = context.empty({tokens}, accumulator);
-    saved.rstd = context.empty({tokens}, accumulator);
-  }
+  if (environment_.config.ffn_norm)
+    sums = environment_.context->empty({saved.hidden.dim(0), 2}, accumulator_of(environment_.dtype));
   activate(saved, sums);
   if (is_folded()) return folded_output(saved, sums);
   if (is_plain()) return plain_output(saved, sums);
@@ -182,11 +201,12 @@ NormedStream<Stream> FeedForwardBlock<Stream>::forward(const MicroBatch& batch,
   saved.activation_dropout =
       make_dropout(environment_, batch, DropoutSite::activation, layer_, config.activation_dropout,
                    config.ffn, environment_.features().begin);
-  saved.output_dropout = make_dropout(environment_, batch, DropoutSite::ffn_output, layer_,
-                                      config.residual_dropout, config.width);
+  saved.output_dropout =
+      make_stream_dropout(environment_, batch, DropoutSite::ffn_output, layer_, config.residual_dropout,
+                          boundary_.rows(batch.num_tokens()).begin);
 
-  const Placed<Replicated> input = boundary_.enter(stream.normed);
-  if (!normalises_again()) saved.input = input.tensor();
+  const Placed<Replicated> input = boundary_.enter(stream.normed, batch.num_tokens());
+  if (!normalises_again()) saved.input = stream.normed.tensor();
   saved.hidden = fc1().forward(input).tensor();
   const Placed<Stream> branch = fc2_output(saved);
   if (activates_again()) saved.activated = {};
@@ -202,35 +222,50 @@ NormedStream<Stream> FeedForwardBlock<Stream>::forward(const MicroBatch& batch,
   return {made.normed, made.normed, {}};
 }
 
+// Statistics and means of the tokens that saved.mean has.
 template <class Stream>
 ops::NormOfActivation FeedForwardBlock<Stream>::norm_of_activation(const Saved& saved) const {
   Context& context = *environment_.context;
   const DType accumulator = accumulator_of(environment_.dtype);
-  const int64_t tokens = saved.hidden.dim(0);
+  const Shape tokens = saved.mean.shape();
   return {ffn_norm_.gamma->value,
           saved.mean,
           saved.rstd,
-          context.empty({tokens}, accumulator),
-          context.empty({tokens}, accumulator),
+          context.empty(tokens, accumulator),
+          context.empty(tokens, accumulator),
           ffn_norm_.gamma->gradient,
           ffn_norm_.beta->gradient};
 }
 
+// Means are of the tokens whose y is here, on the stream; dy_scaled and sums over tokens of all.
 template <class Stream>
-ops::NormOfActivation FeedForwardBlock<Stream>::folded_backward(Saved& saved, const Tensor& dy) const {
+auto FeedForwardBlock<Stream>::folded_backward(Saved& saved, const Placed<Stream>& dy) const
+    -> FoldedGradient {
   Context& context = *environment_.context;
   const DType accumulator = accumulator_of(environment_.dtype);
+  const int64_t tokens = saved.hidden.dim(0);
   const int64_t width = environment_.config.width;
-  const ops::NormOfActivation norm = norm_of_activation(saved);
-  saved.doutput = context.empty(dy.shape(), environment_.dtype);
+  const auto backward = [&](const Tensor& d, const Tensor& y, const ops::NormOfActivation& n,
+                            const Tensor& scaled) {
+    ops::fold_norm_backward(context, d, y, n.mean, n.rstd, c_, w_beta_, fc2_bias_->value,
+                            environment_.config.ffn, n.mean_g, n.mean_gx, scaled, saved.correction_u,
+                            saved.correction_s);
+  };
+  FoldedGradient gradient{{}, norm_of_activation(saved)};
   saved.correction_u = context.empty({width}, accumulator);
   saved.correction_s = context.empty({width}, accumulator);
-  ops::fold_norm_backward(context, dy, saved.output, saved.mean, saved.rstd, c_, w_beta_, fc2_bias_->value,
-                          environment_.config.ffn, norm.mean_g, norm.mean_gx, saved.doutput,
-                          saved.correction_u, saved.correction_s);
+  if constexpr (std::is_same_v<Stream, Replicated>) {
+    gradient.dy = dy;
+  } else {
+    backward(dy.tensor(), saved.output, gradient.norm, Tensor());
+    saved.output = {};
+    gradient.dy = gather_with(boundary_, dy, tokens, gradient.norm);
+  }
+  saved.doutput = context.empty({tokens, width}, environment_.dtype);
+  backward(gradient.dy.tensor(), saved.output, gradient.norm, saved.doutput);
   add(context, saved.correction_s, fc2_bias_->gradient);
   saved.output = {};
-  return norm;
+  return gradient;
 }
 
 template <class Stream>
@@ -263,23 +298,27 @@ Placed<Stream> FeedForwardBlock<Stream>::backward_input(Saved& saved, const Plac
       is_pre() ? dout.tensor()
                : stream_norm_backward(environment_, norm_, saved.norm, dout.tensor(), Tensor()));
 
-  const Tensor dbranch = context.empty(dsum.tensor().shape(), environment_.dtype);
+  const Placed<Stream> dbranch(context.empty(dsum.tensor().shape(), environment_.dtype));
   const Tensor dscaled =
       residual_scale_ != nullptr ? context.empty(dsum.tensor().shape(), environment_.dtype) : Tensor();
   ops::sublayer_output_backward(context, output_parts(saved.output_dropout), dsum.tensor(), Tensor(),
-                                saved.residual, Tensor(), Tensor(), dbranch, dscaled, output_gradients());
+                                saved.residual, Tensor(), Tensor(), dbranch.tensor(), dscaled,
+                                output_gradients());
   const Tensor dresidual = dscaled.defined() ? dscaled : dsum.tensor();
   saved.residual = {};
 
-  const Placed<Replicated> dy = boundary_.leave_backward(Placed<Stream>(dbranch));
-  const Tensor d = fc2().backward_input(dy).tensor();
+  Placed<Replicated> dy;
   std::optional<ops::NormOfActivation> norm;
   if (is_folded()) {
-    norm = folded_backward(saved, dy.tensor());
+    FoldedGradient gradient = folded_backward(saved, dbranch);
+    dy = gradient.dy;
+    norm = gradient.norm;
   } else {
+    dy = boundary_.leave_backward(dbranch, saved.hidden.dim(0));
     saved.doutput = dy.tensor();
-    if (is_plain()) norm = plain_backward(saved, d);
   }
+  const Tensor d = fc2().backward_input(dy).tensor();
+  if (is_plain()) norm = plain_backward(saved, d);
   activation_backward(saved, d, norm ? &*norm : nullptr);
 
   const Placed<Stream> dnormed =
@@ -301,10 +340,12 @@ void FeedForwardBlock<Stream>::backward_weight(Saved& saved) const {
                              saved.correction_s, ffn_norm_.beta->value, fc2_weight_->gradient);
   }
   if (normalises_again()) saved.input = stream_norm_again(environment_, norm_, saved.norm);
-  fc1().backward_weight(Placed<FeatureSharded>(saved.dhidden), Placed<Replicated>(saved.input));
+  fc1().backward_weight(Placed<FeatureSharded>(saved.dhidden),
+                        boundary_.enter(Placed<Stream>(saved.input), saved.dhidden.dim(0)));
   saved = {};
 }
 
 template class FeedForwardBlock<Replicated>;
+template class FeedForwardBlock<SequenceSharded>;
 
 }  // namespace normformer

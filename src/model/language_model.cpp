@@ -3,111 +3,14 @@
 #include <cmath>
 #include <utility>
 
+#include "normformer/model/attention_block.h"
+#include "normformer/model/feed_forward_block.h"
 #include "normformer/ops/cross_entropy.h"
 #include "normformer/ops/embedding.h"
+#include "normformer/tensor_parallel/stream.h"
+#include "normformer/tensor_parallel/vocabulary.h"
 
 namespace normformer {
-
-struct LanguageModelStage::LayerSaved {
-  Placed<Replicated> input;  // where the layer is to be computed anew: all that is kept
-  AttentionBlock<Replicated>::Saved attention;
-  FeedForwardBlock<Replicated>::Saved feed_forward;
-};
-
-struct LanguageModelStage::Layer {
-  Layer(const ModelEnvironment& environment, int64_t number_of_layer, ParameterStore& store)
-      : number(number_of_layer),
-        is_computed_anew(environment.recompute == Recompute::full),
-        attention(environment, number_of_layer, store),
-        feed_forward(environment, number_of_layer, store) {}
-
-  NormedStream<Replicated> forward(const MicroBatch& batch, const NormedStream<Replicated>& stream,
-                                   LayerSaved& saved) const {
-    return feed_forward.forward(batch, attention.forward(batch, stream, saved.attention), saved.feed_forward);
-  }
-
-  void backward_weight(LayerSaved& saved) const {
-    feed_forward.backward_weight(saved.feed_forward);
-    attention.backward_weight(saved.attention);
-  }
-
-  int64_t number;  // global
-  bool is_computed_anew;
-  AttentionBlock<Replicated> attention;
-  FeedForwardBlock<Replicated> feed_forward;
-};
-
-struct LanguageModelStage::SavedState final : Stage::Saved {
-  std::vector<LayerSaved> layers;
-  ops::Dropout embedding_dropout;
-  NormSaved final_norm;
-  Placed<Replicated> dhidden;  // of the final norm's output, left by the loss
-};
-
-LanguageModelStage::LanguageModelStage(ModelEnvironment environment, StagePart part, ParameterStore& store)
-    : environment_(std::move(environment)), part_(part), store_(&store) {
-  const ModelConfig& config = environment_.config;
-  const bool gpt2 = config.init == Initialisation::gpt2;
-  const auto embedding_init =
-      InitialValue::normal(gpt2 ? 0.02 : 1.0 / std::sqrt(static_cast<double>(config.width)));
-  const ParameterDeclarer declare(environment_, store, "decoder.");
-  if (part_.first || part_.last) {
-    embedding_ = store.find("decoder.embed_tokens.weight");
-  }
-  if (embedding_ == nullptr && (part_.first || part_.last)) {
-    embedding_ = &declare.row_sharded("embed_tokens.weight", config.vocab, config.width,
-                                      environment_.vocabulary(), embedding_init);
-    embedding_->spec.sum_over.embedding = !part_.holds_both_ends;
-    embedding_->spec.owned = part_.first;
-  }
-  if (part_.first && config.positions == Positions::learned) {
-    positions_ =
-        &declare.replicated_matrix("embed_positions.weight", config.length, config.width, embedding_init);
-  }
-  for (int64_t layer = part_.layers.begin; layer < part_.layers.end; ++layer) {
-    layers_.push_back(std::make_unique<Layer>(environment_of_layer(layer), layer, store));
-  }
-  if (part_.last && config.norm_position == NormPosition::pre) {
-    final_norm_ = declare_stream_norm(declare, "layer_norm", config.width);
-  }
-  if (config.norm_position == NormPosition::pre) hand_out_norms();
-}
-
-LanguageModelStage::~LanguageModelStage() = default;
-
-ModelEnvironment LanguageModelStage::environment_of_layer(int64_t layer) const {
-  ModelEnvironment made = environment_;
-  const int64_t computed_anew = environment_.recompute_layers;
-  if (computed_anew > 0 && layer - part_.layers.begin >= computed_anew) made.recompute = Recompute::none;
-  return made;
-}
-
-// A LayerNorm is made in the pass that makes what it reads: each block gets the one behind it. The stage's
-// last block gets none where another stage goes on, and nothing here comes before its first LayerNorm.
-void LanguageModelStage::hand_out_norms() {
-  NormParameters next = final_norm_;
-  for (size_t i = layers_.size(); i-- > 0;) {
-    layers_[i]->feed_forward.set_next_norm(next);
-    layers_[i]->attention.set_next_norm(layers_[i]->feed_forward.norm());
-    next = layers_[i]->attention.norm();
-  }
-  first_norm_ = next;
-}
-
-void LanguageModelStage::prepare() {
-  if (layers_.empty() || !layers_.front()->feed_forward.is_folded()) return;
-  Context& context = *environment_.context;
-  const auto count = static_cast<int64_t>(layers_.size());
-  const int64_t width = environment_.config.width;
-  const TraceScope scope = trace_module(environment_, "decoder.layers", "fold FFN LayerNorms");
-  if (!folded_.defined()) folded_ = context.empty({count, 2, width}, accumulator_of(environment_.dtype));
-  for (int64_t i = 0; i < count; ++i) {
-    const OpenValues open(*store_, part_.layers.begin + i);
-    layers_[static_cast<size_t>(i)]->feed_forward.fold_weights(folded_.flat(2 * i * width, width),
-                                                               folded_.flat((2 * i + 1) * width, width));
-  }
-  environment_.tensor.all_reduce(context, folded_, ReduceOp::sum);
-}
 
 void LanguageModelStage::set_micro_batches(std::vector<MicroBatch> batches) {
   for (const MicroBatch& batch : batches) {
@@ -128,108 +31,263 @@ double LanguageModelStage::loss_sum() const {
   return sum;
 }
 
-Shape LanguageModelStage::boundary_shape(int64_t micro_batch) const {
-  return {batches_[static_cast<size_t>(micro_batch)].num_tokens(), environment_.config.width};
+namespace {
+
+template <class Stream>
+struct LayerSaved {
+  Placed<Stream> input;  // where the layer is to be computed anew: all that is kept
+  typename AttentionBlock<Stream>::Saved attention;
+  typename FeedForwardBlock<Stream>::Saved feed_forward;
+};
+
+template <class Stream>
+struct Layer {
+  Layer(const ModelEnvironment& environment, int64_t number_of_layer, ParameterStore& store)
+      : number(number_of_layer),
+        is_computed_anew(environment.recompute == Recompute::full),
+        attention(environment, number_of_layer, store),
+        feed_forward(environment, number_of_layer, store) {}
+
+  NormedStream<Stream> forward(const MicroBatch& batch, const NormedStream<Stream>& stream,
+                               LayerSaved<Stream>& saved) const {
+    return feed_forward.forward(batch, attention.forward(batch, stream, saved.attention), saved.feed_forward);
+  }
+
+  void backward_weight(LayerSaved<Stream>& saved) const {
+    feed_forward.backward_weight(saved.feed_forward);
+    attention.backward_weight(saved.attention);
+  }
+
+  int64_t number;  // global
+  bool is_computed_anew;
+  AttentionBlock<Stream> attention;
+  FeedForwardBlock<Stream> feed_forward;
+};
+
+// A stage over one placement of the residual stream.
+template <class Stream>
+class StageOf final : public LanguageModelStage {
+ public:
+  StageOf(const ModelEnvironment& environment, const StagePart& part, ParameterStore& store);
+
+  void prepare() override;
+  Tensor forward(int64_t micro_batch, const Tensor& input, std::unique_ptr<Stage::Saved>& saved) override;
+  Tensor backward(int64_t micro_batch, Stage::Saved& saved, const Tensor& doutput) override;
+  Tensor backward_input(int64_t micro_batch, Stage::Saved& saved, const Tensor& doutput) override;
+  void backward_weight(int64_t micro_batch, Stage::Saved& saved) override;
+  Shape boundary_shape(int64_t micro_batch) const override;
+
+ private:
+  struct SavedState final : Stage::Saved {
+    std::vector<LayerSaved<Stream>> layers;
+    ops::Dropout embedding_dropout;
+    NormSaved final_norm;
+    Placed<Stream> dhidden;  // of the final norm's output, left by the loss
+  };
+
+  Context& context() const { return *environment().context; }
+  void hand_out_norms();
+  ModelEnvironment environment_of_layer(int64_t layer) const;
+  void compute_anew(const MicroBatch& batch, const Layer<Stream>& layer, LayerSaved<Stream>& saved) const;
+  VocabularyRows vocabulary_rows() const;
+  double embedding_factor() const;
+  Placed<Stream> embed(const MicroBatch& batch, SavedState& saved) const;
+  void embed_backward(const MicroBatch& batch, const SavedState& saved, const Placed<Stream>& dx) const;
+  void finish(int64_t micro_batch, const NormedStream<Stream>& stream, SavedState& saved);
+  Tensor last_tokens(const MicroBatch& batch, const Tensor& x) const;
+  Placed<Stream> finish_backward(SavedState& saved) const;
+  Tensor empty_boundary(int64_t micro_batch, bool exists) const;
+  template <class AfterLayer>
+  Tensor run_backward(int64_t micro_batch, SavedState& saved, const Tensor& doutput,
+                      AfterLayer after_layer) const;
+
+  ParameterStore* store_;
+  StreamBoundary<Stream> boundary_;
+  Parameter* embedding_ = nullptr;
+  Parameter* positions_ = nullptr;  // learned positions
+  Tensor sinusoidal_;               // [length, D], made when first needed
+  std::vector<std::unique_ptr<Layer<Stream>>> layers_;
+  NormParameters first_norm_;  // Pre-LN: what reads the stage's input
+  NormParameters final_norm_;
+  Tensor folded_;  // [layers, 2, D]: c and w_beta of every layer
+};
+
+template <class Stream>
+StageOf<Stream>::StageOf(const ModelEnvironment& environment, const StagePart& part, ParameterStore& store)
+    : LanguageModelStage(environment, part),
+      store_(&store),
+      boundary_(*environment.context, environment.tensor) {
+  const ModelConfig& config = environment.config;
+  const bool gpt2 = config.init == Initialisation::gpt2;
+  const auto embedding_init =
+      InitialValue::normal(gpt2 ? 0.02 : 1.0 / std::sqrt(static_cast<double>(config.width)));
+  const ParameterDeclarer declare(this->environment(), store, "decoder.");
+  if (part.first || part.last) {
+    embedding_ = store.find("decoder.embed_tokens.weight");
+  }
+  if (embedding_ == nullptr && (part.first || part.last)) {
+    embedding_ = &declare.row_sharded("embed_tokens.weight", config.vocab, config.width,
+                                      environment.vocabulary(), embedding_init);
+    embedding_->spec.sum_over.embedding = !part.holds_both_ends;
+    embedding_->spec.owned = part.first;
+  }
+  if (part.first && config.positions == Positions::learned) {
+    positions_ =
+        &declare.stream_matrix("embed_positions.weight", config.length, config.width, embedding_init);
+  }
+  for (int64_t layer = part.layers.begin; layer < part.layers.end; ++layer) {
+    layers_.push_back(std::make_unique<Layer<Stream>>(environment_of_layer(layer), layer, store));
+  }
+  if (part.last && config.norm_position == NormPosition::pre) {
+    final_norm_ = declare_stream_norm(declare, "layer_norm", config.width);
+  }
+  if (config.norm_position == NormPosition::pre) hand_out_norms();
+}
+
+template <class Stream>
+ModelEnvironment StageOf<Stream>::environment_of_layer(int64_t layer) const {
+  ModelEnvironment made = environment();
+  const int64_t computed_anew = environment().recompute_layers;
+  if (computed_anew > 0 && layer - part().layers.begin >= computed_anew) made.recompute = Recompute::none;
+  return made;
+}
+
+// A LayerNorm is made in the pass that makes what it reads: each block gets the one behind it. The stage's
+// last block gets none where another stage goes on, and nothing here comes before its first LayerNorm.
+template <class Stream>
+void StageOf<Stream>::hand_out_norms() {
+  NormParameters next = final_norm_;
+  for (size_t i = layers_.size(); i-- > 0;) {
+    layers_[i]->feed_forward.set_next_norm(next);
+    layers_[i]->attention.set_next_norm(layers_[i]->feed_forward.norm());
+    next = layers_[i]->attention.norm();
+  }
+  first_norm_ = next;
+}
+
+template <class Stream>
+void StageOf<Stream>::prepare() {
+  if (layers_.empty() || !layers_.front()->feed_forward.is_folded()) return;
+  const auto count = static_cast<int64_t>(layers_.size());
+  const int64_t width = environment().config.width;
+  const TraceScope scope = trace_module(environment(), "decoder.layers", "fold FFN LayerNorms");
+  if (!folded_.defined()) folded_ = context().empty({count, 2, width}, accumulator_of(environment().dtype));
+  for (int64_t i = 0; i < count; ++i) {
+    const OpenValues open(*store_, part().layers.begin + i);
+    layers_[static_cast<size_t>(i)]->feed_forward.fold_weights(folded_.flat(2 * i * width, width),
+                                                               folded_.flat((2 * i + 1) * width, width));
+  }
+  environment().tensor.all_reduce(context(), folded_, ReduceOp::sum);
+}
+
+template <class Stream>
+Shape StageOf<Stream>::boundary_shape(int64_t micro_batch) const {
+  return {boundary_.rows(batch(micro_batch).num_tokens()).size(), environment().config.width};
 }
 
 // What an empty micro-batch gives to a neighbour, or nothing where there is none.
-Tensor LanguageModelStage::empty_boundary(int64_t micro_batch, bool exists) const {
-  return exists ? environment_.context->empty(boundary_shape(micro_batch), boundary_dtype()) : Tensor();
+template <class Stream>
+Tensor StageOf<Stream>::empty_boundary(int64_t micro_batch, bool exists) const {
+  return exists ? context().empty(boundary_shape(micro_batch), boundary_dtype()) : Tensor();
 }
 
-VocabularyRows LanguageModelStage::vocabulary_rows() const {
-  return {embedding_->value, embedding_->gradient, environment_.vocabulary().begin};
+template <class Stream>
+VocabularyRows StageOf<Stream>::vocabulary_rows() const {
+  return {embedding_->value, embedding_->gradient, environment().vocabulary().begin};
 }
 
-double LanguageModelStage::embedding_factor() const {
-  return environment_.config.embedding_scale ? std::sqrt(static_cast<double>(environment_.config.width))
-                                             : 1.0;
+template <class Stream>
+double StageOf<Stream>::embedding_factor() const {
+  return environment().config.embedding_scale ? std::sqrt(static_cast<double>(environment().config.width))
+                                              : 1.0;
 }
 
-Tensor LanguageModelStage::embed(const MicroBatch& batch, SavedState& saved) const {
-  Context& context = *environment_.context;
-  const ModelConfig& config = environment_.config;
-  const TraceScope scope = trace_module(environment_, "decoder.embed_tokens", "forward");
-  const Placed<Replicated> embedded =
-      reduce_partial(context, environment_.tensor, embed_tokens(context, vocabulary_rows(), batch.tokens));
+template <class Stream>
+Placed<Stream> StageOf<Stream>::embed(const MicroBatch& batch, SavedState& saved) const {
+  const ModelConfig& config = environment().config;
+  const TraceScope scope = trace_module(environment(), "decoder.embed_tokens", "forward");
+  const Placed<Stream> embedded = boundary_.leave(embed_tokens(context(), vocabulary_rows(), batch.tokens));
   const Tensor positions = positions_ != nullptr ? positions_->value : sinusoidal_;
-  saved.embedding_dropout =
-      make_dropout(environment_, batch, DropoutSite::embedding, 0, config.embedding_dropout, config.width);
-  ops::add_positions_forward(context, embedded.tensor(), embedding_factor(), positions.rows(0, batch.length), 0,
-                             saved.embedding_dropout, embedded.tensor());
-  return embedded.tensor();
+  const int64_t first_row = boundary_.rows(batch.num_tokens()).begin;
+  saved.embedding_dropout = make_stream_dropout(environment(), batch, DropoutSite::embedding, 0,
+                                                config.embedding_dropout, first_row);
+  ops::add_positions_forward(context(), embedded.tensor(), embedding_factor(),
+                             positions.rows(0, batch.length), first_row, saved.embedding_dropout,
+                             embedded.tensor());
+  return embedded;
 }
 
-void LanguageModelStage::embed_backward(const MicroBatch& batch, const SavedState& saved,
-                                        const Tensor& dx) const {
-  Context& context = *environment_.context;
-  const TraceScope scope = trace_module(environment_, "decoder.embed_tokens", "backward");
+template <class Stream>
+void StageOf<Stream>::embed_backward(const MicroBatch& batch, const SavedState& saved,
+                                     const Placed<Stream>& dx) const {
+  const TraceScope scope = trace_module(environment(), "decoder.embed_tokens", "backward");
   const Tensor dpositions = positions_ != nullptr ? positions_->gradient.rows(0, batch.length) : Tensor();
-  ops::add_positions_backward(context, dx, batch.length, 0, saved.embedding_dropout, dx, dpositions);
-  embed_tokens_backward(context, vocabulary_rows(), batch.tokens, Placed<Replicated>(dx), embedding_factor());
+  ops::add_positions_backward(context(), dx.tensor(), batch.length, boundary_.rows(batch.num_tokens()).begin,
+                              saved.embedding_dropout, dx.tensor(), dpositions);
+  embed_tokens_backward(context(), vocabulary_rows(), batch.tokens,
+                        boundary_.leave_backward(dx, batch.num_tokens()), embedding_factor());
 }
 
-Tensor LanguageModelStage::last_tokens(const MicroBatch& batch, const Tensor& x) const {
-  Context& context = *environment_.context;
-  Tensor picked = context.empty({batch.sequences, x.dim(1)}, x.dtype());
+template <class Stream>
+Tensor StageOf<Stream>::last_tokens(const MicroBatch& batch, const Tensor& x) const {
+  Tensor picked = context().empty({batch.sequences, x.dim(1)}, x.dtype());
   for (int64_t s = 0; s < batch.sequences; ++s) {
     const int64_t row = (s + 1) * batch.length - 1;
-    copy(context, x.rows(row, row + 1), picked.rows(s, s + 1));
+    copy(context(), x.rows(row, row + 1), picked.rows(s, s + 1));
   }
   return picked;
 }
 
 // From the last layer's output to the loss. The loss' own gradient is made here too, chunk by chunk, because
 // logits are never kept.
-Tensor LanguageModelStage::finish(int64_t micro_batch, const NormedStream<Replicated>& stream,
-                                  SavedState& saved) {
-  Context& context = *environment_.context;
-  const MicroBatch& batch = batches_[static_cast<size_t>(micro_batch)];
-  const bool generating = batch.purpose == Purpose::generation;
-  const TraceScope scope = trace_module(environment_, "decoder.output", "forward");
-  const Placed<Replicated> hidden(generating ? last_tokens(batch, stream.normed.tensor())
-                                             : stream.normed.tensor());
-  Tensor& result = results_[static_cast<size_t>(micro_batch)];
-  if (generating) {
-    result = vocabulary_logits(context, vocabulary_rows(), hidden).tensor();
-    return {};
+template <class Stream>
+void StageOf<Stream>::finish(int64_t micro_batch, const NormedStream<Stream>& stream, SavedState& saved) {
+  const MicroBatch& batch = this->batch(micro_batch);
+  const TraceScope scope = trace_module(environment(), "decoder.output", "forward");
+  const Placed<Replicated> hidden = boundary_.enter(stream.normed, batch.num_tokens());
+  if (batch.purpose == Purpose::generation) {
+    const Placed<Replicated> last(last_tokens(batch, hidden.tensor()));
+    return set_result(micro_batch, vocabulary_logits(context(), vocabulary_rows(), last).tensor());
   }
   const LossOptions options{batch.targets, batch.weights, batch.purpose == Purpose::training, 1.0};
-  LossResult loss = vocabulary_loss(context, environment_.tensor, vocabulary_rows(), hidden, options);
-  result = loss.nll;
+  const LossResult loss =
+      vocabulary_loss(context(), environment().tensor, vocabulary_rows(), hidden, options);
+  set_result(micro_batch, loss.nll);
+  if (!options.training) return;
   saved.final_norm = stream.norm;
-  saved.dhidden = std::move(loss.dhidden);
-  return {};
+  saved.dhidden = boundary_.enter_backward(loss.dhidden);
 }
 
-Tensor LanguageModelStage::finish_backward(SavedState& saved) const {
-  const Tensor dhidden = saved.dhidden.tensor();
-  saved.dhidden = {};
+template <class Stream>
+Placed<Stream> StageOf<Stream>::finish_backward(SavedState& saved) const {
+  const Placed<Stream> dhidden = std::exchange(saved.dhidden, {});
   if (final_norm_.gamma == nullptr) return dhidden;
-  const TraceScope scope = trace_module(environment_, "decoder.layer_norm", "backward");
-  return stream_norm_backward(environment_, final_norm_, saved.final_norm, dhidden, Tensor());
+  const TraceScope scope = trace_module(environment(), "decoder.layer_norm", "backward");
+  return Placed<Stream>(
+      stream_norm_backward(environment(), final_norm_, saved.final_norm, dhidden.tensor(), Tensor()));
 }
 
-Tensor LanguageModelStage::forward(int64_t micro_batch, const Tensor& input,
-                                   std::unique_ptr<Stage::Saved>& saved) {
-  const MicroBatch& batch = batches_[static_cast<size_t>(micro_batch)];
+template <class Stream>
+Tensor StageOf<Stream>::forward(int64_t micro_batch, const Tensor& input,
+                                std::unique_ptr<Stage::Saved>& saved) {
+  const MicroBatch& batch = this->batch(micro_batch);
   auto state = std::make_unique<SavedState>();
   if (batch.sequences == 0) {
     saved = std::move(state);
-    for (int64_t layer = part_.layers.begin; layer < part_.layers.end; ++layer) OpenValues(*store_, layer);
-    return empty_boundary(micro_batch, !part_.last);
+    for (const auto& layer : layers_) OpenValues(*store_, layer->number);
+    return empty_boundary(micro_batch, !part().last);
   }
-  if (part_.first && positions_ == nullptr && !sinusoidal_.defined()) {
-    sinusoidal_ = ops::sinusoidal_positions(*environment_.context, environment_.config.length,
-                                            environment_.config.width, environment_.dtype);
+  if (part().first && positions_ == nullptr && !sinusoidal_.defined()) {
+    sinusoidal_ = ops::sinusoidal_positions(context(), environment().config.length,
+                                            environment().config.width, environment().dtype);
   }
   const bool keeps = batch.purpose == Purpose::training;
-  NormedStream<Replicated> stream = stream_norm_forward(
-      environment_, first_norm_, Placed<Replicated>(part_.first ? embed(batch, *state) : input));
+  NormedStream<Stream> stream = stream_norm_forward(
+      environment(), first_norm_, part().first ? embed(batch, *state) : Placed<Stream>(input));
   for (const auto& layer : layers_) {
-    LayerSaved layer_saved;
+    LayerSaved<Stream> layer_saved;
     const OpenValues open(*store_, layer->number);
-    const Placed<Replicated> before = stream.x;
+    const Placed<Stream> before = stream.x;
     stream = layer->forward(batch, stream, layer_saved);
     if (!keeps) continue;
     if (layer->is_computed_anew)
@@ -237,34 +295,37 @@ Tensor LanguageModelStage::forward(int64_t micro_batch, const Tensor& input,
     else
       state->layers.push_back(std::move(layer_saved));
   }
-  Tensor output = part_.last ? finish(micro_batch, stream, *state) : stream.x.tensor();
+  if (part().last) finish(micro_batch, stream, *state);
   if (keeps) saved = std::move(state);
-  return output;
+  return part().last ? Tensor() : stream.x.tensor();
 }
 
 // Dropout is a function of where it acts, so it drops the same again.
-void LanguageModelStage::compute_anew(const MicroBatch& batch, const Layer& layer, LayerSaved& saved) const {
-  const TraceScope scope = trace_module(environment_, "decoder.layers", "recompute");
+template <class Stream>
+void StageOf<Stream>::compute_anew(const MicroBatch& batch, const Layer<Stream>& layer,
+                                   LayerSaved<Stream>& saved) const {
+  const TraceScope scope = trace_module(environment(), "decoder.layers", "recompute");
   const NormParameters norm =
-      environment_.config.norm_position == NormPosition::pre ? layer.attention.norm() : NormParameters{};
-  const Placed<Replicated> input = std::exchange(saved.input, {});
-  layer.forward(batch, stream_norm_forward(environment_, norm, input), saved);
+      environment().config.norm_position == NormPosition::pre ? layer.attention.norm() : NormParameters{};
+  const Placed<Stream> input = std::exchange(saved.input, {});
+  layer.forward(batch, stream_norm_forward(environment(), norm, input), saved);
 }
 
+template <class Stream>
 template <class AfterLayer>
-Tensor LanguageModelStage::run_backward(int64_t micro_batch, SavedState& saved, const Tensor& doutput,
-                                        AfterLayer after_layer) const {
-  const MicroBatch& batch = batches_[static_cast<size_t>(micro_batch)];
+Tensor StageOf<Stream>::run_backward(int64_t micro_batch, SavedState& saved, const Tensor& doutput,
+                                     AfterLayer after_layer) const {
+  const MicroBatch& batch = this->batch(micro_batch);
   if (batch.sequences == 0) {
     // Other replicas have gradients to sum.
-    for (int64_t layer = part_.layers.end; layer-- > part_.layers.begin;) {
-      OpenValues(*store_, layer);
-      store_->open_gradients(layer);
-      after_layer(static_cast<size_t>(layer - part_.layers.begin));
+    for (size_t i = layers_.size(); i-- > 0;) {
+      OpenValues(*store_, layers_[i]->number);
+      store_->open_gradients(layers_[i]->number);
+      after_layer(i);
     }
-    return empty_boundary(micro_batch, !part_.first);
+    return empty_boundary(micro_batch, !part().first);
   }
-  Placed<Replicated> dx(part_.last ? finish_backward(saved) : doutput);
+  Placed<Stream> dx = part().last ? finish_backward(saved) : Placed<Stream>(doutput);
   for (size_t i = layers_.size(); i-- > 0;) {
     const OpenValues open(*store_, layers_[i]->number);
     store_->open_gradients(layers_[i]->number);
@@ -273,12 +334,13 @@ Tensor LanguageModelStage::run_backward(int64_t micro_batch, SavedState& saved, 
     dx = layers_[i]->attention.backward_input(saved.layers[i].attention, dx);
     after_layer(i);
   }
-  if (!part_.first) return dx.tensor();
-  embed_backward(batch, saved, dx.tensor());
+  if (!part().first) return dx.tensor();
+  embed_backward(batch, saved, dx);
   return {};
 }
 
-Tensor LanguageModelStage::backward(int64_t micro_batch, Stage::Saved& saved, const Tensor& doutput) {
+template <class Stream>
+Tensor StageOf<Stream>::backward(int64_t micro_batch, Stage::Saved& saved, const Tensor& doutput) {
   auto& state = static_cast<SavedState&>(saved);
   return run_backward(micro_batch, state, doutput, [&](size_t layer) {
     if (!state.layers.empty()) layers_[layer]->backward_weight(state.layers[layer]);
@@ -286,17 +348,27 @@ Tensor LanguageModelStage::backward(int64_t micro_batch, Stage::Saved& saved, co
   });
 }
 
-Tensor LanguageModelStage::backward_input(int64_t micro_batch, Stage::Saved& saved, const Tensor& doutput) {
+template <class Stream>
+Tensor StageOf<Stream>::backward_input(int64_t micro_batch, Stage::Saved& saved, const Tensor& doutput) {
   return run_backward(micro_batch, static_cast<SavedState&>(saved), doutput, [](size_t) {});
 }
 
-void LanguageModelStage::backward_weight(int64_t, Stage::Saved& saved) {
+template <class Stream>
+void StageOf<Stream>::backward_weight(int64_t, Stage::Saved& saved) {
   auto& state = static_cast<SavedState&>(saved);
   for (size_t i = layers_.size(); i-- > 0;) {
     const OpenValues open(*store_, layers_[i]->number);
     if (!state.layers.empty()) layers_[i]->backward_weight(state.layers[i]);
     store_->reduce_gradients(layers_[i]->number);
   }
+}
+
+}  // namespace
+
+std::unique_ptr<LanguageModelStage> make_language_model_stage(const ModelEnvironment& environment,
+                                                              const StagePart& part, ParameterStore& store) {
+  if (environment.sequence) return std::make_unique<StageOf<SequenceSharded>>(environment, part, store);
+  return std::make_unique<StageOf<Replicated>>(environment, part, store);
 }
 
 Tensor ForwardOnlyStage::forward(int64_t micro_batch, const Tensor& input) {

@@ -27,10 +27,11 @@ ModelInstance::ModelInstance(Context& context, const Mesh& mesh, const RunConfig
                                      .dtype = store_.dtype(),
                                      .tensor = mesh.tensor(),
                                      .seed = config.train.seed,
+                                     .sequence = config.parallel.sequence && mesh.tensor().size() > 1,
                                      .recompute = config.train.recompute,
                                      .recompute_layers = config.train.recompute_layers};
   for (const StagePart& part : parts_of_stage(config, mesh.pipeline().size(), mesh.pipeline().rank()))
-    parts_.push_back(std::make_unique<LanguageModelStage>(environment, part, store_));
+    parts_.push_back(make_language_model_stage(environment, part, store_));
   store_.allocate(mesh.data(), {.bucket_bytes = config.parallel.bucket_mib << 20,
                                 .with_gradients = with_gradients,
                                 .sharding = config.parallel.sharding});

@@ -133,6 +133,48 @@ TEST_P(Oracle, EveryShardingFp64) {
   }
 }
 
+// The residual stream dealt out to the tensor group, alone and beside other axes; with sizes that do not
+// divide.
+std::vector<OracleLayout> sequence_layouts() {
+  std::vector<OracleLayout> layouts;
+  const auto add = [&](int64_t tp, int64_t pp, int64_t dp, int64_t micro_batch, PipelineSchedule schedule) {
+    layouts.push_back({.degrees = {.tensor = tp, .context = 1, .data = dp, .pipeline = pp},
+                       .sequence = true,
+                       .schedule = schedule,
+                       .micro_batch = micro_batch});
+  };
+  for (const int64_t micro_batch : {1, 3}) {
+    add(2, 1, 1, micro_batch, PipelineSchedule::one_f_one_b);
+    add(3, 1, 1, micro_batch, PipelineSchedule::one_f_one_b);
+  }
+  add(1, 2, 1, 1, PipelineSchedule::one_f_one_b);
+  add(2, 2, 1, 1, PipelineSchedule::one_f_one_b);
+  add(2, 1, 2, 1, PipelineSchedule::one_f_one_b);
+  add(2, 2, 2, 1, PipelineSchedule::one_f_one_b);
+  add(3, 2, 1, 3, PipelineSchedule::zb_h1);
+  add(2, 2, 1, 1, PipelineSchedule::zb_v);
+  return layouts;
+}
+
+TEST_P(Oracle, SequenceParallelFp64) {
+  const OracleFixture fixture = load_oracle_fixture(GetParam());
+  for (OracleLayout layout : sequence_layouts()) {
+    for (const FfnNormForm form : {FfnNormForm::folded, FfnNormForm::plain}) {
+      if (form == FfnNormForm::plain && !fixture.config.model.ffn_norm) continue;
+      layout.form = form;
+      EXPECT_EQ(run_on(fixture, layout, 1e-9), std::vector<std::string>{}) << to_string(layout);
+    }
+  }
+}
+
+TEST_P(Oracle, SequenceParallelFp32) {
+  const OracleFixture fixture = load_oracle_fixture(GetParam());
+  for (OracleLayout layout : sequence_layouts()) {
+    layout.precision = Precision::fp32;
+    EXPECT_EQ(run_on(fixture, layout, 1e-5), std::vector<std::string>{}) << to_string(layout);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Fixtures, Oracle, testing::ValuesIn(oracle_fixture_names()),
                          [](const auto& fixture) {
                            std::string name = fixture.param;
@@ -149,6 +191,9 @@ TEST(Recomputation, ChangesNoBit) {
       for (OracleLayout layout :
            {OracleLayout{.degrees = {}, .precision = Precision::bf16},
             OracleLayout{.degrees = {.tensor = 2, .pipeline = 2}, .precision = Precision::fp32},
+            OracleLayout{
+                .degrees = {.tensor = 2, .pipeline = 2}, .sequence = true, .precision = Precision::bf16},
+            OracleLayout{.degrees = {.tensor = 3}, .sequence = true, .micro_batch = 3},
             OracleLayout{.degrees = {.data = 2, .pipeline = 2},
             .precision = Precision::bf16,
             .schedule = PipelineSchedule::zb_v}}) {
@@ -168,9 +213,10 @@ TEST(Recomputation, ChangesNoBit) {
   }
 }
 
-TEST(DropoutAcrossSchedulesAndSharding, LossesEqualOneProcess) {
+// Whose losses with every dropout on are those of one process.
+void expect_losses_of_one_process(const std::string& name, const std::vector<OracleLayout>& layouts) {
   constexpr int64_t kSteps = 20;
-  const OracleFixture fixture = load_oracle_fixture("normformer-resscale");
+  const OracleFixture fixture = load_oracle_fixture(name);
   const auto losses_on = [&](const OracleLayout& layout) {
     std::vector<double> losses;
     run_local_world(static_cast<int>(num_ranks(layout.degrees)), [&](const Group& world) {
@@ -180,14 +226,25 @@ TEST(DropoutAcrossSchedulesAndSharding, LossesEqualOneProcess) {
     return losses;
   };
   const std::vector<double> expected = losses_on({.degrees = {}});
-  std::vector<OracleLayout> layouts = schedule_layouts();
-  for (const OracleLayout& layout : sharding_layouts()) layouts.push_back(layout);
   for (const OracleLayout& layout : layouts) {
     const std::vector<double> losses = losses_on(layout);
     ASSERT_EQ(losses.size(), expected.size());
     for (size_t i = 0; i < losses.size(); ++i)
       EXPECT_NEAR(losses[i], expected[i], 1e-12 * expected[i]) << "step " << i << " on " << to_string(layout);
   }
+}
+
+TEST(DropoutAcrossSchedules, LossesEqualOneProcess) {
+  expect_losses_of_one_process("normformer-resscale", schedule_layouts());
+}
+
+TEST(DropoutAcrossSharding, LossesEqualOneProcess) {
+  expect_losses_of_one_process("normformer-resscale", sharding_layouts());
+}
+
+TEST(DropoutUnderSequenceParallelism, LossesEqualOneProcess) {
+  for (const std::string name : {"normformer-resscale", "normformer-fairseq", "post-ln"})
+    expect_losses_of_one_process(name, sequence_layouts());
 }
 
 TEST(DropoutAcrossLayouts, LossesEqualOneProcess) {

@@ -68,13 +68,27 @@ TEST(OracleOverMpi, SchedulesShardingAndRecomputationGiveTheSame) {
   }
 }
 
+TEST(OracleOverMpi, SequenceParallelFp64) {
+  for (const std::string name : {"normformer-fairseq", "normformer-resscale", "baseline-learned"}) {
+    const OracleFixture fixture = load_oracle_fixture(name);
+    for (const MeshDegrees& degrees : oracle_degrees()) {
+      if (num_ranks(degrees) != mpi_world().size() || degrees.tensor == 1) continue;
+      const OracleLayout layout{.degrees = degrees, .sequence = true, .micro_batch = 3};
+      EXPECT_EQ(compare_with_oracle(fixture, layout, mpi_world(), 1e-9), std::vector<std::string>{})
+          << name << " " << to_string(layout);
+    }
+  }
+}
+
 // Processes and threads run the same sums in the same order: not a bit differs.
 TEST(OracleOverMpi, ProcessesAndThreadsGiveTheSameBits) {
   const OracleFixture fixture = load_oracle_fixture("normformer-resscale");
   for (const MeshDegrees& degrees : oracle_degrees()) {
     if (num_ranks(degrees) != mpi_world().size()) continue;
     for (const Precision precision : {Precision::fp32, Precision::bf16}) {
-      const OracleLayout layout{.degrees = degrees, .precision = precision};
+      // The one precision without, the other with tokens dealt out.
+      const OracleLayout layout{
+          .degrees = degrees, .sequence = precision == Precision::bf16, .precision = precision};
       const std::vector<double> processes = dropout_losses(fixture, layout, mpi_world(), 5);
       std::vector<double> threads;
       run_local_world(mpi_world().size(), [&](const Group& world) {

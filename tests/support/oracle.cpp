@@ -41,6 +41,7 @@ struct Run {
   static RunConfig configure(const OracleFixture& f, const OracleLayout& layout, const Group& world) {
     RunConfig c = f.config;
     c.parallel.tensor = layout.degrees.tensor;
+    c.parallel.sequence = layout.sequence;
     c.parallel.pipeline = layout.degrees.pipeline;
     c.parallel.data = layout.degrees.data;
     c.parallel.schedule = layout.schedule;
@@ -216,8 +217,8 @@ std::vector<MeshDegrees> oracle_degrees() {
 
 std::string to_string(const OracleLayout& layout) {
   return fmt::format(
-      "tp{} pp{} dp{} {} micro-batch {} schedule {} virtual stages {} recompute {} sharding {}",
-      layout.degrees.tensor, layout.degrees.pipeline, layout.degrees.data,
+      "tp{}{} pp{} dp{} {} micro-batch {} schedule {} virtual stages {} recompute {} sharding {}",
+      layout.degrees.tensor, layout.sequence ? "+sp" : "", layout.degrees.pipeline, layout.degrees.data,
       layout.form == FfnNormForm::plain ? "plain" : "folded", layout.micro_batch,
       static_cast<int>(layout.schedule), layout.virtual_stages, static_cast<int>(layout.recompute),
       static_cast<int>(layout.sharding));

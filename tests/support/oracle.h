@@ -28,6 +28,7 @@ OracleFixture load_oracle_fixture(const std::string& name);
 /// How a fixture is run.
 struct OracleLayout {
   MeshDegrees degrees;
+  bool sequence = false;
   Precision precision = Precision::fp64;
   FfnNormForm form = FfnNormForm::folded;
   PipelineSchedule schedule = PipelineSchedule::one_f_one_b;

@@ -14,7 +14,9 @@ TEMPLATE = """
 using namespace normformer;
 void use(Context& context, const Group& group, const ColumnParallelLinear& column, const RowParallelLinear& row,
          const StreamBoundary<Replicated>& boundary, const AttentionBlock<Replicated>& block, const MicroBatch& batch,
-         AttentionBlock<Replicated>::Saved& saved, const VocabularyRows& rows, const Placed<Replicated>& stream) {
+         AttentionBlock<Replicated>::Saved& saved, const VocabularyRows& rows, const Placed<Replicated>& stream,
+         const StreamBoundary<SequenceSharded>& doors, const AttentionBlock<SequenceSharded>& split,
+         AttentionBlock<SequenceSharded>::Saved& split_saved, const Placed<SequenceSharded>& own) {
   const Placed<FeatureSharded> features = column.forward(stream);
   const Placed<Partial> terms = row.forward(features);
   const Placed<Replicated> whole = boundary.leave(terms);
@@ -23,12 +25,16 @@ void use(Context& context, const Group& group, const ColumnParallelLinear& colum
   LossOptions options;
   %s
   (void)context; (void)group; (void)block; (void)batch; (void)saved; (void)rows; (void)whole; (void)dterms;
+  (void)doors; (void)split; (void)split_saved; (void)own;
 }
 """
 
 CORRECT = {
     "nothing wrong": "",
     "a reduced gradient goes on": "block.forward(batch, {boundary.enter_backward(dterms), whole, {}}, saved);",
+    "own tokens gathered for a product": "column.forward(doors.enter(own, 8));",
+    "a product scattered to a stream of own tokens": "split.forward(batch, {doors.leave(terms), own, {}}, split_saved);",
+    "own tokens' gradient gathered": "row.backward_input(doors.leave_backward(own, 8));",
     "a reduced embedding": "block.forward(batch, {reduce_partial(context, group, embed_tokens(context, rows, tensor)), whole, {}}, saved);",
 }
 
@@ -45,6 +51,18 @@ MISTAKES = {
     "an unreduced embedding enters the residual stream": "block.forward(batch, {embed_tokens(context, rows, tensor), whole, {}}, saved);",
     "the loss of unreduced hidden states": "vocabulary_loss(context, group, rows, terms, options);",
     "a placement made of another by assignment": "const Placed<Replicated> wrong = terms; (void)wrong;",
+    "a product of own tokens that were not gathered": "column.forward(own);",
+    "own tokens' gradient as the gradient of all": "row.backward_input(own);",
+    "an unreduced product enters a stream of own tokens": "split.forward(batch, {terms, own, {}}, split_saved);",
+    "all tokens enter a stream of own tokens": "split.forward(batch, {whole, own, {}}, split_saved);",
+    "own tokens enter a stream of all": "block.forward(batch, {own, whole, {}}, saved);",
+    "all tokens are gathered once more": "doors.enter(whole, 8);",
+    "a whole value is scattered": "doors.leave(whole);",
+    "an unreduced input gradient goes on along own tokens": "split.backward_input(split_saved, dterms);",
+    "the loss of own tokens alone": "vocabulary_loss(context, group, rows, own, options);",
+    "the embedding's gradient from own tokens alone": "embed_tokens_backward(context, rows, tensor, own, 1.0);",
+    "the loss's unreduced gradient goes on along the stream":
+        "block.backward_input(saved, vocabulary_loss(context, group, rows, whole, options).dhidden);",
     "a bare tensor as a stream": "block.forward(batch, {tensor, whole, {}}, saved);",
 }
 

@@ -16,22 +16,25 @@ namespace normformer {
 template <class Stream>
 class AttentionBlock {
  public:
-  /// What a micro-batch's backward needs; pieces go as they are used up.
+  /// What a micro-batch's backward needs; pieces go as they are used up. Of N tokens n are on this rank's
+  /// stream.
   struct Saved {
     ops::AttentionShape shape;
     ops::Dropout probabilities_dropout;
     ops::Dropout output_dropout;
     Tensor document_start;
     NormSaved norm;      // the sub-layer's own LayerNorm
-    Tensor input;        // [N, D]: what the projections read; not kept where it is made again
+    Tensor input;        // [n, D]: what the projections read; not kept where it is made again
     Tensor qkv;          // [N, 3 * channels of this rank]
     Tensor heads;        // [N, channels of this rank]: attention's output, before head scale
     Tensor lse;          // [B, heads of this rank, T]
-    Tensor projected;    // [N, D]: the reduced output of W_o, without bias
+    Tensor projected;    // [n, D]: the reduced output of W_o, without bias
     Tensor output_mean;  // of LN_post
     Tensor output_rstd;
     Tensor dqkv;  // left by backward_input for backward_weight
     Tensor dprojected;
+
+    int64_t num_tokens() const { return shape.batch * shape.length; }
   };
 
   /// Declares its parameters in the store; `layer` is global.
@@ -51,7 +54,8 @@ class AttentionBlock {
   /// Collective over the tensor group.
   Placed<Stream> backward_input(Saved& saved, const Placed<Stream>& dout) const;
 
-  /// Adds the gradients of the products' weights and frees what backward_input left.
+  /// Adds the gradients of the products' weights and frees what backward_input left. Collective over the
+  /// tensor group where the stream is split.
   void backward_weight(Saved& saved) const;
 
  private:
@@ -80,5 +84,6 @@ class AttentionBlock {
 };
 
 extern template class AttentionBlock<Replicated>;
+extern template class AttentionBlock<SequenceSharded>;
 
 }  // namespace normformer

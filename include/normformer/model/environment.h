@@ -24,6 +24,7 @@ struct ModelEnvironment {
   DType dtype;         ///< of weights and activations
   Group tensor;        ///< the tensor-parallel group
   uint64_t seed;
+  bool sequence = false;  ///< the residual stream's tokens are dealt out to the tensor-parallel group
   Recompute recompute = Recompute::none;
   int64_t recompute_layers = 0;  ///< of a part, its first ones; 0 means all
 
@@ -74,6 +75,11 @@ enum class DropoutSite : uint64_t {
 ops::Dropout make_dropout(const ModelEnvironment& environment, const MicroBatch& batch, DropoutSite site,
                           int64_t layer, double probability, int64_t row_elements, int64_t first_column = 0);
 
+/// As make_dropout of a site on the residual stream, of which this rank holds the micro-batch's tokens from
+/// `first_row` on.
+ops::Dropout make_stream_dropout(const ModelEnvironment& environment, const MicroBatch& batch,
+                                 DropoutSite site, int64_t layer, double probability, int64_t first_row);
+
 /// Declares parameters of one module under a common prefix.
 class ParameterDeclarer {
  public:
@@ -82,8 +88,12 @@ class ParameterDeclarer {
                     int64_t unit = -1)
       : environment_(&environment), store_(&store), prefix_(std::move(prefix)), unit_(unit) {}
 
-  /// A vector that every rank of the tensor group holds whole; its first rank owns it.
+  /// A vector that every rank of the tensor group holds whole and whose gradient every rank makes whole; its
+  /// first rank owns it.
   Parameter& replicated_vector(const std::string& name, int64_t size, InitialValue initial) const;
+
+  /// The same of one that acts on the residual stream: each rank makes the gradient of the tokens it has.
+  Parameter& stream_vector(const std::string& name, int64_t size, InitialValue initial) const;
 
   /// A vector of `size` of which this rank holds `part`.
   Parameter& sharded_vector(const std::string& name, int64_t size, Range part, InitialValue initial,
@@ -92,16 +102,18 @@ class ParameterDeclarer {
   /// A matrix of which this rank holds rows `part`, or columns `part`.
   Parameter& row_sharded(const std::string& name, int64_t rows, int64_t columns, Range part,
                          InitialValue initial, bool joins_previous = false) const;
-  /// A matrix that every rank of the tensor group holds whole; its first rank owns it.
-  Parameter& replicated_matrix(const std::string& name, int64_t rows, int64_t columns,
-                               InitialValue initial) const;
+  /// A matrix that acts on the residual stream, as stream_vector.
+  Parameter& stream_matrix(const std::string& name, int64_t rows, int64_t columns,
+                           InitialValue initial) const;
 
   Parameter& column_sharded(const std::string& name, int64_t rows, int64_t columns, Range part,
                             InitialValue initial) const;
 
  private:
-  Parameter& declare(const std::string& name, Shape shape, Rectangle part, bool replicated,
-                     InitialValue initial, bool joins_previous) const;
+  // What the ranks of the tensor group hold of a parameter: their own parts, or copies.
+  enum class Held { sharded, replicated, on_stream };
+  Parameter& declare(const std::string& name, Shape shape, Rectangle part, Held held, InitialValue initial,
+                     bool joins_previous) const;
 
   const ModelEnvironment* environment_;
   ParameterStore* store_;

@@ -16,18 +16,19 @@ namespace normformer {
 template <class Stream>
 class FeedForwardBlock {
  public:
-  /// What a micro-batch's backward needs; pieces go as they are used up.
+  /// What a micro-batch's backward needs; pieces go as they are used up. Of N tokens n are on this rank's
+  /// stream.
   struct Saved {
     ops::Dropout activation_dropout;
     ops::Dropout output_dropout;
     NormSaved norm;    // the sub-layer's own LayerNorm
-    Tensor input;      // [N, D]: what fc1 read; not kept where it is made again
-    Tensor residual;   // [N, D]: x, kept for lambda's gradient
+    Tensor input;      // [n, D]: what fc1 read; not kept where it is made again
+    Tensor residual;   // [n, D]: x, kept for lambda's gradient
     Tensor hidden;     // [N, F of this rank]: fc1's product, without bias
     Tensor activated;  // [N, F]: h; in the folded form gamma * h
-    Tensor mean;       // of LN_ffn
+    Tensor mean;       // of LN_ffn: [N], in the folded form [n] until backward_input
     Tensor rstd;
-    Tensor output;        // [N, D]: fc2's output before dropout; folded form only
+    Tensor output;        // [n, D]: fc2's output before dropout; folded form only
     Tensor dhidden;       // left by backward_input for backward_weight
     Tensor doutput;       // the gradient of fc2's output; in the folded form times rstd
     Tensor correction_u;  // folded form: see ops::fold_norm_backward
@@ -57,16 +58,24 @@ class FeedForwardBlock {
   /// Collective over the tensor group.
   Placed<Stream> backward_input(Saved& saved, const Placed<Stream>& dout) const;
 
-  /// Adds the gradients of the products' weights and frees what backward_input left.
+  /// Adds the gradients of the products' weights and frees what backward_input left. Collective over the
+  /// tensor group where the stream is split.
   void backward_weight(Saved& saved) const;
 
  private:
+  // The gradient of fc2's output, and LN_ffn as the activation's backward takes it, for all tokens.
+  struct FoldedGradient {
+    Placed<Replicated> dy;
+    ops::NormOfActivation norm;
+  };
+
   bool is_pre() const { return environment_.config.norm_position == NormPosition::pre; }
   bool is_plain() const;
   // What backward makes again instead of keeping it; in the Post-LN model fc1's input is the stream.
   bool activates_again() const { return environment_.recompute == Recompute::selective; }
   bool normalises_again() const { return is_pre() && activates_again(); }
   void activate(Saved& saved, const Tensor& sums) const;
+  void compute_statistics(Saved& saved, const Tensor& sums) const;
   ops::ActivationKind activation() const;
   ColumnParallelLinear fc1() const;
   RowParallelLinear fc2() const;
@@ -75,7 +84,7 @@ class FeedForwardBlock {
   Placed<Stream> fc2_output(Saved& saved) const;
   Placed<Stream> folded_output(Saved& saved, const Tensor& sums) const;
   Placed<Stream> plain_output(Saved& saved, const Tensor& sums) const;
-  ops::NormOfActivation folded_backward(Saved& saved, const Tensor& dy) const;
+  FoldedGradient folded_backward(Saved& saved, const Placed<Stream>& dy) const;
   ops::NormOfActivation plain_backward(Saved& saved, const Tensor& dnormed) const;
   ops::NormOfActivation norm_of_activation(const Saved& saved) const;
   void activation_backward(Saved& saved, const Tensor& d, const ops::NormOfActivation* norm) const;
@@ -98,5 +107,6 @@ class FeedForwardBlock {
 };
 
 extern template class FeedForwardBlock<Replicated>;
+extern template class FeedForwardBlock<SequenceSharded>;
 
 }  // namespace normformer

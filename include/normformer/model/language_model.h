@@ -1,14 +1,11 @@
 #pragma once
 
 #include <memory>
-#include <optional>
+#include <utility>
 #include <vector>
 
-#include "normformer/model/attention_block.h"
 #include "normformer/model/environment.h"
-#include "normformer/model/feed_forward_block.h"
 #include "normformer/pipeline/stage.h"
-#include "normformer/tensor_parallel/vocabulary.h"
 
 namespace normformer {
 
@@ -24,16 +21,11 @@ struct StagePart {
 /// tied output in the last; where these are on different ranks both hold a copy of the token embedding, whose
 /// gradients are summed over the embedding group (the first owns it), and where they are on one rank they
 /// share it. The whole model is the part that is first and last.
-class LanguageModelStage final : public Stage {
+class LanguageModelStage : public Stage {
  public:
-  /// Declares the part's parameters in the store, which the caller then allocates and fills; of one rank's
-  /// parts the earlier first.
-  LanguageModelStage(ModelEnvironment environment, StagePart part, ParameterStore& store);
-  ~LanguageModelStage() override;
-
   /// To be called whenever weights have changed and before the next forward: folds FFN LayerNorms into their
   /// products, in one reduction for all layers. Collective over the tensor group.
-  void prepare();
+  virtual void prepare() = 0;
 
   /// Sets the micro-batches that the following calls refer to by number, and forgets what the last ones left.
   /// Every rank gets the same sizes; tokens are read on the first stage, targets and weights on the last,
@@ -49,49 +41,30 @@ class LanguageModelStage final : public Stage {
   /// for empty ones.
   const Tensor& result(int64_t index) const { return results_[static_cast<size_t>(index)]; }
 
-  Tensor forward(int64_t micro_batch, const Tensor& input, std::unique_ptr<Stage::Saved>& saved) override;
-  Tensor backward(int64_t micro_batch, Stage::Saved& saved, const Tensor& doutput) override;
-  Tensor backward_input(int64_t micro_batch, Stage::Saved& saved, const Tensor& doutput) override;
-  void backward_weight(int64_t micro_batch, Stage::Saved& saved) override;
-  Shape boundary_shape(int64_t micro_batch) const override;
   DType boundary_dtype() const override { return environment_.dtype; }
 
   const ModelEnvironment& environment() const { return environment_; }
   const StagePart& part() const { return part_; }
 
+ protected:
+  LanguageModelStage(ModelEnvironment environment, StagePart part)
+      : environment_(std::move(environment)), part_(part) {}
+
+  const MicroBatch& batch(int64_t index) const { return batches_[static_cast<size_t>(index)]; }
+  void set_result(int64_t index, Tensor result) { results_[static_cast<size_t>(index)] = std::move(result); }
+
  private:
-  struct Layer;
-  struct LayerSaved;
-  struct SavedState;
-
-  void hand_out_norms();
-  ModelEnvironment environment_of_layer(int64_t layer) const;
-  void compute_anew(const MicroBatch& batch, const Layer& layer, LayerSaved& saved) const;
-  VocabularyRows vocabulary_rows() const;
-  double embedding_factor() const;
-  Tensor embed(const MicroBatch& batch, SavedState& saved) const;
-  void embed_backward(const MicroBatch& batch, const SavedState& saved, const Tensor& dx) const;
-  Tensor finish(int64_t micro_batch, const NormedStream<Replicated>& stream, SavedState& saved);
-  Tensor last_tokens(const MicroBatch& batch, const Tensor& x) const;
-  Tensor finish_backward(SavedState& saved) const;
-  Tensor empty_boundary(int64_t micro_batch, bool exists) const;
-  template <class AfterLayer>
-  Tensor run_backward(int64_t micro_batch, SavedState& saved, const Tensor& doutput,
-                      AfterLayer after_layer) const;
-
   ModelEnvironment environment_;
   StagePart part_;
-  ParameterStore* store_;
-  Parameter* embedding_ = nullptr;
-  Parameter* positions_ = nullptr;  // learned positions
-  Tensor sinusoidal_;               // [length, D], made when first needed
-  std::vector<std::unique_ptr<Layer>> layers_;
-  NormParameters first_norm_;  // Pre-LN: what reads the stage's input
-  NormParameters final_norm_;
-  Tensor folded_;  // [layers, 2, D]: c and w_beta of every layer
   std::vector<MicroBatch> batches_;
   std::vector<Tensor> results_;
 };
+
+/// Declares the part's parameters in the store, which the caller then allocates and fills; of one rank's
+/// parts the earlier first. The residual stream is placed as environment.sequence says; between stages goes
+/// what this rank has of it.
+std::unique_ptr<LanguageModelStage> make_language_model_stage(const ModelEnvironment& environment,
+                                                              const StagePart& part, ParameterStore& store);
 
 /// A stage as the pipeline drives it where nothing is saved: evaluation and generation. Refers to the stage.
 class ForwardOnlyStage final : public ForwardStage {

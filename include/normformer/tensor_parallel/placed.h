@@ -15,6 +15,9 @@ struct Partial {};
 /// Each rank holds its own features (columns) of every token.
 struct FeatureSharded {};
 
+/// Each rank holds its own tokens (rows), all features of them (Korthikanti et al. 2022, section 4.2.2).
+struct SequenceSharded {};
+
 /// A tensor together with what its tensor-parallel group holds of it, as a type: an operation that is wrong
 /// for a placement does not compile. The rules are those of a linear algebra over placements
 /// (docs/placements.md).

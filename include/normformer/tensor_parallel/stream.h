@@ -1,16 +1,27 @@
 #pragma once
 
+#include <vector>
+
 #include "normformer/comm/group.h"
+#include "normformer/core/checked.h"
 #include "normformer/tensor_parallel/placed.h"
 
 namespace normformer {
 
 /// The doors between the residual stream and the tensor-parallel region of a layer, for one placement of the
-/// stream. The stream is replicated here: entering costs nothing forward and a sum backward, leaving the
-/// opposite (Shoeybi et al. 2019, operators f and g).
+/// stream. `tokens` is always the number of tokens of the whole micro-batch.
 template <class Stream>
 class StreamBoundary;
 
+/// A value on the stream, and sums over all features that came with it.
+template <class Stream>
+struct WithStatistics {
+  Placed<Stream> value;
+  Placed<Stream> statistics;
+};
+
+/// The stream is replicated: entering costs nothing forward and a sum backward, leaving the opposite (Shoeybi
+/// et al. 2019, operators f and g).
 template <>
 class StreamBoundary<Replicated> {
  public:
@@ -18,8 +29,11 @@ class StreamBoundary<Replicated> {
 
   const Group& tensor_group() const { return tensor_; }
 
+  /// Which of the tokens are on this rank's stream.
+  Range rows(int64_t tokens) const { return {0, tokens}; }
+
   /// The stream as input of column-parallel products.
-  Placed<Replicated> enter(const Placed<Replicated>& x) const { return x; }
+  Placed<Replicated> enter(const Placed<Replicated>& x, int64_t) const { return x; }
 
   /// The gradient that column-parallel products return, on the stream. Collective over the tensor group.
   Placed<Replicated> enter_backward(const Placed<Partial>& dx) const { return reduce(dx); }
@@ -29,13 +43,58 @@ class StreamBoundary<Replicated> {
 
   /// As leave, with statistics (sums over this rank's features, [N, 2]) that become sums over all features on
   /// the way. Collective over the tensor group.
-  Placed<Replicated> leave_with(const Placed<Partial>& y, const Placed<Partial>& statistics) const;
+  WithStatistics<Replicated> leave_with(const Placed<Partial>& y, const Placed<Partial>& statistics) const;
 
   /// The stream's gradient as row-parallel products take it.
-  Placed<Replicated> leave_backward(const Placed<Replicated>& dy) const { return dy; }
+  Placed<Replicated> leave_backward(const Placed<Replicated>& dy, int64_t) const { return dy; }
 
  private:
   Placed<Replicated> reduce(const Placed<Partial>& value) const;
+
+  Context* context_;
+  Group tensor_;
+};
+
+/// The stream's tokens are dealt out to the ranks, even_part of the micro-batch's rows each: entering gathers
+/// them and scatters sums backward, leaving the opposite (Korthikanti et al. 2022, operators g and g-bar). No
+/// more bytes than a sum, which is both. A rank may have no token.
+template <>
+class StreamBoundary<SequenceSharded> {
+ public:
+  StreamBoundary(Context& context, Group tensor) : context_(&context), tensor_(std::move(tensor)) {}
+
+  const Group& tensor_group() const { return tensor_; }
+
+  /// Which of the tokens are on this rank's stream.
+  Range rows(int64_t tokens) const { return even_part(tokens, tensor_.size(), tensor_.rank()); }
+
+  /// All tokens, as input of column-parallel products. Collective over the tensor group.
+  Placed<Replicated> enter(const Placed<SequenceSharded>& x, int64_t tokens) const;
+
+  /// The gradient that column-parallel products return, for this rank's tokens. Collective over the tensor
+  /// group.
+  Placed<SequenceSharded> enter_backward(const Placed<Partial>& dx) const { return leave(dx); }
+
+  /// The output of a row-parallel product, for this rank's tokens. Collective over the tensor group.
+  Placed<SequenceSharded> leave(const Placed<Partial>& y) const;
+
+  /// As leave, with statistics (sums over this rank's features, [N, 2]) that become sums over all features of
+  /// this rank's tokens on the way. Collective over the tensor group.
+  WithStatistics<SequenceSharded> leave_with(const Placed<Partial>& y,
+                                             const Placed<Partial>& statistics) const;
+
+  /// The gradient of all tokens, as row-parallel products take it. Collective over the tensor group.
+  Placed<Replicated> leave_backward(const Placed<SequenceSharded>& dy, int64_t tokens) const {
+    return enter(dy, tokens);
+  }
+
+  /// As leave_backward of each of several vectors or matrices by token, in one exchange.
+  /// Collective over the tensor group.
+  std::vector<Placed<Replicated>> leave_backward_with(const std::vector<Placed<SequenceSharded>>& values,
+                                                      int64_t tokens) const;
+
+ private:
+  RowShare own_rows_of(const Tensor& whole) const;
 
   Context* context_;
   Group tensor_;

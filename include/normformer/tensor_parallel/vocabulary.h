@@ -27,9 +27,9 @@ struct LossOptions {
   double factor = 1.0;   ///< multiplies the gradient of the summed loss
 };
 struct LossResult {
-  Tensor nll;  ///< [N] of accumulator_of(T): every token's, counted or not
-  Placed<Replicated>
-      dhidden;  ///< [N, D]: gradient of factor * their sum over what counts; undefined without training
+  Tensor nll;               ///< [N] of accumulator_of(T): every token's, counted or not
+  Placed<Partial> dhidden;  ///< [N, D]: gradient of factor * their sum over what counts, from this rank's
+                            ///< rows of the vocabulary; undefined without training
 };
 
 /// Output logits (hidden times the embedding's rows) and softmax cross-entropy over the split vocabulary.

@@ -366,6 +366,7 @@ const std::map<std::string, std::string>& other_values() {
       {"model.attention_dropout", "0.3"},
       {"model.activation_dropout", "0.4"},
       {"parallel.tensor", "2"},
+      {"parallel.sequence", "true"},
       {"parallel.pipeline", "3"},
       {"parallel.data", "4"},
       {"parallel.schedule", "\"interleaved\""},

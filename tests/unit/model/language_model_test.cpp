@@ -84,6 +84,36 @@ TEST(LanguageModel, BackwardInTwoHalvesGivesTheSameBits) {
   EXPECT_EQ(gradients(true), gradients(false));
 }
 
+// Tokens that ranks do not divide, and fewer tokens than ranks: some have none of the stream.
+TEST(LanguageModel, AnyNumberOfTokensMayBeDealtOut) {
+  RunConfig config = small_config(Precision::fp64);
+  config.parallel.sequence = true;
+  config.train.micro_batch = 1;
+  config.train.global_batch = 3;
+  for (const int64_t length : {2, 7}) {
+    for (const FfnNormForm form : {FfnNormForm::folded, FfnNormForm::plain}) {
+      config.model.length = length;
+      config.model.head_scale = form == FfnNormForm::folded ? HeadScale::paper : HeadScale::fairseq;
+      config.model.ffn_norm_form = form;
+      const auto losses = [&](const Group& world) {
+        SmallModel small(config, DeviceKind::cpu, world, {.tensor = world.size()});
+        std::vector<double> made;
+        for (int i = 0; i < 4; ++i) {
+          const StepReport report = small.trainer.step();
+          made.push_back(report.loss);
+          made.push_back(report.gradient_norm);
+        }
+        return made;
+      };
+      const std::vector<double> expected = losses(make_self_world());
+      run_local_world(5, [&](const Group& world) {
+        const std::vector<double> got = losses(world);
+        for (size_t i = 0; i < expected.size(); ++i) EXPECT_NEAR(got[i], expected[i], 1e-11 * expected[i]);
+      });
+    }
+  }
+}
+
 // With a LayerNorm right behind it, fairseq's head scale has no effect where all heads are scaled alike.
 TEST(LanguageModel, ACommonFactorOnFairseqsHeadScalesIsANullDirection) {
   RunConfig config = small_config(Precision::fp64);

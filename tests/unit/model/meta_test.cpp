@@ -139,6 +139,73 @@ TEST(Meta, ShardingDividesMemoryAndMultipliesTrafficByTheMicroBatches) {
   EXPECT_EQ(parameter_traffic.at("all_gather"), 2 * (2 * kMicroBatches * layers + others));
 }
 
+TEST(Meta, ForetellsSequenceParallelism) {
+  for (const Precision precision : {Precision::fp32, Precision::bf16}) {
+    RunConfig config = small_config(precision);
+    config.parallel.sequence = true;
+    for (const MeshDegrees& degrees : {MeshDegrees{.tensor = 2}, MeshDegrees{.tensor = 5},
+                                       MeshDegrees{.tensor = 2, .context = 1, .data = 2, .pipeline = 2}}) {
+      for (const Recompute recompute : {Recompute::none, Recompute::selective, Recompute::full}) {
+        config.train.recompute = recompute;
+        expect_foretold(config, degrees);
+      }
+    }
+  }
+}
+
+RunConfig baseline_of(RunConfig config) {
+  config.model.head_scale = HeadScale::none;
+  config.model.post_attention_norm = config.model.ffn_norm = config.model.residual_scale = false;
+  return config;
+}
+
+// What NormFormer adds travels with what the baseline exchanges anyway.
+TEST(Meta, NormFormerHasNoCollectiveThatTheBaselineDoesNotHave) {
+  const auto calls_of_gradients = [](const RunConfig& config, const MeshDegrees& degrees) {
+    const auto ranks = static_cast<int>(num_ranks(degrees));
+    SmallModel small(config, DeviceKind::meta, make_meta_world(ranks - 1, ranks), degrees);
+    TrafficLedger& ledger = small.model.mesh().world().ledger();
+    ledger.clear();
+    small.trainer.compute_gradients();
+    std::map<std::string, int64_t> calls;
+    for (const TrafficRecord& record : ledger.records())
+      calls[record.group + " " + record.kind] = record.calls;
+    return calls;
+  };
+  RunConfig config = small_config(Precision::bf16);
+  for (const bool sequence : {false, true}) {
+    config.parallel.sequence = sequence;
+    for (const HeadScale head_scale : {HeadScale::paper, HeadScale::fairseq}) {
+      config.model.head_scale = head_scale;
+      for (const Recompute recompute : {Recompute::none, Recompute::selective, Recompute::full}) {
+        config.train.recompute = recompute;
+        for (const MeshDegrees& degrees :
+             {MeshDegrees{.tensor = 2}, MeshDegrees{.tensor = 2, .context = 1, .data = 2, .pipeline = 2}}) {
+          const auto calls = calls_of_gradients(config, degrees);
+          EXPECT_EQ(calls, calls_of_gradients(baseline_of(config), degrees)) << to_string(degrees);
+          EXPECT_EQ(calls.contains("tensor all_gather"), sequence);
+          EXPECT_EQ(calls.contains("tensor reduce_scatter"), sequence);
+        }
+      }
+    }
+  }
+}
+
+// Of a group of four each rank keeps a fourth of what the stream's passes keep.
+TEST(Meta, SequenceParallelismSavesMemory) {
+  RunConfig config = small_config(Precision::bf16);
+  config.model.width = 40;
+  config.model.ffn = 40;
+  config.model.length = 48;
+  const auto activations = [&](bool sequence) {
+    config.parallel.sequence = sequence;
+    const Account account =
+        account_of_two_steps(config, DeviceKind::meta, make_meta_world(0, 4), {.tensor = 4});
+    return account.memory.at_peak_by_use[static_cast<size_t>(MemoryUse::activations)];
+  };
+  EXPECT_LT(activations(true), 0.7 * static_cast<double>(activations(false)));
+}
+
 // What is not kept is not held: by tensors of [tokens, width], as the blocks' Saved lists them.
 TEST(Meta, RecomputationSavesMemoryAndCostsOperations) {
   RunConfig config = small_config(Precision::bf16);

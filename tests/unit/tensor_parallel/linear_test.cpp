@@ -29,8 +29,9 @@ struct Outcome {
   std::vector<double> y, dx, dw1, dw2;
 };
 
-// A column-parallel linear, then a row-parallel one, forward and backward; weight gradients of this rank, put
-// in place.
+// A column-parallel linear, then a row-parallel one, forward and backward, on a stream; weight gradients of
+// this rank, put in place.
+template <class Stream>
 Outcome run(const Group& group) {
   Context context(DeviceKind::cpu);
   const Range mine = even_part(kFeatures, group.size(), group.rank());
@@ -40,16 +41,21 @@ Outcome run(const Group& group) {
   second.weight_gradient = context.zeros(second.weight.shape(), DType::f64);
   const ColumnParallelLinear column(context, first);
   const RowParallelLinear row(context, second);
-  const StreamBoundary<Replicated> boundary(context, group);
+  const StreamBoundary<Stream> boundary(context, group);
 
-  const Placed<Replicated> x(whole(context, kTokens, kWidth, 3));
-  const Placed<Replicated> dy(whole(context, kTokens, kWidth, 4));
-  const Placed<FeatureSharded> hidden = column.forward(boundary.enter(x));
-  const Placed<Replicated> y = boundary.leave(row.forward(hidden));
-  const Placed<FeatureSharded> dhidden = row.backward_input(boundary.leave_backward(dy));
-  const Placed<Replicated> dx = boundary.enter_backward(column.backward_input(dhidden));
-  row.backward_weight(dy, hidden);
-  column.backward_weight(dhidden, x);
+  const Range rows = boundary.rows(kTokens);
+  const Placed<Stream> x(whole(context, kTokens, kWidth, 3).rows(rows.begin, rows.end));
+  const Placed<Stream> dy(whole(context, kTokens, kWidth, 4).rows(rows.begin, rows.end));
+  const Placed<Replicated> input = boundary.enter(x, kTokens);
+  const Placed<FeatureSharded> hidden = column.forward(input);
+  const Placed<Stream> y = boundary.leave(row.forward(hidden));
+  EXPECT_EQ(y.tensor().dim(0), rows.size());
+  const Placed<Replicated> doutput = boundary.leave_backward(dy, kTokens);
+  const Placed<FeatureSharded> dhidden = row.backward_input(doutput);
+  const Placed<Stream> dx = boundary.enter_backward(column.backward_input(dhidden));
+  EXPECT_EQ(dx.tensor().dim(0), rows.size());
+  row.backward_weight(doutput, hidden);
+  column.backward_weight(dhidden, input);
 
   const Tensor dw1 = context.zeros({kFeatures, kWidth}, DType::f64);
   copy(context, first.weight_gradient, dw1.rows(mine.begin, mine.end));
@@ -62,7 +68,8 @@ Outcome run(const Group& group) {
   }
   group.all_reduce(context, dw1, ReduceOp::sum);
   group.all_reduce(context, dw2, ReduceOp::sum);
-  return {to_host(y.tensor()), to_host(dx.tensor()), to_host(dw1), to_host(dw2)};
+  return {to_host(boundary.enter(y, kTokens).tensor()), to_host(boundary.enter(dx, kTokens).tensor()),
+          to_host(dw1), to_host(dw2)};
 }
 
 void expect_near(const std::vector<double>& a, const std::vector<double>& b) {
@@ -70,15 +77,49 @@ void expect_near(const std::vector<double>& a, const std::vector<double>& b) {
   for (size_t i = 0; i < a.size(); ++i) EXPECT_NEAR(a[i], b[i], 1e-13);
 }
 
-TEST(ParallelLinear, AnySplitEqualsTheWhole) {
-  const Outcome expected = run(make_self_world());
-  for (const int ranks : {2, 3, 5}) {
+template <class Stream>
+void expect_any_split_equals_the_whole() {
+  const Outcome expected = run<Replicated>(make_self_world());
+  for (const int ranks : {1, 2, 3, 5, 7}) {
     run_local_world(ranks, [&](const Group& world) {
-      const Outcome got = run(world);
+      const Outcome got = run<Stream>(world);
       expect_near(got.y, expected.y);
       expect_near(got.dx, expected.dx);
       expect_near(got.dw1, expected.dw1);
       expect_near(got.dw2, expected.dw2);
+    });
+  }
+}
+
+TEST(ParallelLinear, AnySplitEqualsTheWhole) { expect_any_split_equals_the_whole<Replicated>(); }
+
+// Of seven ranks two have no token.
+TEST(ParallelLinear, AnySplitEqualsTheWholeWithTokensDealtOut) {
+  expect_any_split_equals_the_whole<SequenceSharded>();
+}
+
+TEST(StreamBoundary, AShardHasTheBitsOfItsRows) {
+  for (const int ranks : {1, 2, 3, 7}) {
+    run_local_world(ranks, [&](const Group& world) {
+      Context context(DeviceKind::cpu);
+      const auto term = [&](int64_t columns, uint64_t what) {
+        return Placed<Partial>(whole(context, kTokens, columns, what + static_cast<uint64_t>(world.rank())));
+      };
+      const StreamBoundary<Replicated> replicated(context, world);
+      const StreamBoundary<SequenceSharded> sharded(context, world);
+      const Range rows = sharded.rows(kTokens);
+      const auto all = replicated.leave_with(term(kWidth, 10), term(2, 20));
+      const auto own = sharded.leave_with(term(kWidth, 10), term(2, 20));
+      EXPECT_EQ(to_host(own.value.tensor()), to_host(all.value.tensor().rows(rows.begin, rows.end)));
+      EXPECT_EQ(to_host(own.statistics.tensor()),
+                to_host(all.statistics.tensor().rows(rows.begin, rows.end)));
+
+      const Placed<SequenceSharded> vector(
+          whole(context, kTokens, 1, 30).view({kTokens}).rows(rows.begin, rows.end));
+      const auto gathered = sharded.leave_backward_with({own.value, vector, own.statistics}, kTokens);
+      EXPECT_EQ(to_host(gathered[0].tensor()), to_host(all.value.tensor()));
+      EXPECT_EQ(to_host(gathered[1].tensor()), to_host(whole(context, kTokens, 1, 30)));
+      EXPECT_EQ(to_host(gathered[2].tensor()), to_host(all.statistics.tensor()));
     });
   }
 }
