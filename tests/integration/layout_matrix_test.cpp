@@ -55,12 +55,13 @@ constexpr std::array<int64_t, 3> kMicroBatch{1, 2, 3};
 constexpr std::array<FfnNormForm, 2> kForm{FfnNormForm::folded, FfnNormForm::plain};
 
 /// A choice of each factor, by its place in the lists above.
-enum Factor : size_t { tensor, pipeline, data, sharding, recompute, micro_batch, form, kFactors };
+enum Factor : size_t { tensor, sequence, pipeline, data, sharding, recompute, micro_batch, form, kFactors };
 using Choice = std::array<size_t, kFactors>;
 
 std::array<size_t, kFactors> levels() {
-  return {kTensor.size(),    pipelines().size(), kData.size(), kSharding.size(),
-          kRecompute.size(), kMicroBatch.size(), kForm.size()};
+  return {
+      kTensor.size(),     2,           pipelines().size(), kData.size(), kSharding.size(), kRecompute.size(),
+      kMicroBatch.size(), kForm.size()};
 }
 
 MeshDegrees degrees_of(const Choice& c) {
@@ -84,6 +85,7 @@ RunConfig config_of(const Choice& c) {
   config.train.recompute = kRecompute[c[recompute]].first;
   config.train.recompute_layers = kRecompute[c[recompute]].second;
   config.parallel.tensor = kTensor[c[tensor]];
+  config.parallel.sequence = c[sequence] == 1;
   config.parallel.pipeline = p.stages;
   config.parallel.data = kData[c[data]];
   config.parallel.schedule = p.schedule;
