@@ -37,6 +37,8 @@ def layout_flags(degrees):
     flags = []
     for key, value in zip(("tensor", "pipeline", "data"), degrees):
         flags += ["--set", f"parallel.{key}={value}"]
+    if degrees[0] == 3:
+        flags += ["--set", "parallel.sequence=true"]
     return flags
 
 

@@ -16,7 +16,8 @@ LAYOUTS = [(1, 1, 1, {}), (2, 2, 1, {}), (1, 1, 3, {"parallel__sharding": '"grad
 
 
 def layout(tensor, pipeline, data):
-    return dict(parallel__tensor=tensor, parallel__pipeline=pipeline, parallel__data=data)
+    return dict(parallel__tensor=tensor, parallel__sequence="true" if tensor == 3 else "false",
+                parallel__pipeline=pipeline, parallel__data=data)
 
 
 def stop_at(config, ranks, folder, update):

@@ -95,8 +95,8 @@ TEST(LanguageModel, AnyNumberOfTokensMayBeDealtOut) {
       config.model.length = length;
       config.model.head_scale = form == FfnNormForm::folded ? HeadScale::paper : HeadScale::fairseq;
       config.model.ffn_norm_form = form;
-      const auto losses = [&](const Group& world) {
-        SmallModel small(config, DeviceKind::cpu, world, {.tensor = world.size()});
+      const auto losses = [&](const Group& world, const MeshDegrees& degrees) {
+        SmallModel small(config, DeviceKind::cpu, world, degrees);
         std::vector<double> made;
         for (int i = 0; i < 4; ++i) {
           const StepReport report = small.trainer.step();
@@ -105,13 +105,39 @@ TEST(LanguageModel, AnyNumberOfTokensMayBeDealtOut) {
         }
         return made;
       };
-      const std::vector<double> expected = losses(make_self_world());
-      run_local_world(5, [&](const Group& world) {
-        const std::vector<double> got = losses(world);
-        for (size_t i = 0; i < expected.size(); ++i) EXPECT_NEAR(got[i], expected[i], 1e-11 * expected[i]);
-      });
+      const std::vector<double> expected = losses(make_self_world(), {});
+      for (const MeshDegrees& degrees : {MeshDegrees{.tensor = 5}, MeshDegrees{.tensor = 3, .pipeline = 2}}) {
+        run_local_world(static_cast<int>(num_ranks(degrees)), [&](const Group& world) {
+          const std::vector<double> got = losses(world, degrees);
+          for (size_t i = 0; i < expected.size(); ++i)
+            EXPECT_NEAR(got[i], expected[i], 1e-11 * expected[i]) << to_string(degrees) << " " << i;
+        });
+      }
     }
   }
+}
+
+TEST(LanguageModel, LogitsBehindASequenceComeFromWhicheverRankHasItsLastToken) {
+  RunConfig config = small_config(Precision::fp64);
+  config.parallel.sequence = true;
+  const auto logits = [&](const Group& world) {
+    SmallModel small(config, DeviceKind::cpu, world, {.tensor = world.size()});
+    const Batch batch = counted_batch(config, 0, 3);
+    small.model.set_micro_batches({make_micro_batch(small.model, batch, 0, 0, Purpose::generation)});
+    small.model.forward(1);
+    return to_host(small.model.result(0));
+  };
+  const std::vector<double> expected = logits(make_self_world());
+  run_local_world(2, [&](const Group& world) {
+    const std::vector<double> got = logits(world);
+    const Range mine = even_part(config.model.vocab, world.size(), world.rank());
+    for (int64_t sequence = 0; sequence < 3; ++sequence) {
+      for (int64_t v = mine.begin; v < mine.end; ++v) {
+        EXPECT_NEAR(got[static_cast<size_t>(sequence * mine.size() + v - mine.begin)],
+                    expected[static_cast<size_t>(sequence * config.model.vocab + v)], 1e-12);
+      }
+    }
+  });
 }
 
 // With a LayerNorm right behind it, fairseq's head scale has no effect where all heads are scaled alike.
