@@ -15,12 +15,13 @@ namespace {
 class Operand {
  public:
   explicit Operand(const Tensor& tensor)
-      : shape_(tensor ? tensor.shape() : Shape()),
-        dtype_(tensor ? tensor.dtype() : DType::f32),
-        data_(tensor ? tensor.raw() : nullptr) {}
+      : defined_(tensor.defined()),
+        shape_(defined_ ? tensor.shape() : Shape()),
+        dtype_(defined_ ? tensor.dtype() : DType::f32),
+        data_(defined_ ? tensor.raw() : nullptr) {}
 
   Tensor taken(Context& host) const {
-    if (data_ == nullptr) return {};
+    if (!defined_) return {};
     const Tensor copied = host.empty(shape_, dtype_);
     if (copied.nbytes() > 0) std::memcpy(copied.raw(), data_, static_cast<size_t>(copied.nbytes()));
     return copied;
@@ -31,6 +32,7 @@ class Operand {
   }
 
  private:
+  bool defined_;
   Shape shape_;
   DType dtype_;
   void* data_;
