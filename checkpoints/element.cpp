@@ -14,13 +14,11 @@ namespace {
 
 static_assert(std::endian::native == std::endian::little, "files are read and written as memory has them");
 
-constexpr std::string_view kHalf = "F16";
-
 constexpr std::array<StoredType, 15> kStoredTypes{{
     {"F64", 8, DType::f64},
     {"F32", 4, DType::f32},
     {"BF16", 2, DType::bf16},
-    {kHalf, 2, DType::f32},
+    {"F16", 2, DType::f16},
     {"I64", 8, DType::i64},
     {"I32", 4, DType::i32},
     {"U8", 1, DType::u8},
@@ -33,11 +31,6 @@ constexpr std::array<StoredType, 15> kStoredTypes{{
     {"U32", 4, std::nullopt},
     {"U64", 8, std::nullopt},
 }};
-
-struct Half {
-  uint16_t bits;
-  explicit operator float() const { return half_to_float(bits); }
-};
 
 template <class From, class To>
 void convert(std::span<const std::byte> source, To* out) {
@@ -66,16 +59,6 @@ StoredType stored_type_of(DType dtype) {
   NF_CHECK(false, "no stored type for {}", name_of(dtype));
 }
 
-float half_to_float(uint16_t bits) {
-  const uint32_t sign = uint32_t{bits & 0x8000u} << 16;
-  const uint32_t exponent = (bits >> 10) & 0x1Fu;
-  const uint32_t fraction = bits & 0x3FFu;
-  if (exponent == 0x1F) return std::bit_cast<float>(sign | 0x7F800000u | (fraction << 13));
-  if (exponent != 0) return std::bit_cast<float>(sign | ((exponent + 112) << 23) | (fraction << 13));
-  const float magnitude = static_cast<float>(fraction) * 0x1p-24f;
-  return sign != 0 ? -magnitude : magnitude;
-}
-
 bool is_convertible(const StoredType& from, DType to) {
   if (!from.dtype) return false;
   return from.dtype == to || (is_floating(*from.dtype) && is_floating(to));
@@ -87,9 +70,7 @@ void convert_elements(const StoredType& from, std::span<const std::byte> source,
   NF_CHECK(at >= 0 && at + static_cast<int64_t>(source.size()) / from.bytes <= into.numel(),
            "{} elements at {} of {}", static_cast<int64_t>(source.size()) / from.bytes, at, to_string(into));
   auto* out = static_cast<std::byte*>(into.host_raw()) + at * size_of(into.dtype());
-  if (from.name == kHalf) {
-    dispatch_floating(into.dtype(), [&]<class To>() { convert<Half>(source, reinterpret_cast<To*>(out)); });
-  } else if (from.dtype == into.dtype()) {
+  if (from.dtype == into.dtype()) {
     std::memcpy(out, source.data(), source.size());
   } else {
     dispatch_floating(*from.dtype, [&]<class From>() {

@@ -23,9 +23,6 @@ std::optional<StoredType> find_stored_type(std::string_view name);
 /// The type that a tensor of `dtype` is stored as.
 StoredType stored_type_of(DType dtype);
 
-/// IEEE half precision as a float; exact.
-float half_to_float(uint16_t bits);
-
 /// Whether elements of `from` can be read into a tensor of `to`.
 bool is_convertible(const StoredType& from, DType to);
 

@@ -44,10 +44,12 @@ int order_of(DType dtype) {
       return 3;
     case DType::bf16:
       return 4;
-    case DType::u8:
+    case DType::f16:
       return 5;
+    case DType::u8:
+      return 6;
   }
-  return 6;
+  return 7;
 }
 
 }  // namespace

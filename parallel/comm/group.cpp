@@ -241,7 +241,7 @@ void Group::all_reduce_together(Context& context, std::span<const Tensor> tensor
   int64_t bytes = 0;
   for (const Tensor& tensor : tensors) {
     check(context, tensor);
-    NF_CHECK(is_floating(tensor.dtype()) && (op == ReduceOp::sum || tensor.dtype() != DType::bf16),
+    NF_CHECK(is_floating(tensor.dtype()) && (op == ReduceOp::sum || !is_16_bit(tensor.dtype())),
              "no {} of {} over ranks", op == ReduceOp::sum ? "sum" : "maximum", to_string(tensor));
     bytes += tensor.nbytes();
   }

@@ -15,7 +15,13 @@ void adamw(Context& context, const AdamW& step, const Tensor& gradient, const Te
   const Shape shape{master.numel()};
   Arguments arguments(context, kName, params ? params.dtype() : master.dtype());
   arguments.accumulator("gradient", gradient, shape);
-  arguments.accumulator("master", master, shape, 2);
+  if (is_16_bit(master.dtype())) {
+    arguments.model("master", master, shape, 2);
+    NF_CHECK(!params || context.is_meta() || params.raw() == master.raw(),
+             "{}: params beside a master of their own type", kName);
+  } else {
+    arguments.accumulator("master", master, shape, 2);
+  }
   arguments.accumulator("moment1", moment1, shape, 2);
   arguments.accumulator("moment2", moment2, shape, 2);
   if (params) arguments.model("params", params, shape);

@@ -210,6 +210,7 @@ Tensor from_host(Context& context, std::span<const T> values, const Shape& shape
 template Tensor from_host<double>(Context&, std::span<const double>, const Shape&, MemoryUse);
 template Tensor from_host<float>(Context&, std::span<const float>, const Shape&, MemoryUse);
 template Tensor from_host<bf16>(Context&, std::span<const bf16>, const Shape&, MemoryUse);
+template Tensor from_host<f16>(Context&, std::span<const f16>, const Shape&, MemoryUse);
 template Tensor from_host<int64_t>(Context&, std::span<const int64_t>, const Shape&, MemoryUse);
 template Tensor from_host<int32_t>(Context&, std::span<const int32_t>, const Shape&, MemoryUse);
 template Tensor from_host<uint8_t>(Context&, std::span<const uint8_t>, const Shape&, MemoryUse);
@@ -227,7 +228,7 @@ std::vector<double> to_host(const Tensor& tensor) {
     std::vector<T> in(values.size());
     tensor.copy_out(in.data());
     for (size_t i = 0; i < values.size(); ++i) {
-      if constexpr (std::is_same_v<T, bf16>)
+      if constexpr (kIs16Bit<T>)
         values[i] = static_cast<float>(in[i]);
       else
         values[i] = static_cast<double>(in[i]);

@@ -33,6 +33,8 @@ template <class T>
 T stored(double value) {
   if constexpr (std::is_same_v<T, bf16>)
     return bf16(static_cast<float>(value));
+  else if constexpr (std::is_same_v<T, f16>)
+    return f16(static_cast<float>(std::ldexp(value, -8)));  // sums stay in range
   else
     return static_cast<T>(value);
 }
@@ -55,8 +57,8 @@ template <class T>
 T expected_sum(int ranks, int64_t i) {
   Accumulator<T> sum = widened(stored<T>(value_at(0, i)));
   for (int r = 1; r < ranks; ++r) sum += widened(stored<T>(value_at(r, i)));
-  if constexpr (std::is_same_v<T, bf16>)
-    return bf16(sum);
+  if constexpr (kIs16Bit<T>)
+    return T(sum);
   else
     return sum;
 }
@@ -402,6 +404,7 @@ void mistakes_are_found_before_moving(const Group& world) {
   EXPECT_THROW(world.all_reduce(context, Tensor(), ReduceOp::sum), LogicError);
   EXPECT_THROW(world.all_reduce(context, integers, ReduceOp::sum), LogicError);
   EXPECT_THROW(world.all_reduce(context, context.zeros({4}, DType::bf16), ReduceOp::max), LogicError);
+  EXPECT_THROW(world.all_reduce(context, context.zeros({4}, DType::f16), ReduceOp::max), LogicError);
   EXPECT_THROW(world.all_gather(context, tensor.flat(0, 3), tensor.flat(0, 2), counts), LogicError);
   EXPECT_THROW(
       world.reduce_scatter_sum(context, context.zeros({3 * world.size()}, DType::f32), tensor, counts),
@@ -515,6 +518,7 @@ const std::vector<ContractCase>& comm_contract() {
       {"AllReduceSumF64", all_reduce_sum<double>},
       {"AllReduceSumF32", all_reduce_sum<float>},
       {"AllReduceSumBf16", all_reduce_sum<bf16>},
+      {"AllReduceSumF16", all_reduce_sum<f16>},
       {"AllReduceMaxF64", all_reduce_max<double>},
       {"AllReduceMaxF32", all_reduce_max<float>},
       {"ANanWinsTheMaximum", a_nan_wins_the_maximum},
@@ -522,6 +526,7 @@ const std::vector<ContractCase>& comm_contract() {
       {"ReduceScatterF64", reduce_scatter<double>},
       {"ReduceScatterF32", reduce_scatter<float>},
       {"ReduceScatterBf16", reduce_scatter<bf16>},
+      {"ReduceScatterF16", reduce_scatter<f16>},
       {"AllGatherF32", all_gather<float>},
       {"AllGatherBf16", all_gather<bf16>},
       {"AllGatherOfIntegers", all_gather_of_integers},

@@ -23,8 +23,8 @@ struct SafetensorsEntry {
   Shape shape;
   /// What the file stores: "F32", "BF16", "F16", ...
   std::string stored_type;
-  /// The type that read() gives: F16 becomes f32. None where this program has no such type (I8, BOOL, ...);
-  /// such a tensor is listed but cannot be read.
+  /// The type that read() gives. None where this program has no such type (I8, BOOL, ...); such a tensor is
+  /// listed but cannot be read.
   std::optional<DType> dtype;
   /// Its bytes in the file.
   Range bytes;
@@ -76,7 +76,7 @@ class SafetensorsReader {
   std::map<std::string, size_t, std::less<>> by_name_;
 };
 
-/// What a safetensors file will hold under one name. F16 is never written.
+/// What a safetensors file will hold under one name.
 struct SafetensorsPlan {
   std::string name;
   DType dtype = DType::f32;
@@ -85,8 +85,8 @@ struct SafetensorsPlan {
 
 /// Writes a safetensors file tensor by tensor, so that memory for one is enough. The file appears under its
 /// name, complete and durable, with finish(); destroyed before that, the writer leaves nothing behind.
-/// Tensors stand by type (I64, F64, F32, I32, BF16, U8), then by name, as the safetensors library writes
-/// them.
+/// Tensors stand by type (I64, F64, F32, I32, BF16, F16, U8), then by name, as the safetensors library
+/// writes them.
 class SafetensorsWriter {
  public:
   /// Creates "`path`.tmp" and writes the header. LogicError where two tensors have one name. Throws IoError.

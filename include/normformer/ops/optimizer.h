@@ -22,7 +22,9 @@ struct AdamW {
 };
 
 /// Updates flat shards of equal size: master weights, first and second moments and gradient, all of
-/// accumulator_of(T); params of T receives the rounded master, and may be undefined or the master itself.
+/// accumulator_of(T); params of T receives the rounded master, and may be undefined or the master itself. The
+/// master may be of a T of 16 bits, too: then it is widened, updated in fp32 and rounded once, and params is
+/// undefined or the master itself (fairseq's --memory-efficient-fp16).
 /// torch form: p -= lr * (wd * p + m_hat / (sqrt(v_hat) + eps)).
 void adamw(Context& context, const AdamW& step, const Tensor& gradient, const Tensor& master,
            const Tensor& moment1, const Tensor& moment2, const Tensor& params);

@@ -16,6 +16,8 @@ void dispatch_floating(DType dtype, Body&& body) {
       return body.template operator()<float>();
     case DType::bf16:
       return body.template operator()<bf16>();
+    case DType::f16:
+      return body.template operator()<f16>();
     default:
       break;
   }

@@ -554,6 +554,10 @@ template <>
 struct OwnSteps<bf16> {
   using Type = WidenedSteps;
 };
+template <>
+struct OwnSteps<f16> {
+  using Type = HalfSteps;
+};
 
 /// Calls body.operator()<Steps>() with how elements of T multiply on this processor.
 template <class T, class Body>
@@ -587,6 +591,7 @@ AttentionTasks<T> tasks() {
 AttentionTasks<double> tasks_f64() { return tasks<double>(); }
 AttentionTasks<float> tasks_f32() { return tasks<float>(); }
 AttentionTasks<bf16> tasks_bf16() { return tasks<bf16>(); }
+AttentionTasks<f16> tasks_f16() { return tasks<f16>(); }
 
 int64_t backward_blocks(int64_t length) { return ceil_div(length, kBackwardKeys); }
 
@@ -601,6 +606,7 @@ namespace normformer::ops::cpu {
 HWY_EXPORT(tasks_f64);
 HWY_EXPORT(tasks_f32);
 HWY_EXPORT(tasks_bf16);
+HWY_EXPORT(tasks_f16);
 HWY_EXPORT(forward_blocks);
 HWY_EXPORT(backward_blocks);
 
@@ -614,8 +620,10 @@ AttentionTasks<T> chosen_tasks() {
     return HWY_DYNAMIC_DISPATCH(tasks_f64)();
   else if constexpr (std::is_same_v<T, float>)
     return HWY_DYNAMIC_DISPATCH(tasks_f32)();
-  else
+  else if constexpr (std::is_same_v<T, bf16>)
     return HWY_DYNAMIC_DISPATCH(tasks_bf16)();
+  else
+    return HWY_DYNAMIC_DISPATCH(tasks_f16)();
 }
 
 int64_t groups_of(int64_t pairs, int64_t wanted, int64_t blocks) {

@@ -282,6 +282,116 @@ void part_bf16_to_bf16(const GemmShape& shape, Range rows, Range columns, const 
   part_bf16(shape, rows, columns, a, b, bias, c);
 }
 
+/// A part of a product of f16: blocks of the factors are widened to fp32 and multiplied as such.
+template <class Out>
+class HalfProductPart {
+ public:
+  HalfProductPart(const GemmShape& shape, Range rows, Range columns, const f16* a, const f16* b,
+                  const Out* bias, Out* c)
+      : shape_(shape), rows_(rows), columns_(columns), a_(a), b_(b), bias_(bias), c_(c) {}
+
+  void run() {
+    thread_local Scratch wide_bias;
+    thread_local Scratch wide_a;
+    thread_local Scratch wide_b;
+    const Sums sums = place_sums();
+    const float* bias = bias_ == nullptr ? nullptr : widen_bias(wide_bias.take<float>(columns_.size()));
+    // Blocks of as many steps as fp32 products sum in registers: that is why the bits are theirs.
+    for (int64_t first = 0; first < shape_.k; first += kBlockSteps) {
+      const Range steps{first, std::min(shape_.k, first + kBlockSteps)};
+      const float* b = widen_factor(b_, shape_.ldb, columns_, steps, !shape_.transpose_b, wide_b);
+      for (int64_t row = rows_.begin; row < rows_.end; row += kWideRows) {
+        const Range block{row, std::min(rows_.end, row + kWideRows)};
+        const float* a = widen_factor(a_, shape_.lda, block, steps, shape_.transpose_a, wide_a);
+        multiply(block, steps, a, b, bias, sums);
+      }
+    }
+    if constexpr (!std::is_same_v<Out, float>) write_sums(sums);
+  }
+
+ private:
+  static constexpr int64_t kWideRows = 4 * kBlockRows;
+
+  struct Sums {
+    float* data;
+    int64_t stride;
+  };
+
+  Sums place_sums() const {
+    if constexpr (std::is_same_v<Out, float>) {
+      return {c_ + rows_.begin * shape_.ldc + columns_.begin, shape_.ldc};
+    } else {
+      thread_local Scratch sums;
+      return {sums.take<float>(rows_.size() * columns_.size()), columns_.size()};
+    }
+  }
+
+  const float* widen_bias(float* to) const {
+    convert_row(bias_ + columns_.begin, columns_.size(), to);
+    return to;
+  }
+
+  // The elements of a factor's rows (or columns) `outer` along `steps`, as they lie but side by side.
+  static const float* widen_factor(const f16* matrix, int64_t stride, Range outer, Range steps,
+                                   bool steps_are_rows, Scratch& scratch) {
+    const Range rows = steps_are_rows ? steps : outer;
+    const Range columns = steps_are_rows ? outer : steps;
+    auto* wide = scratch.take<float>(rows.size() * columns.size());
+    for (int64_t i = 0; i < rows.size(); ++i) {
+      convert_row(matrix + (rows.begin + i) * stride + columns.begin, columns.size(),
+                  wide + i * columns.size());
+    }
+    return wide;
+  }
+
+  template <class From, class To>
+  static void convert_row(const From* from, int64_t n, To* to) {
+    for_columns<float>(n, [&](int64_t j, auto use) HWY_ATTR { store(load(from + j, use), to + j, use); });
+  }
+
+  void multiply(Range block, Range steps, const float* a, const float* b, const float* bias,
+                const Sums& sums) const {
+    const GemmShape wide{.m = block.size(),
+                         .n = columns_.size(),
+                         .k = steps.size(),
+                         .lda = shape_.transpose_a ? block.size() : steps.size(),
+                         .ldb = shape_.transpose_b ? steps.size() : columns_.size(),
+                         .ldc = sums.stride,
+                         .transpose_a = shape_.transpose_a,
+                         .transpose_b = shape_.transpose_b,
+                         .accumulate = shape_.accumulate || steps.begin > 0};
+    ProductPart<FusedSteps<float>, float>(wide, {0, block.size()}, {0, columns_.size()}, a, b,
+                                          steps.begin == 0 ? bias : nullptr,
+                                          sums.data + (block.begin - rows_.begin) * sums.stride)
+        .run();
+  }
+
+  void write_sums(const Sums& sums) const {
+    for (int64_t i = 0; i < rows_.size(); ++i) {
+      convert_row(sums.data + i * sums.stride, columns_.size(),
+                  c_ + (rows_.begin + i) * shape_.ldc + columns_.begin);
+    }
+  }
+
+  const GemmShape& shape_;
+  Range rows_;
+  Range columns_;
+  const f16* a_;
+  const f16* b_;
+  const Out* bias_;
+  Out* c_;
+};
+
+void part_f16_to_f32(const GemmShape& shape, Range rows, Range columns, const f16* a, const f16* b,
+                     const float* bias, float* c) {
+  HalfProductPart<float>(shape, rows, columns, a, b, bias, c).run();
+}
+
+void part_f16_to_f16(const GemmShape& shape, Range rows, Range columns, const f16* a, const f16* b,
+                     const f16* bias, f16* c) {
+  HalfProductPart<f16>(shape, rows, columns, a, b, bias, c).run();
+}
+
 bool has_bf16_steps() { return NORMFORMER_BF16_STEPS == 1; }
 
 const char* target_name() { return hwy::TargetName(HWY_TARGET); }
@@ -296,6 +406,8 @@ HWY_EXPORT(part_f64);
 HWY_EXPORT(part_f32);
 HWY_EXPORT(part_bf16_to_f32);
 HWY_EXPORT(part_bf16_to_bf16);
+HWY_EXPORT(part_f16_to_f32);
+HWY_EXPORT(part_f16_to_f16);
 HWY_EXPORT(has_bf16_steps);
 HWY_EXPORT(target_name);
 
@@ -321,6 +433,18 @@ template <>
 void gemm_part(const GemmShape& shape, Range rows, Range columns, const bf16* a, const bf16* b,
                const bf16* bias, bf16* c) {
   HWY_DYNAMIC_DISPATCH(part_bf16_to_bf16)(shape, rows, columns, a, b, bias, c);
+}
+
+template <>
+void gemm_part(const GemmShape& shape, Range rows, Range columns, const f16* a, const f16* b,
+               const float* bias, float* c) {
+  HWY_DYNAMIC_DISPATCH(part_f16_to_f32)(shape, rows, columns, a, b, bias, c);
+}
+
+template <>
+void gemm_part(const GemmShape& shape, Range rows, Range columns, const f16* a, const f16* b, const f16* bias,
+               f16* c) {
+  HWY_DYNAMIC_DISPATCH(part_f16_to_f16)(shape, rows, columns, a, b, bias, c);
 }
 
 std::string gemm_instructions() { return HWY_DYNAMIC_DISPATCH(target_name)(); }

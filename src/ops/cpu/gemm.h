@@ -18,7 +18,7 @@ struct GemmShape {
   int64_t ldc = 0;
   bool transpose_a = false;  ///< a is stored as [k, m]
   bool transpose_b = false;  ///< b is stored as [n, k]
-  bool accumulate = false;   ///< c += instead of c =; never with c of bf16
+  bool accumulate = false;   ///< c += instead of c =; never with c of 16 bits
   bool operator==(const GemmShape&) const = default;
 };
 
@@ -26,7 +26,8 @@ struct GemmShape {
 /// the one rounding, or null. Whatever the part, an element has the same bits: they depend on its row of
 /// op(a), its column of op(b) and the instruction set alone. So neither the number of threads nor the number
 /// of tokens that are multiplied together shows in a result. For (In, Out): (double, double), (float, float),
-/// (bf16, bf16) and (bf16, float).
+/// (bf16, bf16), (bf16, float), (f16, f16) and (f16, float). Products of f16 have the bits of fp32 products
+/// of the widened factors, rounded once.
 template <class In, class Out>
 void gemm_part(const GemmShape& shape, Range rows, Range columns, const In* a, const In* b, const Out* bias,
                Out* c);

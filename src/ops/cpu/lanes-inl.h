@@ -1,5 +1,5 @@
-// Rows of doubles, floats and bf16 as vectors of the accumulator type. Compiled once for each instruction
-// set: see highway's foreach_target.h, which is why the include guard toggles.
+// Rows of doubles, floats, bf16 and f16 as vectors of the accumulator type. Compiled once for each
+// instruction set: see highway's foreach_target.h, which is why the include guard toggles.
 #if defined(NORMFORMER_OPS_CPU_LANES_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef NORMFORMER_OPS_CPU_LANES_INL_H_
 #undef NORMFORMER_OPS_CPU_LANES_INL_H_
@@ -53,6 +53,43 @@ HWY_INLINE Lanes<float> load(const bf16* from, Whole) {
   return hn::BitCast(Tag<float>(), hn::ShiftLeft<16>(hn::PromoteTo(wide, bits)));
 }
 
+#undef NORMFORMER_F16C
+#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3
+#define NORMFORMER_F16C 1
+using HalfTag = hn::Rebind<hwy::float16_t, Tag<float>>;
+#else
+#define NORMFORMER_F16C 0  // Highway's own conversions round otherwise
+#endif
+/// The f16 in the lower half of each word; the upper half is zero.
+HWY_INLINE Lanes<float> widen_halves(hn::Vec<hn::Rebind<uint32_t, Tag<float>>> words) {
+  const Tag<float> tag;
+#if NORMFORMER_F16C
+  const hn::Rebind<int32_t, Tag<float>> wide_signed;
+  const hn::Rebind<uint16_t, Tag<float>> narrow;
+  return hn::PromoteTo(tag, hn::BitCast(HalfTag(), hn::DemoteTo(narrow, hn::BitCast(wide_signed, words))));
+#else
+  const hn::Rebind<uint32_t, Tag<float>> wide;
+  const auto fraction = hn::ShiftLeft<13>(hn::And(words, hn::Set(wide, 0x7FFFu)));
+  const auto sign = hn::ShiftLeft<16>(hn::And(words, hn::Set(wide, 0x8000u)));
+  const auto number = hn::Mul(hn::BitCast(tag, fraction), hn::Set(tag, 0x1p112f));
+  // What is not finite: a NaN made quiet, as instructions for f16 make it.
+  const auto infinity = hn::Set(wide, 0x0F800000u);
+  const auto quiet = hn::IfThenElseZero(hn::Gt(fraction, infinity), hn::Set(wide, 0x00400000u));
+  const auto special = hn::Or(hn::Or(fraction, hn::Set(wide, 0x7F800000u)), quiet);
+  const auto magnitude = hn::IfThenElse(hn::Lt(fraction, infinity), hn::BitCast(wide, number), special);
+  return hn::BitCast(tag, hn::Or(sign, magnitude));
+#endif
+}
+HWY_INLINE Lanes<float> load(const f16* from, Whole) {
+#if NORMFORMER_F16C
+  return hn::PromoteTo(Tag<float>(), hn::LoadU(HalfTag(), reinterpret_cast<const hwy::float16_t*>(from)));
+#else
+  const hn::Rebind<uint16_t, Tag<float>> narrow;
+  const hn::Rebind<uint32_t, Tag<float>> wide;
+  return widen_halves(hn::PromoteTo(wide, hn::LoadU(narrow, reinterpret_cast<const uint16_t*>(from))));
+#endif
+}
+
 HWY_INLINE void store(Lanes<float> v, float* to, Whole) { hn::StoreU(v, Tag<float>(), to); }
 HWY_INLINE void store(Lanes<double> v, double* to, Whole) { hn::StoreU(v, Tag<double>(), to); }
 /// v's bits rounded as bf16(float) rounds; a bf16 is their upper half.
@@ -71,12 +108,26 @@ HWY_INLINE void store(Lanes<float> v, bf16* to, Whole) {
   hn::StoreU(hn::DemoteTo(narrow, upper), narrow, reinterpret_cast<uint16_t*>(to));
 }
 
+HWY_INLINE void store(Lanes<float> v, f16* to, Whole) {
+#if NORMFORMER_F16C
+  hn::StoreU(hn::DemoteTo(HalfTag(), v), HalfTag(), reinterpret_cast<hwy::float16_t*>(to));
+#else
+  alignas(HWY_MAX_BYTES) float wide[kMaxLanes<float>];
+  hn::Store(v, Tag<float>(), wide);
+  for (size_t i = 0; i < hn::Lanes(Tag<float>()); ++i) to[i] = f16(wide[i]);
+#endif
+}
+
 /// What a T that v is stored to gives back.
 template <class T>
 HWY_INLINE auto rounded_to(Lanes<Accumulator<T>> v) {
   if constexpr (std::is_same_v<T, bf16>) {
     const hn::Rebind<uint32_t, Tag<float>> wide;
     return hn::BitCast(Tag<float>(), hn::And(bits_rounded_to_bf16(v), hn::Set(wide, 0xFFFF0000u)));
+  } else if constexpr (std::is_same_v<T, f16>) {
+    alignas(HWY_MAX_BYTES) f16 rounded[kMaxLanes<float>];
+    store(v, rounded, Whole{});
+    return load(rounded, Whole{});
   } else {
     return v;
   }

@@ -41,8 +41,8 @@ struct Scalars {
   }
 };
 
-template <class T, class A = Accumulator<T>>
-void adamw_run(int64_t n, const Scalars<A>& s, const A* gradient, A* master, A* moment1, A* moment2,
+template <class Master, class T, class A = Accumulator<T>>
+void adamw_run(int64_t n, const Scalars<A>& s, const A* gradient, Master* master, A* moment1, A* moment2,
                T* params) {
   const auto factor = set<A>(s.grad_factor);
   const auto beta1 = set<A>(s.beta1);
@@ -71,8 +71,15 @@ void adamw_range(const AdamW& step, const Tensor& gradient, const Tensor& master
   dispatch_floating(params ? params.dtype() : master.dtype(), [&]<class T>() {
     using A = Accumulator<T>;
     const int64_t at = range.begin;
-    adamw_run<T>(range.size(), Scalars<A>(step), gradient.data<A>() + at, master.data<A>() + at,
-                 moment1.data<A>() + at, moment2.data<A>() + at, params ? params.data<T>() + at : nullptr);
+    T* own = params && params.raw() != master.raw() ? params.data<T>() + at : nullptr;
+    const auto run = [&](auto* masters) HWY_ATTR {
+      adamw_run(range.size(), Scalars<A>(step), gradient.data<A>() + at, masters + at, moment1.data<A>() + at,
+                moment2.data<A>() + at, own);
+    };
+    if (master.dtype() == dtype_of<T>())
+      run(master.data<T>());
+    else
+      run(master.data<A>());
   });
 }
 

@@ -22,14 +22,14 @@ inline constexpr int kStripRows = 12;
 inline constexpr int kStripRows = 6;
 #endif
 
-/// What a step along the inner dimension multiplies: one element of fp64 or fp32, or two neighbours of bf16,
-/// as instructions for bf16 take them.
+/// What a step along the inner dimension multiplies: one element of fp64 or fp32, or two neighbours of 16
+/// bits, as instructions for bf16 take them.
 template <class T>
-inline constexpr int64_t kPerStep = std::is_same_v<T, bf16> ? 2 : 1;
+inline constexpr int64_t kPerStep = kIs16Bit<T> ? 2 : 1;
 
 /// The elements of a step as one word.
 template <class T>
-using Word = std::conditional_t<std::is_same_v<T, bf16>, uint32_t, T>;
+using Word = std::conditional_t<kIs16Bit<T>, uint32_t, T>;
 
 template <class T>
 HWY_INLINE Word<T> load_word(const T* from) {
@@ -73,6 +73,23 @@ struct WidenedSteps {
   }
   static HWY_INLINE Lanes<float> add(Lanes<float> sum, const Factor& a, const Factor& b) {
     return hn::MulAdd(a.odd, b.odd, hn::MulAdd(a.even, b.even, sum));
+  }
+};
+
+/// f16, the two products one after the other.
+struct HalfSteps {
+  using Element = f16;
+  using Words = hn::Rebind<uint32_t, Tag<float>>;
+  using Factor = WidenedSteps::Factor;
+  static HWY_INLINE Factor widen(hn::Vec<Words> words) {
+    return {widen_halves(hn::And(words, hn::Set(Words(), 0xFFFFu))), widen_halves(hn::ShiftRight<16>(words))};
+  }
+  static HWY_INLINE Factor broadcast(uint32_t word) { return widen(hn::Set(Words(), word)); }
+  static HWY_INLINE Factor load(const f16* from) {
+    return widen(hn::LoadU(Words(), reinterpret_cast<const uint32_t*>(from)));
+  }
+  static HWY_INLINE Lanes<float> add(Lanes<float> sum, const Factor& a, const Factor& b) {
+    return WidenedSteps::add(sum, a, b);
   }
 };
 

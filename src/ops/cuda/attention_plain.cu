@@ -332,11 +332,14 @@ void plain_attention_backward(Context& context, const AttentionInput<T>& input,
 template void plain_attention_forward(Context&, const AttentionInput<double>&, double*, double*);
 template void plain_attention_forward(Context&, const AttentionInput<float>&, float*, float*);
 template void plain_attention_forward(Context&, const AttentionInput<bf16>&, bf16*, float*);
+template void plain_attention_forward(Context&, const AttentionInput<f16>&, f16*, float*);
 template void plain_attention_backward(Context&, const AttentionInput<double>&, const AttentionSaved<double>&,
                                        double*);
 template void plain_attention_backward(Context&, const AttentionInput<float>&, const AttentionSaved<float>&,
                                        float*);
 template void plain_attention_backward(Context&, const AttentionInput<bf16>&, const AttentionSaved<bf16>&,
                                        bf16*);
+template void plain_attention_backward(Context&, const AttentionInput<f16>&, const AttentionSaved<f16>&,
+                                       f16*);
 
 }  // namespace normformer::ops::cuda

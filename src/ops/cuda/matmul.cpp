@@ -27,8 +27,10 @@ constexpr cudaDataType_t data_type() {
     return CUDA_R_64F;
   else if constexpr (std::is_same_v<T, float>)
     return CUDA_R_32F;
-  else
+  else if constexpr (std::is_same_v<T, bf16>)
     return CUDA_R_16BF;
+  else
+    return CUDA_R_16F;
 }
 
 int64_t bytes_of_element(cudaDataType_t type) { return type == CUDA_R_64F ? 8 : type == CUDA_R_32F ? 4 : 2; }

@@ -48,19 +48,19 @@ struct Scalars {
   }
 };
 
-/// What an update reads and writes. `params` may be null, or `master`.
-template <class T>
+/// What an update reads and writes. `params` may be null.
+template <class Master, class T>
 struct Shard {
   const Accumulator<T>* gradient;
-  Accumulator<T>* master;
+  Master* master;
   Accumulator<T>* moment1;
   Accumulator<T>* moment2;
   T* params;
 };
 
 /// Updates elements i ... i + N - 1.
-template <int N, class T>
-__device__ void update(const Scalars<Accumulator<T>>& s, const Shard<T>& shard, int64_t i) {
+template <int N, class Master, class T>
+__device__ void update(const Scalars<Accumulator<T>>& s, const Shard<Master, T>& shard, int64_t i) {
   using A = Accumulator<T>;
   A g[N], m[N], v[N], p[N];
   load_pack<N>(shard.gradient + i, g);
@@ -80,8 +80,8 @@ __device__ void update(const Scalars<Accumulator<T>>& s, const Shard<T>& shard, 
   if (shard.params != nullptr) store_pack<N>(p, shard.params + i);
 }
 
-template <int N, class T>
-__global__ void adamw_kernel(Scalars<Accumulator<T>> scalars, Shard<T> shard, int64_t n) {
+template <int N, class Master, class T>
+__global__ void adamw_kernel(Scalars<Accumulator<T>> scalars, Shard<Master, T> shard, int64_t n) {
   const int64_t packs = n / N;
   for (int64_t p = global_thread(); p < packs; p += global_threads()) update<N>(scalars, shard, p * N);
   const int64_t rest = packs * N + global_thread();
@@ -164,13 +164,19 @@ void adamw(Context& context, const AdamW& step, const Tensor& gradient, const Te
     constexpr int kN = kPack<T>;
     const int64_t n = master.numel();
     const Scalars<A> scalars(step);
-    const Shard<T> shard{gradient.data<A>(), master.data<A>(), moment1.data<A>(), moment2.data<A>(),
-                         params ? params.data<T>() : nullptr};
-    // The kernel itself takes what is left of the last pack.
-    const bool packs =
-        can_pack<kN>(0, shard.gradient, shard.master, shard.moment1, shard.moment2, shard.params);
-    const auto kernel = packs ? adamw_kernel<kN, T> : adamw_kernel<1, T>;
-    launch(context, flat(packs ? n / kN : n), kernel, scalars, shard, n);
+    T* own = params && params.raw() != master.raw() ? params.data<T>() : nullptr;
+    const auto run = [&]<class Master>(Master* masters) {
+      const Shard<Master, T> shard{gradient.data<A>(), masters, moment1.data<A>(), moment2.data<A>(), own};
+      // The kernel itself takes what is left of the last pack.
+      const bool packs =
+          can_pack<kN>(0, shard.gradient, shard.master, shard.moment1, shard.moment2, shard.params);
+      const auto kernel = packs ? adamw_kernel<kN, Master, T> : adamw_kernel<1, Master, T>;
+      launch(context, flat(packs ? n / kN : n), kernel, scalars, shard, n);
+    };
+    if (master.dtype() == dtype_of<T>())
+      run(master.data<T>());
+    else
+      run(master.data<A>());
   });
 }
 

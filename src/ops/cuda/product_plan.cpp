@@ -24,9 +24,9 @@ uint32_t alignment_of(const void* p) {
   return static_cast<uint32_t>(address & (~address + 1));
 }
 
-// How sums may be cut into parts: not in place, where parts are added as they come, nor with parts in bf16,
-// which would each be rounded. Some of cuBLASLt 12's and 13's algorithms lose what is left of a cut sum after
-// the last whole block of terms (https://github.com/facebookexperimental/triton/pull/2767).
+// How sums may be cut into parts: not in place, where parts are added as they come, nor with parts in 16
+// bits, which would each be rounded. Some of cuBLASLt 12's and 13's algorithms lose what is left of a cut sum
+// after the last whole block of terms (https://github.com/facebookexperimental/triton/pull/2767).
 uint32_t reduction_schemes(const Product& product) {
   constexpr int64_t kMostOfABlock = 128;
   return product.inner % kMostOfABlock == 0 ? CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE

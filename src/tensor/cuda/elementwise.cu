@@ -135,8 +135,8 @@ void scale(Context& context, const Tensor& x, double factor) {
 }
 
 void sum_in_order(Context& context, std::span<const Tensor> pieces, const Tensor& out) {
-  NF_CHECK(pieces.size() <= kMostPieces || out.dtype() != DType::bf16,
-           "more than 16 pieces of bf16 would be rounded more than once");
+  NF_CHECK(pieces.size() <= kMostPieces || !is_16_bit(out.dtype()),
+           "more than 16 pieces of {} would be rounded more than once", name_of(out.dtype()));
   combine_in_order(context, pieces, out, Sum());
 }
 

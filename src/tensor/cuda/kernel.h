@@ -8,6 +8,7 @@
 #include <cuda_runtime.h>
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #endif
 
 #include "normformer/tensor/dtype.h"
@@ -32,6 +33,13 @@ __device__ T* dynamic_shared() {
 __device__ inline double widen(double x) { return x; }
 __device__ inline float widen(float x) { return x; }
 __device__ inline float widen(bf16 x) { return static_cast<float>(x); }
+__device__ inline float widen(f16 x) {
+#ifdef __CUDA_ARCH__
+  return __half2float(__ushort_as_half(x.bits));
+#else
+  return static_cast<float>(x);
+#endif
+}
 
 /// Rounded once to nearest even; to the type itself nothing happens.
 template <class T>
@@ -40,6 +48,14 @@ __device__ T narrow(Accumulator<T> x) {
 #ifdef __CUDA_ARCH__
     T rounded;
     rounded.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+    return rounded;
+#else
+    return T(x);
+#endif
+  } else if constexpr (std::is_same_v<T, f16>) {
+#ifdef __CUDA_ARCH__
+    T rounded;
+    rounded.bits = __half_as_ushort(__float2half_rn(x));
     return rounded;
 #else
     return T(x);

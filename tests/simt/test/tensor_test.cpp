@@ -57,8 +57,8 @@ TEST(CudaTensor, ElementsGoToTheDeviceAndBack) {
 
 TEST(CudaTensor, ConvertsBetweenAllTypesAsTheCpuDoes) {
   for (const int64_t count : kSizes) {
-    for (const DType from : {DType::f64, DType::f32, DType::bf16}) {
-      for (const DType to : {DType::f64, DType::f32, DType::bf16}) {
+    for (const DType from : {DType::f64, DType::f32, DType::bf16, DType::f16}) {
+      for (const DType to : {DType::f64, DType::f32, DType::bf16, DType::f16}) {
         expect_same([&](Context& context) {
           const Tensor made = context.empty({count}, to);
           copy(context, tensor_of(context, from, count, 2), made);
@@ -71,7 +71,7 @@ TEST(CudaTensor, ConvertsBetweenAllTypesAsTheCpuDoes) {
 
 TEST(CudaTensor, ScalesAsTheCpuDoes) {
   for (const int64_t count : kSizes) {
-    for (const DType dtype : {DType::f64, DType::f32, DType::bf16}) {
+    for (const DType dtype : {DType::f64, DType::f32, DType::bf16, DType::f16}) {
       expect_same([&](Context& context) {
         const Tensor x = tensor_of(context, dtype, count, 3);
         scale(context, x, 1.0 / 3.0);
@@ -82,7 +82,7 @@ TEST(CudaTensor, ScalesAsTheCpuDoes) {
 }
 
 TEST(CudaTensor, ScalesUnalignedParts) {
-  for (const DType dtype : {DType::f32, DType::bf16}) {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
     expect_same([&](Context& context) {
       const Tensor x = tensor_of(context, dtype, 4099, 4);
       scale(context, x.flat(1, 4096), 3.0);
@@ -93,7 +93,7 @@ TEST(CudaTensor, ScalesUnalignedParts) {
 
 TEST(CudaTensor, SumsInOrderAsTheCpuDoes) {
   for (const int64_t count : {1, 7, 256, 5001}) {
-    for (const DType dtype : {DType::f64, DType::f32, DType::bf16}) {
+    for (const DType dtype : {DType::f64, DType::f32, DType::bf16, DType::f16}) {
       for (const uint32_t pieces : {1u, 2u, 5u, 16u}) {
         expect_same([&](Context& context) {
           std::vector<Tensor> terms;

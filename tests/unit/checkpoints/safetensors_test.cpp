@@ -100,6 +100,7 @@ TEST(SafetensorsWriter, OrdersByTypeThenNameAndLeavesNothingUnfinished) {
     SafetensorsWriter writer(*files, folder / "order",
                              {{"u", DType::u8, {1}},
                               {"h", DType::bf16, {1}},
+                              {"f", DType::f16, {1}},
                               {"b", DType::f32, {1}},
                               {"a", DType::f32, {1}},
                               {"i", DType::i32, {1}},
@@ -107,7 +108,7 @@ TEST(SafetensorsWriter, OrdersByTypeThenNameAndLeavesNothingUnfinished) {
                               {"l", DType::i64, {1}}});
     std::string order;
     for (const SafetensorsPlan& plan : writer.order()) order += plan.name;
-    EXPECT_EQ(order, "ldabihu");
+    EXPECT_EQ(order, "ldabihfu");
     EXPECT_THROW(writer.finish(), LogicError);
   }
   EXPECT_TRUE(std::filesystem::is_empty(folder.path()));
@@ -122,6 +123,7 @@ TEST(Safetensors, EveryTypeComesBackAsItWas) {
   const std::map<std::string, Tensor> tensors{{"f64", counting<double>(context, {3, 5}, DType::f64)},
                                               {"f32", counting<float>(context, {7}, DType::f32)},
                                               {"bf16", counting<bf16>(context, {2, 3}, DType::bf16)},
+                                              {"f16", counting<f16>(context, {3, 2}, DType::f16)},
                                               {"i64", counting<int64_t>(context, {2}, DType::i64)},
                                               {"i32", counting<int32_t>(context, {2}, DType::i32)},
                                               {"u8", counting<uint8_t>(context, {5}, DType::u8)},
@@ -197,7 +199,7 @@ TEST(Safetensors, LongTensorsPassThroughTheSmallBuffer) {
 }
 
 // Every half there is, held against its definition: (-1)^s 2^(e-15) (1 + f/1024), 2^-14 f/1024 for e = 0.
-TEST(SafetensorsReader, HalvesBecomeFloatsExactly) {
+TEST(SafetensorsReader, HalvesAreReadAsTheyAreAndBecomeFloatsExactly) {
   const TemporaryFolder folder;
   std::string file = make_file(R"({"h":{"dtype":"F16","shape":[65536],"data_offsets":[0,131072]}})", 131072);
   for (uint32_t bits = 0; bits < 65536; ++bits) {
@@ -206,8 +208,11 @@ TEST(SafetensorsReader, HalvesBecomeFloatsExactly) {
   }
   std::ofstream(folder / "h", std::ios::binary) << file;
   Context context(DeviceKind::cpu);
-  const Tensor read = SafetensorsReader(folder / "h").read(context, "h");
-  ASSERT_EQ(read.dtype(), DType::f32);
+  const SafetensorsReader reader(folder / "h");
+  const Tensor halves = reader.read(context, "h");
+  ASSERT_EQ(halves.dtype(), DType::f16);
+  const Tensor read = context.empty({65536}, DType::f32);
+  reader.read("h", {{0, 65536}, {0, 1}, 65536, 1}, read);
   for (int bits = 0; bits < 65536; ++bits) {
     const int exponent = (bits >> 10) & 31;
     const double fraction = (bits & 1023) / 1024.0;
@@ -218,6 +223,7 @@ TEST(SafetensorsReader, HalvesBecomeFloatsExactly) {
     }
     if (bits >= 32768) expected = -expected;
     const float got = read.data<float>()[bits];
+    EXPECT_EQ(halves.data<f16>()[bits].bits, bits);
     if (std::isnan(expected)) {
       EXPECT_TRUE(std::isnan(got)) << bits;
     } else {

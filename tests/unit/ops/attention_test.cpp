@@ -58,11 +58,12 @@ class Reference {
     explicit Bounded(int64_t n) : values(static_cast<size_t>(n)), errors(static_cast<size_t>(n)) {}
   };
 
-  explicit Reference(const Case& c, Real own = 0, Real inner = 0)
+  explicit Reference(const Case& c, Real own = 0, Real inner = 0, Real underflow = 0)
       : case_(c),
         own_(own > inner ? own : 0),  // nothing is narrowed where both types are one
         storage_(own),
         inner_(inner),
+        underflow_(underflow),
         starts_(document_starts(c)),
         out(c.tokens() * c.channels()),
         lse(c.shape.batch * c.shape.heads * c.shape.length),
@@ -82,6 +83,7 @@ class Reference {
   const Real own_;
   const Real storage_;
   const Real inner_;
+  const Real underflow_;
   std::vector<int32_t> starts_;
 
  public:
@@ -175,14 +177,17 @@ class Reference {
       for (int64_t c = 0; c < shape().head_size; ++c) {
         Real sum = 0;
         Real magnitude = 0;
+        Real lost = 0;  // by probabilities that underflow
         for (int64_t k = 0; k < shape().length; ++k) {
           const Real p = std::exp(s.values[static_cast<size_t>(k)] - s.largest) / s.total;
           const Real term = p == 0 ? 0 : p * multiplier(b, h, q, k) * qkv[at(2, b, k, h, c)];
           sum += term;
           magnitude += std::abs(term);
+          if (p != 0) lost += underflow_ * multiplier(b, h, q, k) * std::abs(qkv[at(2, b, k, h, c)]);
         }
         out.values[out_at(b, q, h, c)] = sum;
-        out.errors[out_at(b, q, h, c)] = relative * magnitude * (1 + storage_) + storage_ * std::abs(sum);
+        out.errors[out_at(b, q, h, c)] =
+            (relative * magnitude + lost) * (1 + storage_) + storage_ * std::abs(sum) + underflow_;
       }
     }
   }
@@ -214,8 +219,8 @@ class Reference {
         const Real sum_error = inner_ * (2 * length() + 8);  // of adding up the products below
         const Real dp_error = (2 * size() + 4) * inner_ * dp_magnitude + delta_error;
         const Real ds_error = p * ((relative + 4 * inner_) * (std::abs(dp) + std::abs(delta)) + dp_error) +
-                              (own_ + sum_error) * std::abs(ds);
-        const Real p_error = p * m * (relative + own_ + sum_error);
+                              (own_ + sum_error) * std::abs(ds) + underflow_;
+        const Real p_error = p * m * (relative + own_ + sum_error) + (m == 0 ? 0 : underflow_);
         for (int64_t c = 0; c < d; ++c) {
           add(at(2, b, k, h, c), p * m * dout[out_at(b, q, h, c)],
               p_error * std::abs(dout[out_at(b, q, h, c)]));
@@ -262,7 +267,8 @@ void expect_within(const Tensor& got, const Reference::Bounded& want, Real stora
   const Reals values = reals(got);
   ASSERT_EQ(values.size(), want.values.size()) << what;
   for (size_t i = 0; i < values.size(); ++i) {
-    const Real bound = want.errors[i] * (1 + storage) + storage * std::abs(want.values[i]);
+    const Real bound =
+        want.errors[i] * (1 + storage) + storage * std::abs(want.values[i]) + underflow(got.dtype());
     ASSERT_LE(std::abs(values[i] - want.values[i]), bound)
         << what << " element " << i << ": " << static_cast<double>(values[i]) << " for "
         << static_cast<double>(want.values[i]);
@@ -310,7 +316,7 @@ void expect_reference(const std::vector<Case>& all) {
     for (const Case& c : all) {
       const Results r = run(context, dtype, c);
       const Real storage = unit_roundoff(dtype);
-      Reference want(c, storage, unit_roundoff(accumulator_of(dtype)));
+      Reference want(c, storage, unit_roundoff(accumulator_of(dtype)), underflow(dtype));
       want.forward(reals(r.qkv));
       want.backward(reals(r.qkv), reals(r.dout));
       const std::string name = name_of_case(dtype, c);

@@ -26,10 +26,16 @@ inline Real unit_roundoff(DType dtype) {
       return 0x1p-53L;
     case DType::f32:
       return 0x1p-24L;
+    case DType::f16:
+      return 0x1p-11L;
     default:
       return 0x1p-8L;
   }
 }
+
+/// The largest error of one rounding to nearest where that is relative no more: half the smallest subnormal
+/// of f16; of other types nothing that a test comes near.
+inline Real underflow(DType dtype) { return dtype == DType::f16 ? 0x1p-25L : 0.0L; }
 
 /// n draws of N(0, 1) * scale + shift.
 inline std::vector<double> normals(unsigned seed, int64_t n, double scale = 1.0, double shift = 0.0) {
@@ -86,7 +92,7 @@ inline void expect_rounded(const Tensor& got, const Reals& want, const Reals& ma
   for (size_t i = 0; i < want.size(); ++i) {
     const Real magnitude = magnitudes.size() == 1 ? magnitudes[0] : magnitudes[i];
     const Real inner_error = roundings * inner * magnitude;
-    const Real bound = own * (std::abs(want[i]) + inner_error) + inner_error;
+    const Real bound = own * (std::abs(want[i]) + inner_error) + inner_error + underflow(got.dtype());
     ASSERT_LE(std::abs(values[i] - want[i]), bound)
         << what << " element " << i << ": " << static_cast<double>(values[i]) << " for "
         << static_cast<double>(want[i]);
@@ -169,7 +175,7 @@ inline std::string name_of_case(DType dtype, int64_t rows, int64_t columns) {
   return std::string(name_of(dtype)) + " " + std::to_string(rows) + "x" + std::to_string(columns);
 }
 
-inline const std::vector<DType> kFloatingTypes{DType::f64, DType::f32, DType::bf16};
+inline const std::vector<DType> kFloatingTypes{DType::f64, DType::f32, DType::bf16, DType::f16};
 
 struct Extent {
   int64_t rows;
