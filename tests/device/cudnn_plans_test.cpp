@@ -46,11 +46,14 @@ class CudnnPlans : public testing::TestWithParam<Device> {
   }
 
   static void expect_plans(const AttentionShape& shape) {
-    for (const auto direction : {AttentionDirection::forward, AttentionDirection::backward}) {
-      EXPECT_EQ(cudnn_refusal(shape, direction, GetParam().description, GetParam().compute_capability), "")
-          << (direction == AttentionDirection::forward ? "forward" : "backward") << " of batch "
-          << shape.batch << ", length " << shape.length << ", heads " << shape.heads << " of "
-          << shape.head_size << (shape.causal ? ", causal" : "");
+    for (const DType dtype : {DType::bf16, DType::f16}) {
+      for (const auto direction : {AttentionDirection::forward, AttentionDirection::backward}) {
+        EXPECT_EQ(
+            cudnn_refusal(shape, dtype, direction, GetParam().description, GetParam().compute_capability), "")
+            << name_of(dtype) << (direction == AttentionDirection::forward ? " forward" : " backward")
+            << " of batch " << shape.batch << ", length " << shape.length << ", heads " << shape.heads
+            << " of " << shape.head_size << (shape.causal ? ", causal" : "");
+      }
     }
   }
 };
@@ -79,10 +82,12 @@ TEST_P(CudnnPlans, ThereAreSomeForAShareOfTheHeadsAndOtherSizes) {
 
 TEST_P(CudnnPlans, ARefusalSaysWhy) {
   const AttentionShape odd{.batch = 1, .length = 128, .heads = 1, .head_size = 7};
+  EXPECT_NE(cudnn_refusal(odd, DType::bf16, AttentionDirection::forward, GetParam().description,
+                          GetParam().compute_capability),
+            "");
   EXPECT_NE(
-      cudnn_refusal(odd, AttentionDirection::forward, GetParam().description, GetParam().compute_capability),
+      cudnn_refusal({.length = 128, .head_size = 64}, DType::bf16, AttentionDirection::forward, "{}", 90),
       "");
-  EXPECT_NE(cudnn_refusal({.length = 128, .head_size = 64}, AttentionDirection::forward, "{}", 90), "");
 }
 
 INSTANTIATE_TEST_SUITE_P(Devices, CudnnPlans, testing::ValuesIn(devices()),

@@ -60,7 +60,7 @@ void own_forward(Context& context, const AttentionShape& shape, const Tensor& qk
     const AttentionInput<T> input(shape, qkv, document_start, dropout);
     T* to = out.data<T>();
     auto* lse_to = lse.data<Accumulator<T>>();
-    if constexpr (std::is_same_v<T, bf16>) {
+    if constexpr (kIs16Bit<T>) {
       if (tensor_cores_take(shape.head_size, {input.qkv, to})) {
         return tensor_core_attention_forward(context, input, to, lse_to);
       }
@@ -79,7 +79,7 @@ void own_backward(Context& context, const AttentionShape& shape, const Tensor& d
         .dout = dout.data<T>(), .out = out.data<T>(), .lse = lse.data<A>(), .delta = workspace.data<A>()};
     T* to = dqkv.data<T>();
     find_delta(context, input, saved.dout, saved.out, workspace.data<A>());
-    if constexpr (std::is_same_v<T, bf16>) {
+    if constexpr (kIs16Bit<T>) {
       if (tensor_cores_take(shape.head_size, {input.qkv, saved.dout, to})) {
         return tensor_core_attention_backward(context, input, saved, to);
       }
@@ -94,9 +94,10 @@ struct AttentionWays {
   FasterWay faster;
 };
 
-void run_faster(Context& context, const char* direction, const AttentionShape& shape,
+void run_faster(Context& context, const char* direction, const AttentionShape& shape, DType dtype,
                 const std::function<bool()>& by_cudnn, const std::function<void()>& by_own) {
-  context.gpu().attached<AttentionWays>().faster.run(direction + to_string(shape), by_cudnn, by_own);
+  const std::string key = direction + to_string(shape) + " in " + std::string(name_of(dtype));
+  context.gpu().attached<AttentionWays>().faster.run(key, by_cudnn, by_own);
 }
 
 }  // namespace
@@ -108,7 +109,7 @@ void attention_forward(Context& context, const AttentionShape& shape, const Tens
     return cudnn_attention_forward(context, shape, qkv, document_start, dropout, out, lse);
   };
   const auto by_own = [&] { own_forward(context, shape, qkv, document_start, dropout, out, lse); };
-  run_faster(context, "attention forward ", shape, by_cudnn, by_own);
+  run_faster(context, "attention forward ", shape, qkv.dtype(), by_cudnn, by_own);
 }
 
 // What find_delta finds: [batch, heads, length].
@@ -125,7 +126,7 @@ void attention_backward(Context& context, const AttentionShape& shape, const Ten
   const auto by_own = [&] {
     own_backward(context, shape, dout, qkv, document_start, dropout, out, lse, dqkv, workspace);
   };
-  run_faster(context, "attention backward ", shape, by_cudnn, by_own);
+  run_faster(context, "attention backward ", shape, qkv.dtype(), by_cudnn, by_own);
 }
 
 }  // namespace normformer::ops::cuda

@@ -136,12 +136,13 @@ template <class T>
 void plain_attention_backward(Context& context, const AttentionInput<T>& input,
                               const AttentionSaved<T>& saved, T* dqkv);
 
-/// Whether the two below take heads of this size whose rows begin at these addresses.
+/// Whether the two below, of bf16 and f16, take heads of this size whose rows begin at these addresses.
 bool tensor_cores_take(int64_t head_size, std::initializer_list<const void*> rows);
 
-void tensor_core_attention_forward(Context& context, const AttentionInput<bf16>& input, bf16* out,
-                                   float* lse);
-void tensor_core_attention_backward(Context& context, const AttentionInput<bf16>& input,
-                                    const AttentionSaved<bf16>& saved, bf16* dqkv);
+template <class E>
+void tensor_core_attention_forward(Context& context, const AttentionInput<E>& input, E* out, float* lse);
+template <class E>
+void tensor_core_attention_backward(Context& context, const AttentionInput<E>& input,
+                                    const AttentionSaved<E>& saved, E* dqkv);
 
 }  // namespace normformer::ops::cuda

@@ -2,7 +2,7 @@
 
 // For .cu files: what the two directions of attention on tensor cores share. A block has kThreads threads;
 // each of its warps computes rows of its own, 16 to a row tile, and everything else that a product reads
-// comes by in blocks through shared memory, two of them in turn.
+// comes by in blocks through shared memory, two of them in turn. E is bf16 or f16.
 
 #include <limits>
 
@@ -14,6 +14,7 @@ namespace normformer::ops::cuda {
 
 inline constexpr int kAttentionWarps = 4;
 inline constexpr int kAttentionThreads = kAttentionWarps * kWarp;
+inline constexpr int64_t kElementBytes = 2;  // of E
 inline constexpr float kLog2E = 1.44269504088896340736f;
 inline constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
@@ -37,26 +38,28 @@ __device__ inline int row_in_tiles(int tile, int i) { return tile * 16 + lane_of
 __device__ inline int column_in_sums(int n, int i) { return n * 8 + lane_of_warp() % 4 * 2 + i % 2; }
 
 /// Rows of one head's channels in global memory.
+template <class E>
 struct HeadRows {
-  const bf16* data;
+  const E* data;
   int64_t stride;
   int count;
   int size;
 };
 
-__device__ inline HeadRows rows_of(const Head<bf16>& head, int part) {
+template <class E>
+__device__ HeadRows<E> rows_of(const Head<E>& head, int part) {
   return {head.rows(part), head.qkv_stride(), head.length(), head.size()};
 }
 
 /// Begins to copy kRows rows from `first`, with zeros beyond the matrix. The whole block must call.
-template <int D, int kRows>
-__device__ void copy_rows(const HeadRows& rows, int first, bf16* to) {
+template <int D, int kRows, class E>
+__device__ void copy_rows(const HeadRows<E>& rows, int first, E* to) {
   constexpr int kLanes = D <= 64 ? 8 : 16;  // that share a row
   constexpr int kAtOnce = kAttentionThreads / kLanes;
   const int channel = static_cast<int>(threadIdx.x) % kLanes * 8;
   const int row = static_cast<int>(threadIdx.x) / kLanes;
   if (channel >= D) return;
-  const bf16* from = rows.data + (first + row) * rows.stride + channel;
+  const E* from = rows.data + (first + row) * rows.stride + channel;
   const int there = channel < rows.size ? rows.count - first - row : 0;
   to += row * kSharedStride<D> + channel;
 #pragma unroll
@@ -76,13 +79,13 @@ __device__ void copy_numbers(const Number* from, int first, int count, Number* t
 }
 
 /// products = the dot products of the warp's rows with kColumns rows, both of D channels in shared memory.
-template <int D, int kTiles, int kColumns>
-__device__ __forceinline__ void multiply_rows(const bf16* rows, const bf16* columns,
+template <int D, int kTiles, int kColumns, class E>
+__device__ __forceinline__ void multiply_rows(const E* rows, const E* columns,
                                               Sums<kTiles, kColumns>& products) {
   constexpr int kStride = kSharedStride<D>;
   const int lane = lane_of_warp();
-  const bf16* row = rows + lane % 16 * kStride + lane / 16 * 8;
-  const bf16* column = columns + (lane / 16 * 8 + lane % 8) * kStride + lane / 8 % 2 * 8;
+  const E* row = rows + lane % 16 * kStride + lane / 16 * 8;
+  const E* column = columns + (lane / 16 * 8 + lane % 8) * kStride + lane / 8 % 2 * 8;
 #pragma unroll
   for (auto& tile : products) {
 #pragma unroll
@@ -102,20 +105,20 @@ __device__ __forceinline__ void multiply_rows(const bf16* rows, const bf16* colu
       load_matrices(column + n * 8 * kStride + channel, b);
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
-        multiply_add(a[m], b[0], b[1], products[m][n]);
-        multiply_add(a[m], b[2], b[3], products[m][n + 1]);
+        multiply_add<E>(a[m], b[0], b[1], products[m][n]);
+        multiply_add<E>(a[m], b[2], b[3], products[m][n + 1]);
       }
     }
   }
 }
 
 /// sums += weights times kColumns rows of D channels in shared memory.
-template <int D, int kTiles, int kColumns>
-__device__ __forceinline__ void add_products(const Weights<kTiles, kColumns>& weights, const bf16* rows,
+template <int D, int kTiles, int kColumns, class E>
+__device__ __forceinline__ void add_products(const Weights<kTiles, kColumns>& weights, const E* rows,
                                              Sums<kTiles, D>& sums) {
   constexpr int kStride = kSharedStride<D>;
   const int lane = lane_of_warp();
-  const bf16* row = rows + lane % 16 * kStride + lane / 16 * 8;
+  const E* row = rows + lane % 16 * kStride + lane / 16 * 8;
 #pragma unroll
   for (int step = 0; step < kColumns / 16; ++step) {
 #pragma unroll
@@ -124,8 +127,8 @@ __device__ __forceinline__ void add_products(const Weights<kTiles, kColumns>& we
       load_matrices_transposed(row + step * 16 * kStride + c * 8, b);
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
-        multiply_add(weights[m][step], b[0], b[1], sums[m][c]);
-        multiply_add(weights[m][step], b[2], b[3], sums[m][c + 1]);
+        multiply_add<E>(weights[m][step], b[0], b[1], sums[m][c]);
+        multiply_add<E>(weights[m][step], b[2], b[3], sums[m][c + 1]);
       }
     }
   }
@@ -133,13 +136,14 @@ __device__ __forceinline__ void add_products(const Weights<kTiles, kColumns>& we
 
 /// Whether all of `columns` keys from `key` are seen by all queries from `first_query` on; where documents
 /// are masked that is not looked into.
-__device__ inline bool all_seen(const Head<bf16>& head, int first_query, int key, int columns) {
+template <class E>
+__device__ bool all_seen(const Head<E>& head, int first_query, int key, int columns) {
   return head.starts() == nullptr && key + columns <= (head.causal() ? first_query + 1 : head.length());
 }
 
 /// Scores of rows of queries with columns of keys: minus infinity where the query does not attend to the key.
-template <int kTiles, int kColumns>
-__device__ __forceinline__ void mask_queries(const Head<bf16>& head, int first_query, int key,
+template <int kTiles, int kColumns, class E>
+__device__ __forceinline__ void mask_queries(const Head<E>& head, int first_query, int key,
                                              Sums<kTiles, kColumns>& scores) {
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
@@ -160,21 +164,22 @@ __device__ __forceinline__ void mask_queries(const Head<bf16>& head, int first_q
 }
 
 /// weights = the numbers, each rounded once.
-template <int kTiles, int kColumns>
+template <class E, int kTiles, int kColumns>
 __device__ __forceinline__ void to_weights(const Sums<kTiles, kColumns>& numbers,
                                            Weights<kTiles, kColumns>& weights) {
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
     for (int n = 0; n < kColumns / 8; ++n) {
-      weights[m][n / 2][n % 2 * 2] = pack_pair(numbers[m][n][0], numbers[m][n][1]);
-      weights[m][n / 2][n % 2 * 2 + 1] = pack_pair(numbers[m][n][2], numbers[m][n][3]);
+      weights[m][n / 2][n % 2 * 2] = pack_pair<E>(numbers[m][n][0], numbers[m][n][1]);
+      weights[m][n / 2][n % 2 * 2 + 1] = pack_pair<E>(numbers[m][n][2], numbers[m][n][3]);
     }
   }
 }
 
 /// Which of elements index ... index + 3 of a sample dropout keeps, a bit for each; index is a multiple of 4.
-__device__ inline uint32_t four_kept(const Head<bf16>& head, uint64_t index) {
+template <class E>
+__device__ uint32_t four_kept(const Head<E>& head, uint64_t index) {
   const auto words = head.dropout().stream.words(index / 4, head.dropout_sample());
   const uint32_t threshold = head.dropout().threshold;
   return uint32_t{words[0] >= threshold} | uint32_t{words[1] >= threshold} << 1 |
@@ -183,13 +188,13 @@ __device__ inline uint32_t four_kept(const Head<bf16>& head, uint64_t index) {
 
 /// Which of the four elements Sums[tile][n] dropout keeps, bit i for element i. `element_of(i)` is the number
 /// of element i in the sample.
-template <class ElementOf>
-__device__ uint32_t kept_one_by_one(const Head<bf16>& head, ElementOf&& element_of) {
+template <class E, class ElementOf>
+__device__ uint32_t kept_one_by_one(const Head<E>& head, ElementOf&& element_of) {
   uint32_t kept = 0;
 #pragma unroll 1
   for (int i = 0; i < 4; ++i) {
     float multiplier[1];
-    head.dropout().multipliers_of<1>(head.dropout_sample(), element_of(i), multiplier);
+    head.dropout().template multipliers_of<1>(head.dropout_sample(), element_of(i), multiplier);
     kept |= uint32_t{multiplier[0] != 0.0f} << i;
   }
   return kept;
@@ -198,7 +203,8 @@ __device__ uint32_t kept_one_by_one(const Head<bf16>& head, ElementOf&& element_
 /// The same where rows are queries from `query` and columns are keys from `key`, a multiple of 8. One call of
 /// the generator gives four neighbouring keys, which two lanes share: each calls it for one of their two
 /// rows.
-__device__ inline uint32_t kept_in_queries(const Head<bf16>& head, int query, int key) {
+template <class E>
+__device__ uint32_t kept_in_queries(const Head<E>& head, int query, int key) {
   const int lane = lane_of_warp();
   if (head.length() % 4 != 0) {
     return kept_one_by_one(
@@ -215,7 +221,8 @@ __device__ inline uint32_t kept_in_queries(const Head<bf16>& head, int query, in
 
 /// The same where rows are keys from `key`, a multiple of 8, and columns are queries from `query`: four lanes
 /// share four calls.
-__device__ inline uint32_t kept_in_keys(const Head<bf16>& head, int key, int query) {
+template <class E>
+__device__ uint32_t kept_in_keys(const Head<E>& head, int key, int query) {
   const int lane = lane_of_warp();
   const int row = lane / 4;
   if (head.length() % 4 != 0) {
@@ -238,8 +245,8 @@ __device__ inline uint32_t kept_in_keys(const Head<bf16>& head, int key, int que
 __device__ inline bool is_kept(uint32_t kept, int n, int i) { return (kept >> (4 * n + i) & 1u) != 0; }
 
 /// What dropout keeps of rows of queries and columns of keys, for each tile.
-template <int kTiles, int kColumns>
-__device__ __forceinline__ void find_kept_in_queries(const Head<bf16>& head, int first_query, int key,
+template <int kTiles, int kColumns, class E>
+__device__ __forceinline__ void find_kept_in_queries(const Head<E>& head, int first_query, int key,
                                                      uint32_t (&kept)[kTiles]) {
   static_assert(kColumns <= 64);
 #pragma unroll
@@ -253,8 +260,8 @@ __device__ __forceinline__ void find_kept_in_queries(const Head<bf16>& head, int
 }
 
 /// The same of rows of keys and columns of queries.
-template <int kTiles, int kColumns>
-__device__ __forceinline__ void find_kept_in_keys(const Head<bf16>& head, int first_key, int query,
+template <int kTiles, int kColumns, class E>
+__device__ __forceinline__ void find_kept_in_keys(const Head<E>& head, int first_key, int query,
                                                   uint32_t (&kept)[kTiles]) {
   static_assert(kColumns <= 64);
 #pragma unroll
@@ -269,9 +276,9 @@ __device__ __forceinline__ void find_kept_in_keys(const Head<bf16>& head, int fi
 
 /// Writes the warp's rows below `count`, through `shared`, which only this warp uses, to rows of a head of
 /// `size` channels that begin at `to`; `first` is the first of them.
-template <int D, int kTiles>
-__device__ __forceinline__ void write_rows(const Sums<kTiles, D>& sums, bf16* shared, int first, int count,
-                                           int size, bf16* to, int64_t stride) {
+template <int D, int kTiles, class E>
+__device__ __forceinline__ void write_rows(const Sums<kTiles, D>& sums, E* shared, int first, int count,
+                                           int size, E* to, int64_t stride) {
   __syncwarp();  // every lane has read what was there
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
@@ -290,7 +297,7 @@ __device__ __forceinline__ void write_rows(const Sums<kTiles, D>& sums, bf16* sh
     const int row = i / kPacks;
     const int channel = i % kPacks * 8;
     if (first + row >= count || channel >= size) continue;
-    using Eight = Pack<bf16, 8>;
+    using Eight = Pack<E, 8>;
     *reinterpret_cast<Eight*>(to + (first + row) * stride + channel) =
         *reinterpret_cast<const Eight*>(shared + row * kSharedStride<D> + channel);
   }

@@ -16,8 +16,7 @@ struct QueryTile {
   static constexpr int kOwn = kRows * kAttentionWarps;
   static constexpr int kPassing = D <= 96 ? 64 : 32;
   static constexpr int kStep = 32;  // keys whose scores a warp has at a time, in registers
-  static constexpr int64_t kSharedBytes =
-      (2 * kOwn + 2 * 2 * kPassing) * kSharedStride<D> * static_cast<int64_t>(sizeof(bf16));
+  static constexpr int64_t kSharedBytes = (2 * kOwn + 2 * 2 * kPassing) * kSharedStride<D> * kElementBytes;
 };
 
 /// Of gradients of keys and values: a block has kOwn keys and passes over queries.
@@ -29,12 +28,12 @@ struct KeyTile {
   static constexpr int kPassing = 64;
   static constexpr int kStep = 32;
   static constexpr int kNumbers = 2;  // of 4 bytes, of a query: lse and delta
-  static constexpr int64_t kSharedBytes =
-      (2 * kOwn + 2 * 2 * kPassing) * kSharedStride<D> * static_cast<int64_t>(sizeof(bf16)) +
-      2 * kNumbers * kPassing * static_cast<int64_t>(sizeof(float));
+  static constexpr int64_t kSharedBytes = (2 * kOwn + 2 * 2 * kPassing) * kSharedStride<D> * kElementBytes +
+                                          2 * kNumbers * kPassing * static_cast<int64_t>(sizeof(float));
 };
 
-__device__ inline HeadRows douts_of(const Head<bf16>& head, const AttentionSaved<bf16>& saved) {
+template <class E>
+__device__ HeadRows<E> douts_of(const Head<E>& head, const AttentionSaved<E>& saved) {
   return {saved.dout + head.out_at(), head.out_stride(), head.length(), head.size()};
 }
 
@@ -50,21 +49,21 @@ __device__ __forceinline__ void scale_sums(float factor, Sums<kTiles, D>& sums) 
   }
 }
 
-template <int D, bool kDrops>
+template <class E, int D, bool kDrops>
 __global__ void __launch_bounds__(kAttentionThreads)
-    tensor_core_dq_kernel(AttentionInput<bf16> input, AttentionSaved<bf16> saved, bf16* dqkv) {
+    tensor_core_dq_kernel(AttentionInput<E> input, AttentionSaved<E> saved, E* dqkv) {
   using T = QueryTile<D>;
   constexpr int kStride = kSharedStride<D>;
   const auto blocks = static_cast<int>(ceil_div(input.length, T::kOwn));
-  const Head<bf16> head(input, blockIdx.x / blocks);
+  const Head<E> head(input, blockIdx.x / blocks);
   // The blocks with the most keys come first.
   const int first_of_block = (blocks - 1 - static_cast<int>(blockIdx.x % blocks)) * T::kOwn;
   const int first = first_of_block + warp_of_block() * T::kRows;
-  auto* block_queries = dynamic_shared<bf16>();
-  bf16* block_douts = block_queries + T::kOwn * kStride;
-  bf16* queries = block_queries + warp_of_block() * T::kRows * kStride;
-  const bf16* douts = block_douts + warp_of_block() * T::kRows * kStride;
-  bf16* stages = block_douts + T::kOwn * kStride;
+  auto* block_queries = dynamic_shared<E>();
+  E* block_douts = block_queries + T::kOwn * kStride;
+  E* queries = block_queries + warp_of_block() * T::kRows * kStride;
+  const E* douts = block_douts + warp_of_block() * T::kRows * kStride;
+  E* stages = block_douts + T::kOwn * kStride;
   const auto keys_at = [&](int key) { return stages + key / T::kPassing % 2 * (2 * T::kPassing * kStride); };
   const auto values_at = [&](int key) { return keys_at(key) + T::kPassing * kStride; };
   const auto copy_stage = [&](int key) {
@@ -102,7 +101,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
       if (k >= seen.end || k + T::kStep <= seen.begin) continue;
       uint32_t kept[T::kTiles];
       if constexpr (kDrops) find_kept_in_queries<T::kTiles, T::kStep>(head, first, k, kept);
-      const bf16* keys = keys_at(key) + step * kStride;
+      const E* keys = keys_at(key) + step * kStride;
       Sums<T::kTiles, T::kStep> scores;
       Sums<T::kTiles, T::kStep> dscores;
       multiply_rows<D, T::kTiles, T::kStep>(queries, keys, scores);
@@ -122,7 +121,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
         }
       }
       Weights<T::kTiles, T::kStep> weights;
-      to_weights<T::kTiles, T::kStep>(dscores, weights);
+      to_weights<E, T::kTiles, T::kStep>(dscores, weights);
       add_products<D, T::kTiles, T::kStep>(weights, keys, dq);
     }
   }
@@ -133,8 +132,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
 
 /// The first block of queries from `query` on of which any attends to keys before `end`; else length() or
 /// more.
-template <int kPassing>
-__device__ int next_queries(const Head<bf16>& head, int query, int end) {
+template <int kPassing, class E>
+__device__ int next_queries(const Head<E>& head, int query, int end) {
   if (head.starts() == nullptr) return query;
   while (query < head.length() && head.keys_of(Positions{query, query + kPassing}).begin >= end) {
     query += kPassing;
@@ -144,8 +143,8 @@ __device__ int next_queries(const Head<bf16>& head, int query, int end) {
 
 /// Scores of rows of keys with columns of queries: minus infinity where the query does not attend to the key.
 /// Queries beyond the last one are left: they have gradients of zero.
-template <int kTiles, int kColumns>
-__device__ __forceinline__ void mask_keys(const Head<bf16>& head, int first_key, int query,
+template <int kTiles, int kColumns, class E>
+__device__ __forceinline__ void mask_keys(const Head<E>& head, int first_key, int query,
                                           Sums<kTiles, kColumns>& scores) {
 #pragma unroll
   for (int n = 0; n < kColumns / 8; ++n) {
@@ -165,20 +164,20 @@ __device__ __forceinline__ void mask_keys(const Head<bf16>& head, int first_key,
   }
 }
 
-template <int D, bool kDrops>
+template <class E, int D, bool kDrops>
 __global__ void __launch_bounds__(kAttentionThreads)
-    tensor_core_dkv_kernel(AttentionInput<bf16> input, AttentionSaved<bf16> saved, bf16* dqkv) {
+    tensor_core_dkv_kernel(AttentionInput<E> input, AttentionSaved<E> saved, E* dqkv) {
   using T = KeyTile<D>;
   constexpr int kStride = kSharedStride<D>;
   const auto blocks = static_cast<int>(ceil_div(input.length, T::kOwn));
-  const Head<bf16> head(input, blockIdx.x / blocks);
+  const Head<E> head(input, blockIdx.x / blocks);
   const int first_of_block = static_cast<int>(blockIdx.x % blocks) * T::kOwn;
   const int first = first_of_block + warp_of_block() * T::kRows;
-  auto* block_keys = dynamic_shared<bf16>();
-  bf16* block_values = block_keys + T::kOwn * kStride;
-  bf16* keys = block_keys + warp_of_block() * T::kRows * kStride;
-  bf16* values = block_values + warp_of_block() * T::kRows * kStride;
-  bf16* stages = block_values + T::kOwn * kStride;
+  auto* block_keys = dynamic_shared<E>();
+  E* block_values = block_keys + T::kOwn * kStride;
+  E* keys = block_keys + warp_of_block() * T::kRows * kStride;
+  E* values = block_values + warp_of_block() * T::kRows * kStride;
+  E* stages = block_values + T::kOwn * kStride;
   auto* numbers = reinterpret_cast<float*>(stages + 2 * 2 * T::kPassing * kStride);
   const auto queries_at = [&](int stage) { return stages + stage * (2 * T::kPassing * kStride); };
   const auto douts_at = [&](int stage) { return queries_at(stage) + T::kPassing * kStride; };
@@ -212,8 +211,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
       if (head.causal() && q + T::kStep <= first) continue;
       uint32_t kept[T::kTiles];
       if constexpr (kDrops) find_kept_in_keys<T::kTiles, T::kStep>(head, first, q, kept);
-      const bf16* queries = queries_at(stage) + step * kStride;
-      const bf16* douts = douts_at(stage) + step * kStride;
+      const E* queries = queries_at(stage) + step * kStride;
+      const E* douts = douts_at(stage) + step * kStride;
       Sums<T::kTiles, T::kStep> scores;
       Sums<T::kTiles, T::kStep> dscores;
       multiply_rows<D, T::kTiles, T::kStep>(keys, queries, scores);
@@ -240,9 +239,9 @@ __global__ void __launch_bounds__(kAttentionThreads)
         }
       }
       Weights<T::kTiles, T::kStep> weights;
-      to_weights<T::kTiles, T::kStep>(scores, weights);
+      to_weights<E, T::kTiles, T::kStep>(scores, weights);
       add_products<D, T::kTiles, T::kStep>(weights, douts, dv);
-      to_weights<T::kTiles, T::kStep>(dscores, weights);
+      to_weights<E, T::kTiles, T::kStep>(dscores, weights);
       add_products<D, T::kTiles, T::kStep>(weights, queries, dk);
     }
     query = following;
@@ -257,30 +256,35 @@ __global__ void __launch_bounds__(kAttentionThreads)
                            head.qkv_stride());
 }
 
-template <class Tile>
-LaunchShape shape_of(const AttentionInput<bf16>& input) {
+template <class Tile, class E>
+LaunchShape shape_of(const AttentionInput<E>& input) {
   return {.blocks = input.pairs * ceil_div(input.length, int64_t{Tile::kOwn}),
           .threads = kAttentionThreads,
           .shared_bytes = Tile::kSharedBytes};
 }
 
-template <int D, bool kDrops>
-void launch_both(Context& context, const AttentionInput<bf16>& input, const AttentionSaved<bf16>& saved,
-                 bf16* dqkv) {
-  launch(context, shape_of<KeyTile<D>>(input), tensor_core_dkv_kernel<D, kDrops>, input, saved, dqkv);
-  launch(context, shape_of<QueryTile<D>>(input), tensor_core_dq_kernel<D, kDrops>, input, saved, dqkv);
+template <class E, int D, bool kDrops>
+void launch_both(Context& context, const AttentionInput<E>& input, const AttentionSaved<E>& saved, E* dqkv) {
+  launch(context, shape_of<KeyTile<D>>(input), tensor_core_dkv_kernel<E, D, kDrops>, input, saved, dqkv);
+  launch(context, shape_of<QueryTile<D>>(input), tensor_core_dq_kernel<E, D, kDrops>, input, saved, dqkv);
 }
 
 }  // namespace
 
-void tensor_core_attention_backward(Context& context, const AttentionInput<bf16>& input,
-                                    const AttentionSaved<bf16>& saved, bf16* dqkv) {
+template <class E>
+void tensor_core_attention_backward(Context& context, const AttentionInput<E>& input,
+                                    const AttentionSaved<E>& saved, E* dqkv) {
   with_head_size(input.head_size, [&]<int D>() {
     if (input.dropout.active)
-      launch_both<D, true>(context, input, saved, dqkv);
+      launch_both<E, D, true>(context, input, saved, dqkv);
     else
-      launch_both<D, false>(context, input, saved, dqkv);
+      launch_both<E, D, false>(context, input, saved, dqkv);
   });
 }
+
+template void tensor_core_attention_backward(Context&, const AttentionInput<bf16>&,
+                                             const AttentionSaved<bf16>&, bf16*);
+template void tensor_core_attention_backward(Context&, const AttentionInput<f16>&, const AttentionSaved<f16>&,
+                                             f16*);
 
 }  // namespace normformer::ops::cuda

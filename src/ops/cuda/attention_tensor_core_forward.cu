@@ -14,8 +14,7 @@ struct Tile {
   static constexpr int kQueries = kRows * kAttentionWarps;
   static constexpr int kKeys = 64;
   static constexpr int kStep = D <= 80 ? 64 : 32;  // keys whose scores a warp has at a time, in registers
-  static constexpr int64_t kSharedBytes =
-      (kQueries + 2 * 2 * kKeys) * kSharedStride<D> * static_cast<int64_t>(sizeof(bf16));
+  static constexpr int64_t kSharedBytes = (kQueries + 2 * 2 * kKeys) * kSharedStride<D> * kElementBytes;
 };
 
 __device__ inline float largest_of_four_lanes(float x) {
@@ -122,18 +121,18 @@ __device__ __forceinline__ void drop(const uint32_t (&kept)[kTiles], float facto
   }
 }
 
-template <int D, bool kDrops>
+template <class E, int D, bool kDrops>
 __global__ void __launch_bounds__(kAttentionThreads)
-    tensor_core_forward_kernel(AttentionInput<bf16> input, bf16* out, float* lse) {
+    tensor_core_forward_kernel(AttentionInput<E> input, E* out, float* lse) {
   using T = Tile<D>;
   const auto blocks = static_cast<int>(ceil_div(input.length, T::kQueries));
-  const Head<bf16> head(input, blockIdx.x / blocks);
+  const Head<E> head(input, blockIdx.x / blocks);
   // The blocks with the most keys come first.
   const int first_of_block = (blocks - 1 - static_cast<int>(blockIdx.x % blocks)) * T::kQueries;
   const int first = first_of_block + warp_of_block() * T::kRows;
-  auto* block_queries = dynamic_shared<bf16>();
-  bf16* queries = block_queries + warp_of_block() * T::kRows * kSharedStride<D>;
-  bf16* stages = block_queries + T::kQueries * kSharedStride<D>;
+  auto* block_queries = dynamic_shared<E>();
+  E* queries = block_queries + warp_of_block() * T::kRows * kSharedStride<D>;
+  E* stages = block_queries + T::kQueries * kSharedStride<D>;
   const auto keys_at = [&](int key) {
     return stages + key / T::kKeys % 2 * (2 * T::kKeys * kSharedStride<D>);
   };
@@ -167,7 +166,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
       softmax.template add<T::kStep, D>(scores, sums);
       if constexpr (kDrops) drop<T::kTiles, T::kStep>(kept, head.dropout().kept, scores);
       Weights<T::kTiles, T::kStep> probabilities;
-      to_weights<T::kTiles, T::kStep>(scores, probabilities);
+      to_weights<E, T::kTiles, T::kStep>(scores, probabilities);
       add_products<D, T::kTiles, T::kStep>(probabilities, values_at(key) + step * kSharedStride<D>, sums);
     }
   }
@@ -186,16 +185,20 @@ bool tensor_cores_take(int64_t head_size, std::initializer_list<const void*> row
   return true;
 }
 
-void tensor_core_attention_forward(Context& context, const AttentionInput<bf16>& input, bf16* out,
-                                   float* lse) {
+template <class E>
+void tensor_core_attention_forward(Context& context, const AttentionInput<E>& input, E* out, float* lse) {
   with_head_size(input.head_size, [&]<int D>() {
     const LaunchShape shape{.blocks = input.pairs * ceil_div(input.length, Tile<D>::kQueries),
                             .threads = kAttentionThreads,
                             .shared_bytes = Tile<D>::kSharedBytes};
     launch(context, shape,
-           input.dropout.active ? tensor_core_forward_kernel<D, true> : tensor_core_forward_kernel<D, false>,
+           input.dropout.active ? tensor_core_forward_kernel<E, D, true>
+                                : tensor_core_forward_kernel<E, D, false>,
            input, out, lse);
   });
 }
+
+template void tensor_core_attention_forward(Context&, const AttentionInput<bf16>&, bf16*, float*);
+template void tensor_core_attention_forward(Context&, const AttentionInput<f16>&, f16*, float*);
 
 }  // namespace normformer::ops::cuda

@@ -31,9 +31,9 @@ enum Uid : int64_t { kQueries = 1, kKeys, kValues, kOut, kLse, kDout, kDqueries,
 /// Describes attention to cuDNN, for tensors as in normformer/ops/attention.h.
 class GraphMaker {
  public:
-  GraphMaker(const AttentionShape& shape, int compute_capability) : shape_(shape) {
+  GraphMaker(const AttentionShape& shape, DType dtype, int compute_capability) : shape_(shape) {
     graph_->set_sm_version(compute_capability)
-        .set_io_data_type(fe::DataType_t::BFLOAT16)
+        .set_io_data_type(dtype == DType::bf16 ? fe::DataType_t::BFLOAT16 : fe::DataType_t::HALF)
         .set_intermediate_data_type(fe::DataType_t::FLOAT)
         .set_compute_data_type(fe::DataType_t::FLOAT);
   }
@@ -126,13 +126,13 @@ class Cudnn {
   Cudnn& operator=(const Cudnn&) = delete;
 
   /// Null where there are no kernels for it; found once.
-  fe::graph::Graph* graph(const AttentionShape& shape, AttentionDirection direction) {
-    const Key key{shape.batch, shape.length, shape.heads, shape.head_size, shape.causal, direction};
+  fe::graph::Graph* graph(const AttentionShape& shape, DType dtype, AttentionDirection direction) {
+    const Key key{shape.batch, shape.length, shape.heads, shape.head_size, shape.causal, dtype, direction};
     const auto known = graphs_.find(key);
     if (known != graphs_.end()) return known->second.get();
     // A graph takes up to seconds to compile: callers whose lengths keep changing are better off without.
     if (graphs_.size() >= kMostGraphs) return nullptr;
-    return graphs_.emplace(key, build(shape, direction)).first->second.get();
+    return graphs_.emplace(key, build(shape, dtype, direction)).first->second.get();
   }
 
   void run(Context& context, fe::graph::Graph& graph, std::unordered_map<int64_t, void*>& tensors) {
@@ -143,11 +143,11 @@ class Cudnn {
   }
 
  private:
-  using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, bool, AttentionDirection>;
+  using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, bool, DType, AttentionDirection>;
   static constexpr size_t kMostGraphs = 32;
 
-  Graph build(const AttentionShape& shape, AttentionDirection direction) {
-    Graph graph = GraphMaker(shape, compute_capability_).make(direction);
+  Graph build(const AttentionShape& shape, DType dtype, AttentionDirection direction) {
+    Graph graph = GraphMaker(shape, dtype, compute_capability_).make(direction);
     const fe::error_t result = graph->build(handle_, {fe::HeurMode_t::A});
     if (result.is_good()) return graph;
     log_root(LogLevel::warning,
@@ -169,13 +169,13 @@ bool takes(const AttentionShape& shape, const Tensor& document_start, const Drop
   if (!cudnn_is_used || document_start || dropout.active()) return false;
   if (shape.length % kTokens != 0 || shape.head_size % 8 != 0 || shape.head_size > 128) return false;
   for (const Tensor& t : tensors) {
-    if (t.dtype() != DType::bf16 || reinterpret_cast<uintptr_t>(t.raw()) % 16 != 0) return false;
+    if (!is_16_bit(t.dtype()) || reinterpret_cast<uintptr_t>(t.raw()) % 16 != 0) return false;
   }
   return true;
 }
 
 /// Calls of the deterministic backward keep the gradients of all scores, [batch, heads, length, length] of
-/// bf16: the most sequences that divide the batch and keep that within a bound.
+/// 16 bits: the most sequences that divide the batch and keep that within a bound.
 int64_t sequences_at_once(const AttentionShape& shape) {
   constexpr int64_t kMostBytes = 1 << 30;
   const int64_t bytes =
@@ -185,12 +185,16 @@ int64_t sequences_at_once(const AttentionShape& shape) {
   return sequences;
 }
 
+void* address_of(const Tensor& tensor, int64_t element) {
+  return static_cast<std::byte*>(tensor.raw()) + element * size_of(tensor.dtype());
+}
+
 /// Addresses of the queries, keys and values of a qkv from row `row` on.
 void add_parts(const AttentionShape& shape, const Tensor& qkv, int64_t row, Uid queries,
                std::unordered_map<int64_t, void*>& tensors) {
   const int64_t channels = shape.heads * shape.head_size;
   for (int64_t part = 0; part < 3; ++part) {
-    tensors[queries + part] = qkv.data<bf16>() + row * 3 * channels + part * channels;
+    tensors[queries + part] = address_of(qkv, row * 3 * channels + part * channels);
   }
 }
 
@@ -201,7 +205,7 @@ bool cudnn_attention_forward(Context& context, const AttentionShape& shape, cons
                              const Tensor& lse) {
   if (!takes(shape, document_start, dropout, {qkv, out})) return false;
   auto& cudnn = context.gpu().attached<Cudnn>();
-  fe::graph::Graph* graph = cudnn.graph(shape, AttentionDirection::forward);
+  fe::graph::Graph* graph = cudnn.graph(shape, qkv.dtype(), AttentionDirection::forward);
   if (graph == nullptr) return false;
   std::unordered_map<int64_t, void*> tensors{{kOut, out.raw()}, {kLse, lse.raw()}};
   add_parts(shape, qkv, 0, kQueries, tensors);
@@ -216,13 +220,13 @@ bool cudnn_attention_backward(Context& context, const AttentionShape& shape, con
   auto& cudnn = context.gpu().attached<Cudnn>();
   AttentionShape some = shape;
   some.batch = sequences_at_once(shape);
-  fe::graph::Graph* graph = cudnn.graph(some, AttentionDirection::backward);
+  fe::graph::Graph* graph = cudnn.graph(some, qkv.dtype(), AttentionDirection::backward);
   if (graph == nullptr) return false;
   for (int64_t sequence = 0; sequence < shape.batch; sequence += some.batch) {
     const int64_t row = sequence * shape.length;
     const int64_t at = row * shape.heads * shape.head_size;
-    std::unordered_map<int64_t, void*> tensors{{kOut, out.data<bf16>() + at},
-                                               {kDout, dout.data<bf16>() + at},
+    std::unordered_map<int64_t, void*> tensors{{kOut, address_of(out, at)},
+                                               {kDout, address_of(dout, at)},
                                                {kLse, lse.data<float>() + row * shape.heads}};
     add_parts(shape, qkv, row, kQueries, tensors);
     add_parts(shape, dqkv, row, kDqueries, tensors);
@@ -240,11 +244,11 @@ std::string describe_cudnn() {
                      CUDNN_FRONTEND_PATCH_VERSION);
 }
 
-std::string cudnn_refusal(const AttentionShape& shape, AttentionDirection direction,
+std::string cudnn_refusal(const AttentionShape& shape, DType dtype, AttentionDirection direction,
                           const std::string& device, int compute_capability) {
   const auto properties = std::make_shared<fe::DeviceProperties>();
   fe::error_t result = properties->deserialize({device.begin(), device.end()});
-  const Graph graph = GraphMaker(shape, compute_capability).make(direction);
+  const Graph graph = GraphMaker(shape, dtype, compute_capability).make(direction);
   graph->set_device_properties(properties);
   if (result.is_good()) result = graph->validate();
   if (result.is_good()) result = graph->build_operation_graph();

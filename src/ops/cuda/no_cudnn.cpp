@@ -16,7 +16,7 @@ void use_cudnn(bool) {}
 
 std::string describe_cudnn() { return "no cuDNN"; }
 
-std::string cudnn_refusal(const AttentionShape&, AttentionDirection, const std::string&, int) {
+std::string cudnn_refusal(const AttentionShape&, DType, AttentionDirection, const std::string&, int) {
   return "this build has no cuDNN";
 }
 

@@ -3,10 +3,11 @@
 // For .cu files: the instructions of tensor cores and of asynchronous copies (sm_80 and up), which C++ has no
 // words for. Where nvcc does not compile, the same is computed from what all lanes of the warp hand in. Every
 // lane must call load_matrices, load_matrices_transposed and multiply_add.
-// Source: NVIDIA, "PTX ISA", sections on mma.m16n8k16, ldmatrix, cp.async and cvt.
+// E is bf16 or f16. Source: NVIDIA, "PTX ISA", sections on mma.m16n8k16, ldmatrix, cp.async and cvt.
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "tensor/cuda/kernel.h"
 
@@ -17,21 +18,24 @@ namespace detail {
 #ifndef __CUDACC__
 inline int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
 
-inline uint32_t join(bf16 first, bf16 second) { return first.bits | uint32_t{second.bits} << 16; }
+inline uint32_t join(uint16_t first, uint16_t second) { return first | uint32_t{second} << 16; }
 
-inline float half_of(uint32_t pair, int second) {
-  bf16 x;
+template <class E>
+float half_of(uint32_t pair, int second) {
+  E x;
   x.bits = static_cast<uint16_t>(second != 0 ? pair >> 16 : pair);
   return static_cast<float>(x);
 }
 
 /// The addresses that the lanes gave, of rows of four matrices.
+template <class E>
 struct MatrixRows {
-  const bf16* rows[kWarp];
+  const E* rows[kWarp];
 };
 
-inline MatrixRows gather_rows(const bf16* row) {
-  MatrixRows all;
+template <class E>
+MatrixRows<E> gather_rows(const E* row) {
+  MatrixRows<E> all;
   simt::warp_exchange(&row, sizeof(row), all.rows);
   return all;
 }
@@ -45,7 +49,8 @@ __device__ inline uint32_t shared_address(const void* p) {
 
 /// Four matrices of 8 x 8 from shared memory. Lane l says where row l % 8 of matrix l / 8 begins, aligned to
 /// 16 bytes, and gets of each matrix elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4.
-__device__ inline void load_matrices(const bf16* row, uint32_t (&to)[4]) {
+template <class E>
+__device__ void load_matrices(const E* row, uint32_t (&to)[4]) {
 #ifdef __CUDACC__
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -54,14 +59,15 @@ __device__ inline void load_matrices(const bf16* row, uint32_t (&to)[4]) {
 #else
   const auto all = detail::gather_rows(row);
   for (int i = 0; i < 4; ++i) {
-    const bf16* mine = all.rows[8 * i + detail::lane() / 4] + detail::lane() % 4 * 2;
-    to[i] = detail::join(mine[0], mine[1]);
+    const E* mine = all.rows[8 * i + detail::lane() / 4] + detail::lane() % 4 * 2;
+    to[i] = detail::join(mine[0].bits, mine[1].bits);
   }
 #endif
 }
 
 /// The same of the transposed matrices: elements of column l / 4, in rows 2 (l % 4) and 2 (l % 4) + 1.
-__device__ inline void load_matrices_transposed(const bf16* row, uint32_t (&to)[4]) {
+template <class E>
+__device__ void load_matrices_transposed(const E* row, uint32_t (&to)[4]) {
 #ifdef __CUDACC__
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -71,21 +77,31 @@ __device__ inline void load_matrices_transposed(const bf16* row, uint32_t (&to)[
   const auto all = detail::gather_rows(row);
   for (int i = 0; i < 4; ++i) {
     const int first = 8 * i + detail::lane() % 4 * 2;
-    to[i] = detail::join(all.rows[first][detail::lane() / 4], all.rows[first + 1][detail::lane() / 4]);
+    to[i] =
+        detail::join(all.rows[first][detail::lane() / 4].bits, all.rows[first + 1][detail::lane() / 4].bits);
   }
 #endif
 }
 
-/// sums += a b, of a [16, 16] and b [16, 8] in bf16 and sums in fp32. With g = lane / 4 and t = 2 (lane % 4)
+/// sums += a b, of a [16, 16] and b [16, 8] in E and sums in fp32. With g = lane / 4 and t = 2 (lane % 4)
 /// a lane has: of a, pairs of columns t, t + 1 in rows g and g + 8, then of columns t + 8, t + 9 in the same;
 /// of b, column g in rows t, t + 1, then t + 8, t + 9; of sums, columns t, t + 1 in row g, then in row g + 8.
-__device__ inline void multiply_add(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (&sums)[4]) {
+template <class E>
+__device__ void multiply_add(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (&sums)[4]) {
 #ifdef __CUDACC__
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  if constexpr (std::is_same_v<E, bf16>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
 #else
   struct Operands {
     uint32_t a[4];
@@ -98,8 +114,8 @@ __device__ inline void multiply_add(const uint32_t (&a)[4], uint32_t b0, uint32_
     const int column = (detail::lane() % 4 * 2 + i % 2) * 4;
     float product = 0.0f;
     for (int k = 0; k < 16; ++k) {
-      const float x = detail::half_of(all[row + k % 8 / 2].a[i / 2 + k / 8 * 2], k % 2);
-      product += x * detail::half_of(all[column + k % 8 / 2].b[k / 8], k % 2);
+      const float x = detail::half_of<E>(all[row + k % 8 / 2].a[i / 2 + k / 8 * 2], k % 2);
+      product += x * detail::half_of<E>(all[column + k % 8 / 2].b[k / 8], k % 2);
     }
     sums[i] += product;
   }
@@ -107,23 +123,28 @@ __device__ inline void multiply_add(const uint32_t (&a)[4], uint32_t b0, uint32_
 }
 
 /// Two numbers rounded to nearest even, the first in the lower half.
-__device__ inline uint32_t pack_pair(float first, float second) {
+template <class E>
+__device__ uint32_t pack_pair(float first, float second) {
 #ifdef __CUDACC__
   uint32_t pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  if constexpr (std::is_same_v<E, bf16>)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
   return pair;
 #else
-  return detail::join(bf16(first), bf16(second));
+  return detail::join(E(first).bits, E(second).bits);
 #endif
 }
 
 /// The same to an address aligned to 4 bytes.
-__device__ inline void store_pair(float first, float second, bf16* to) {
+template <class E>
+__device__ void store_pair(float first, float second, E* to) {
 #ifdef __CUDACC__
-  *reinterpret_cast<uint32_t*>(to) = pack_pair(first, second);
+  *reinterpret_cast<uint32_t*>(to) = pack_pair<E>(first, second);
 #else
-  to[0] = bf16(first);
-  to[1] = bf16(second);
+  to[0] = E(first);
+  to[1] = E(second);
 #endif
 }
 
