@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <optional>
@@ -32,9 +33,10 @@ constexpr int64_t kMaxTensors = 1'000'000;
 constexpr int64_t kMaxItems = 4'000'000;  // messages and texts in all; each takes far more memory than bytes
 constexpr size_t kMaxNameBytes = 512;
 
-constexpr std::array<std::pair<DType, format::ElementType>, 6> kTypes{{{DType::f64, format::F64},
+constexpr std::array<std::pair<DType, format::ElementType>, 7> kTypes{{{DType::f64, format::F64},
                                                                        {DType::f32, format::F32},
                                                                        {DType::bf16, format::BF16},
+                                                                       {DType::f16, format::F16},
                                                                        {DType::i64, format::I64},
                                                                        {DType::i32, format::I32},
                                                                        {DType::u8, format::U8}}};
@@ -145,6 +147,9 @@ void put_info(const CheckpointInfo& info, format::RunInfo& out) {
   out.set_config_toml(info.config_toml);
   out.set_tokenizer_hash(info.tokenizer_hash);
   for (const auto& [name, value] : info.metrics) (*out.mutable_metrics())[name] = value;
+  out.set_loss_scale(info.loss_scale);
+  out.set_clean_updates(static_cast<uint64_t>(info.clean_updates));
+  out.set_overflows(static_cast<uint64_t>(info.overflows));
   for (const auto& [name, value] : info.layout) (*out.mutable_layout())[name] = value;
 }
 
@@ -207,6 +212,12 @@ CheckpointInfo take_info(const format::RunInfo& r) {
   info.tokenizer_hash = r.tokenizer_hash();
   info.metrics.insert(r.metrics().begin(), r.metrics().end());
   info.layout.insert(r.layout().begin(), r.layout().end());
+  info.loss_scale = r.loss_scale();
+  int exponent = 0;
+  require(info.loss_scale == 0.0 || std::frexp(info.loss_scale, &exponent) == 0.5,
+          "the loss scale {} is not a power of two", info.loss_scale);
+  info.clean_updates = to_count(r.clean_updates(), "the number of updates since the loss scale changed");
+  info.overflows = to_count(r.overflows(), "the number of overflows");
   return info;
 }
 

@@ -5,7 +5,7 @@
 
 namespace normformer {
 
-ShardedOptimizer::ShardedOptimizer(ParameterStore& store, const Mesh& mesh)
+ShardedOptimizer::ShardedOptimizer(ParameterStore& store, DType masters, const Mesh& mesh)
     : store_(&store),
       tensor_(mesh.tensor()),
       data_(mesh.data()),
@@ -18,7 +18,9 @@ ShardedOptimizer::ShardedOptimizer(ParameterStore& store, const Mesh& mesh)
   }
   Context& context = store.context();
   const DType type = accumulator_of(store.dtype());
-  if (type != store.dtype()) masters_ = context.zeros({total}, type, MemoryUse::optimizer);
+  NF_CHECK(masters == type || masters == store.dtype(), "masters of {} for weights of {}", name_of(masters),
+           name_of(store.dtype()));
+  if (masters != store.dtype()) masters_ = context.zeros({total}, type, MemoryUse::optimizer);
   moment1_ = context.zeros({total}, type, MemoryUse::optimizer);
   moment2_ = context.zeros({total}, type, MemoryUse::optimizer);
 }

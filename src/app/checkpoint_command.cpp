@@ -102,7 +102,7 @@ int import_weights(const std::filesystem::path& input, const std::filesystem::pa
   Context context(DeviceKind::cpu);
   const Group world = make_self_world();
   ModelInstance model(context, Mesh(world, {}), config, true);
-  const ShardedOptimizer optimizer(model.store(), model.mesh());
+  const ShardedOptimizer optimizer(model.store(), master_dtype(config.train.precision), model.mesh());
   const std::vector<TensorPiece> pieces = checkpoint_pieces(optimizer, true);
   for (const TensorPiece& piece : pieces) {
     if (piece.role == Role::master) weights.read(piece.name, piece.rectangle, piece.data);
@@ -155,9 +155,9 @@ void add_checkpoint_command(CLI::App& app, Command& chosen) {
   command = group->add_subcommand("export", "Write the weights as one safetensors file");
   command->add_option("checkpoint", options->from, where)->required();
   command->add_option("output", options->to, "The safetensors file")->required();
-  command->add_option("--dtype", options->dtype, "f32, bf16 or f64")
-      ->transform(CLI::CheckedTransformer(
-          std::map<std::string, DType>{{"f32", DType::f32}, {"bf16", DType::bf16}, {"f64", DType::f64}}));
+  command->add_option("--dtype", options->dtype, "f32, bf16, f16 or f64")
+      ->transform(CLI::CheckedTransformer(std::map<std::string, DType>{
+          {"f32", DType::f32}, {"bf16", DType::bf16}, {"f16", DType::f16}, {"f64", DType::f64}}));
   choose(command, [options] { return export_weights(options->from, options->to, options->dtype); });
 
   command = group->add_subcommand("import", "Make a safetensors file the first checkpoint of a run");

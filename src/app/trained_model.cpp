@@ -21,21 +21,20 @@ bool asks_for_layout(const std::vector<std::string>& overrides) {
 }
 
 // Weights alone: the masters, rounded to the model's type.
-std::vector<TensorPiece> weight_pieces(ModelInstance& model, Context& context) {
+std::vector<TensorPiece> weight_pieces(ModelInstance& model, DType masters, Context& context) {
   std::vector<TensorPiece> pieces;
   for (const Parameter& p : model.store().parameters()) {
-    pieces.push_back(
-        {p.spec.name,
-         Role::master,
-         p.spec.part,
-         {0, p.numel()},
-         context.empty({p.numel()}, accumulator_of(model.store().dtype()), MemoryUse::workspace)});
+    pieces.push_back({p.spec.name,
+                      Role::master,
+                      p.spec.part,
+                      {0, p.numel()},
+                      context.empty({p.numel()}, masters, MemoryUse::workspace)});
   }
   return pieces;
 }
 
-void read_weights(const CheckpointReader& reader, ModelInstance& model, Context& context) {
-  const std::vector<TensorPiece> pieces = weight_pieces(model, context);
+void read_weights(const CheckpointReader& reader, ModelInstance& model, DType masters, Context& context) {
+  const std::vector<TensorPiece> pieces = weight_pieces(model, masters, context);
   reader.read(pieces);
   size_t i = 0;
   for (const Parameter& p : model.store().parameters()) copy(context, pieces[i++].data, p.value);
@@ -79,7 +78,7 @@ TrainedModel load_trained_model(const TrainedModelOptions& options, const RankPr
                                  .pipeline = loaded.config.parallel.pipeline});
   loaded.model = std::make_unique<ModelInstance>(*loaded.context, mesh, loaded.config, false);
   const auto use = [&](const CheckpointReader& reader) {
-    read_weights(reader, *loaded.model, *loaded.context);
+    read_weights(reader, *loaded.model, master_dtype(loaded.config.train.precision), *loaded.context);
     loaded.checkpoint = reader.folder().filename().string();
   };
   if (is_checkpoint(options.run)) {

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 #include <fmt/format.h>
@@ -107,6 +108,36 @@ void check_device(const RunConfig& c, std::vector<Conflict>& found) {
   }
 }
 
+void check_loss_scale(const TrainConfig& t, std::vector<Conflict>& found) {
+  const TrainConfig d;
+  if (!scales_loss(t.precision)) {
+    const auto refuse_key = [&](const char* key, bool is_default) {
+      const std::string name = std::string("train.") + key;
+      if (is_default) return;
+      found.push_back(
+          {{name, "train.precision"},
+           fmt::format("{} needs train.precision = \"fp16\" or \"fp16_memory_efficient\"", name)});
+    };
+    refuse_key("loss_scale_init", t.loss_scale_init == d.loss_scale_init);
+    refuse_key("loss_scale_window", t.loss_scale_window == d.loss_scale_window);
+    refuse_key("loss_scale_min", t.loss_scale_min == d.loss_scale_min);
+    return;
+  }
+  int exponent = 0;
+  if (std::frexp(t.loss_scale_init, &exponent) != 0.5) {
+    found.push_back(
+        {{"train.loss_scale_init"},
+         fmt::format("train.loss_scale_init = {} is not a power of two, so that taking it out of gradients "
+                     "would round them; write {}",
+                     t.loss_scale_init, std::ldexp(1.0, exponent))});
+  }
+  if (t.loss_scale_min > t.loss_scale_init) {
+    found.push_back({{"train.loss_scale_min", "train.loss_scale_init"},
+                     fmt::format("train.loss_scale_min = {} is above train.loss_scale_init = {}",
+                                 t.loss_scale_min, t.loss_scale_init)});
+  }
+}
+
 void check_train(const RunConfig& c, std::vector<Conflict>& found) {
   if (c.train.micro_batch > c.train.global_batch) {
     found.push_back({{"train.micro_batch", "train.global_batch"},
@@ -119,6 +150,7 @@ void check_train(const RunConfig& c, std::vector<Conflict>& found) {
          fmt::format("train.recompute_layers = {} needs train.recompute = \"selective\" or \"full\"",
                      c.train.recompute_layers)});
   }
+  check_loss_scale(c.train, found);
   if (c.train.valid_every > 0 && c.data.valid.empty()) {
     found.push_back(
         {{"train.valid_every", "data.valid"},

@@ -255,8 +255,12 @@ void add_train(std::vector<Field>& all) {
   s.integer("global_batch", &T::global_batch, {1, largest_size}, "sequences of one update, over all ranks");
   s.integer("micro_batch", &T::micro_batch, {1, largest_size}, "sequences that one rank computes at a time");
   s.choice("precision", &T::precision,
-           {{Precision::fp64, "fp64"}, {Precision::fp32, "fp32"}, {Precision::bf16, "bf16"}},
-           "what products are computed in");
+           {{Precision::fp64, "fp64"},
+            {Precision::fp32, "fp32"},
+            {Precision::bf16, "bf16"},
+            {Precision::fp16, "fp16"},
+            {Precision::fp16_memory_efficient, "fp16_memory_efficient"}},
+           "type of weights and activations; fp16_memory_efficient keeps no fp32 copy of the weights");
   s.choice("recompute", &T::recompute,
            {{Recompute::none, "none"}, {Recompute::selective, "selective"}, {Recompute::full, "full"}},
            "what backward computes anew instead of keeping: nothing, LayerNorm outputs and activations, or "
@@ -267,7 +271,15 @@ void add_train(std::vector<Field>& all) {
   s.integer("valid_every", &T::valid_every, {0}, "updates between validations; 0 means only at the end");
   s.integer("valid_sequences", &T::valid_sequences, {0}, "sequences of a validation; 0 means all");
   s.integer("log_every", &T::log_every, {1}, "updates between lines of progress");
-  s.integer("max_skipped", &T::max_skipped, {1}, "consecutive non-finite updates after which the run ends");
+  s.integer("max_skipped", &T::max_skipped, {1},
+            "consecutive non-finite updates after which the run ends; overflows in fp16 do not count");
+  s.real("loss_scale_init", &T::loss_scale_init, {.low = 0, .above = true},
+         "in fp16: what the loss' gradient is multiplied by at first, a power of two");
+  s.integer("loss_scale_window", &T::loss_scale_window, {0},
+            "in fp16: updates without overflow after which the scale doubles; 0 means 2^14 divided by the "
+            "micro-batches of a global batch, as fairseq has it");
+  s.real("loss_scale_min", &T::loss_scale_min, {.low = 0, .above = true},
+         "in fp16: the run ends where overflows halve the scale below this");
 }
 
 void add_checkpoint(std::vector<Field>& all) {

@@ -249,7 +249,8 @@ void StageOf<Stream>::finish(int64_t micro_batch, const NormedStream<Stream>& st
     const Placed<Replicated> last(last_tokens(batch, hidden.tensor()));
     return set_result(micro_batch, vocabulary_logits(context(), vocabulary_rows(), last).tensor());
   }
-  const LossOptions options{batch.targets, batch.weights, batch.purpose == Purpose::training, 1.0};
+  const LossOptions options{batch.targets, batch.weights, batch.purpose == Purpose::training,
+                            batch.loss_scale};
   const LossResult loss =
       vocabulary_loss(context(), environment().tensor, vocabulary_rows(), hidden, options);
   set_result(micro_batch, loss.nll);

@@ -13,8 +13,16 @@ DType model_dtype(Precision precision) {
       return DType::f32;
     case Precision::bf16:
       return DType::bf16;
+    case Precision::fp16:
+    case Precision::fp16_memory_efficient:
+      return DType::f16;
   }
   return DType::f32;
+}
+
+DType master_dtype(Precision precision) {
+  const DType type = model_dtype(precision);
+  return precision == Precision::fp16_memory_efficient ? type : accumulator_of(type);
 }
 
 ModelInstance::ModelInstance(Context& context, const Mesh& mesh, const RunConfig& config, bool with_gradients)

@@ -42,6 +42,11 @@ std::vector<std::string> lines_up_to(const std::filesystem::path& path, int64_t 
   return kept;
 }
 
+std::string skipped_text(const TrainingCounters& counters) {
+  if (counters.loss_scale.value == 0.0) return "  SKIPPED: gradient not finite";
+  return fmt::format("  SKIPPED: overflow, the loss scale is {} now", counters.loss_scale.value);
+}
+
 // Under mpirun a rank's output may be a pseudo-terminal whose other end is a file: only the launcher knows.
 bool writes_to_terminal() {
   if (const char* said = std::getenv("NORMFORMER_TERMINAL")) return std::string_view(said) == "1";
@@ -95,6 +100,10 @@ void MetricsFile::write_step(const TrainingCounters& counters, const StepReport&
   line["gradient_norm"] = number(report.gradient_norm);
   line["lr"] = report.lr;
   line["skipped"] = report.skipped;
+  if (counters.loss_scale.value > 0.0) {
+    line["loss_scale"] = report.loss_scale;
+    line["overflows"] = counters.loss_scale.overflows;
+  }
   line["tokens_per_second"] = speed.tokens_per_second;
   line["flops_per_second"] = speed.flops_per_second;
   write_line(line.dump());
@@ -131,7 +140,7 @@ void StatusLine::show_step(const TrainingCounters& counters, const StepReport& r
       "update {}/{}  loss {:.4f}  grad norm {:.3f}  lr {:.3g}  {}  {}  {} left{}", counters.updates, updates_,
       report.loss, report.gradient_norm, report.lr, with_prefix(speed.tokens_per_second, "tok/s"),
       with_prefix(speed.flops_per_second, "FLOP/s"), duration_text(speed.seconds_left),
-      report.skipped ? "  SKIPPED: gradient not finite" : "");
+      report.skipped ? skipped_text(counters) : "");
   const bool is_last = counters.updates >= updates_;
   const bool is_plain_line = counters.updates % every_ == 0 || is_last || report.skipped;
   if (is_plain_line) log_to_file(text);

@@ -124,6 +124,9 @@ void TrainingRun::print_banner() {
   if (config_.train.precision == Precision::bf16 && !context_.is_cuda() && !ops::has_native_bf16()) {
     say("this processor has no bf16 instructions: train.precision = \"fp32\" would be faster");
   }
+  if (scales_loss(config_.train.precision) && !context_.is_cuda()) {
+    say("processors compute fp16 in fp32: train.precision = \"fp32\" would be faster");
+  }
   if (options_.stop_on_terminal_signals)
     say("Ctrl-C stops the run cleanly");
   else if (std::getenv("NORMFORMER_LAUNCHER") != nullptr)
@@ -144,7 +147,7 @@ void TrainingRun::restore() {
 void TrainingRun::dump_gradients() {
   const StepReport report = trainer_->compute_gradients();
   for (const ParameterPiece& piece : trainer_->optimizer().owned_gradients()) {
-    scale(context_, piece.values, 1.0 / static_cast<double>(std::max<int64_t>(1, report.tokens)));
+    scale(context_, piece.values, report.gradient_factor());
   }
   write_gathered(context_, world_, trainer_->optimizer().owned_gradients(),
                  accumulator_of(model_->store().dtype()), options_.dump_gradients);
@@ -167,6 +170,14 @@ void TrainingRun::step() {
         fmt::format("{} updates in a row had gradients that are not finite (train.max_skipped): lower "
                     "optimizer.lr, lengthen optimizer.warmup_updates or set optimizer.clip_norm",
                     counters.skipped_in_a_row));
+  }
+  if (report.skipped && counters.loss_scale.factor() < config_.train.loss_scale_min) {
+    throw AgreedError(
+        ExitCode::numeric,
+        fmt::format("after {} overflows the loss scale fell below {} (train.loss_scale_min): lower "
+                    "optimizer.lr, set optimizer.clip_norm or write train.precision = \"bf16\", whose range "
+                    "is that of fp32",
+                    counters.loss_scale.overflows, config_.train.loss_scale_min));
   }
 }
 

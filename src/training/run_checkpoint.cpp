@@ -66,7 +66,8 @@ TrainingCounters counters_of(const CheckpointInfo& info) {
   return {.batch_index = info.batch_index,
           .updates = info.update_count,
           .tokens = info.tokens_seen,
-          .skipped_in_a_row = info.skipped_in_a_row};
+          .skipped_in_a_row = info.skipped_in_a_row,
+          .loss_scale = {info.loss_scale, info.clean_updates, info.overflows}};
 }
 
 }  // namespace
@@ -119,7 +120,10 @@ std::string RunCheckpoints::save(Trainer& trainer) {
                             .metrics = {},
                             .layout = {{"tensor", mesh.tensor().size()},
                                        {"pipeline", mesh.pipeline().size()},
-                                       {"data", mesh.data().size()}}};
+                                       {"data", mesh.data().size()}},
+                            .loss_scale = counters.loss_scale.value,
+                            .clean_updates = counters.loss_scale.clean_updates,
+                            .overflows = counters.loss_scale.overflows};
   const std::vector<TensorPiece> pieces = checkpoint_pieces(trainer.optimizer(), true);
   const SaveResult result =
       save_checkpoint(mesh.world(), *files_, folder_, info, pieces, config_.checkpoint.keep);

@@ -69,13 +69,22 @@ Trainer::Trainer(ModelInstance& model, const RunConfig& config, BatchSource sour
     : model_(model),
       config_(config),
       source_(std::move(source)),
-      optimizer_(model.store(), model.mesh()),
+      optimizer_(model.store(), master_dtype(config.train.precision), model.mesh()),
       schedule_(checked_schedule(
           config, model.mesh().pipeline().size(),
           static_cast<int64_t>(
-              micro_batch_samples(model, config.train.global_batch, config.train.micro_batch).size()))) {}
+              micro_batch_samples(model, config.train.global_batch, config.train.micro_batch).size()))),
+      loss_scale_rule_(loss_scale_rule(config.train)) {
+  set_counters({});
+}
 
 Trainer::~Trainer() = default;
+
+void Trainer::set_counters(const TrainingCounters& counters) {
+  counters_ = counters;
+  counters_.loss_scale = start_loss_scale(loss_scale_rule_, counters.loss_scale);
+  graphed_.clear();
+}
 
 void Trainer::initialise() {
   optimizer_.initialise(config_.train.seed);
@@ -95,6 +104,7 @@ std::vector<MicroBatch> Trainer::next_micro_batches() const {
        micro_batch_samples(model_, config_.train.global_batch, config_.train.micro_batch)) {
     made.push_back(make_micro_batch(model_, source_(first + samples.begin, samples.size()), samples.begin,
                                     static_cast<uint64_t>(counters_.batch_index), Purpose::training));
+    made.back().loss_scale = counters_.loss_scale.factor();
   }
   return made;
 }
@@ -117,6 +127,7 @@ StepReport Trainer::compute_gradients() {
   std::vector<MicroBatch> batches;
   run_agreed(world, [&] { batches = next_micro_batches(); });
   StepReport report;
+  report.loss_scale = counters_.loss_scale.factor();
   report.tokens = world.all_reduce_sum(counted_targets(model_, batches));
 
   model_.store().zero_gradients();
@@ -134,16 +145,23 @@ StepReport Trainer::step() {
   const TraceScope scope(model_.context(), TraceKind::step, "step");
   StepReport report = compute_gradients();
   const double largest = optimizer_.largest_gradient();
-  report.gradient_norm =
-      optimizer_.gradient_norm(largest) / static_cast<double>(std::max<int64_t>(1, report.tokens));
+  report.gradient_norm = optimizer_.gradient_norm(largest) * report.gradient_factor();
   report.skipped = !std::isfinite(largest) || !std::isfinite(report.loss);
   report.lr = learning_rate(config_.optimizer, config_.train.updates, counters_.updates + 1);
   if (!report.skipped) update_weights(report);
+  count(report);
+  return report;
+}
 
+void Trainer::count(const StepReport& report) {
   counters_.batch_index += 1;
   counters_.tokens += report.tokens;
-  counters_.skipped_in_a_row = report.skipped ? counters_.skipped_in_a_row + 1 : 0;
-  return report;
+  const bool diverged = report.skipped && !loss_scale_rule_.active();
+  counters_.skipped_in_a_row = diverged ? counters_.skipped_in_a_row + 1 : 0;
+  const double scale = counters_.loss_scale.value;
+  counters_.loss_scale = next_loss_scale(loss_scale_rule_, counters_.loss_scale, report.skipped);
+  // A graph has the scale that it was recorded with.
+  if (counters_.loss_scale.value != scale) graphed_.clear();
 }
 
 void Trainer::update_weights(StepReport& report) {
@@ -153,7 +171,7 @@ void Trainer::update_weights(StepReport& report) {
                     .beta2 = o.beta2,
                     .eps = o.eps,
                     .weight_decay = o.weight_decay,
-                    .grad_factor = 1.0 / static_cast<double>(std::max<int64_t>(1, report.tokens)),
+                    .grad_factor = report.gradient_factor(),
                     .update = ++counters_.updates,
                     .fairseq_eps = o.eps_form == AdamEps::fairseq};
   // torch.nn.utils.clip_grad_norm_: the factor is max / (norm + 1e-6), at most 1.

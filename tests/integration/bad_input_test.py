@@ -154,6 +154,18 @@ class BadInput(unittest.TestCase):
         self.assertEqual(outcome.code, 77, outcome.err)
         self.assertEqual(len(outcome.sentences()), 1, outcome.err)
 
+    def test_a_loss_scale_that_cannot_fall_further_ends_with_its_cure(self):
+        config = self.folder.config("overflows", train__precision='"fp16"', train__max_skipped=1,
+                                    train__loss_scale_init=2.0**30, train__loss_scale_min=2.0**28)
+        outcome = run(["train", config], 2)
+        self.assertEqual(outcome.code, 77, outcome.err)
+        self.assertEqual(len(outcome.sentences()), 1, outcome.err)
+        self.assertIn("after 3 overflows the loss scale fell below 268435456 (train.loss_scale_min)", outcome.err)
+        self.assertIn("train.precision = \"bf16\"", outcome.err)
+        lines = metrics(self.folder.path / "overflows")
+        self.assertEqual([line["loss_scale"] for line in lines], [2.0**30, 2.0**29, 2.0**28])
+        self.assertEqual([line["overflows"] for line in lines], [1, 2, 3])
+
     def test_a_failing_rank_ends_the_others(self):
         """A rank that dies is noticed; the others do not hang."""
         config = self.folder.config("killed", train__updates=100000, parallel__tensor=3)

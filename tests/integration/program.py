@@ -90,5 +90,6 @@ def metrics(folder):
 
 def losses(folder):
     """Everything of a run's metrics that must have the same bits in two runs."""
-    keys = ("kind", "batch", "update", "tokens", "loss", "gradient_norm", "lr", "skipped", "perplexity")
+    keys = ("kind", "batch", "update", "tokens", "loss", "gradient_norm", "lr", "skipped", "loss_scale", "overflows",
+            "perplexity")
     return [{key: line.get(key) for key in keys} for line in metrics(folder)]

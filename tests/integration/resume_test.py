@@ -38,6 +38,8 @@ class Resume(unittest.TestCase):
         tensor, pipeline, data, more = degrees
         ranks = tensor * pipeline * data
         settings = dict(layout(tensor, pipeline, data), **more, train__precision=f'"{precision}"', train__updates=updates)
+        if precision.startswith("fp16"):  # falls, and rises until it overflows again
+            settings.update(train__loss_scale_init=2.0**24, train__loss_scale_window=4)
         straight = folder.config("straight", **settings)
         run(["train", straight], ranks, expect=0)
         stopped = folder.config("stopped", **settings)
@@ -48,6 +50,9 @@ class Resume(unittest.TestCase):
             self.assertLess(metrics(folder.path / "stopped")[-1]["update"], updates)
             run(["train", stopped, "--resume"], ranks, expect=0)
             self.assertEqual(losses(folder.path / "straight"), losses(folder.path / "stopped"))
+            if precision.startswith("fp16"):
+                overflows = [line["update"] for line in metrics(folder.path / "straight") if line.get("skipped")]
+                self.assertGreater(sum(update > wanted for update in overflows), 0)
             for name in ("straight", "stopped"):
                 run(["checkpoint", "export", folder.path / name, folder.path / f"{name}.safetensors", "--dtype",
                      "f64" if precision == "fp64" else "f32"], expect=0)
@@ -66,6 +71,8 @@ class Resume(unittest.TestCase):
                 for precision in ("fp32", "bf16", "fp64") if soak else (rng.choice(["fp32", "bf16"]),):
                     for _ in range(5 if soak else 1):
                         self.check(folder, degrees, precision, 60, rng)
+            for degrees, precision in (((2, 1, 1), "fp16"), ((1, 2, 1), "fp16_memory_efficient")):
+                self.check(folder, degrees, precision, 60, rng)
 
 
 if __name__ == "__main__":

@@ -75,13 +75,16 @@ struct Run {
     return made;
   }
 
-  void load_weights() {
+  // Rounded to `type` first.
+  void load_weights(DType type) {
     const SafetensorsReader weights(fixture.folder / "weights.safetensors");
     for (const StatePiece& state : trainer.optimizer().state()) {
       if (state.role != StateRole::master) continue;
       const Parameter& p = *state.piece.parameter;
+      const Tensor stored = context.host().empty({p.numel()}, type);
       const Tensor part = context.host().empty({p.numel()}, state.piece.values.dtype());
-      weights.read(p.spec.name, p.spec.part, part);
+      weights.read(p.spec.name, p.spec.part, stored);
+      copy(context.host(), stored, part);
       copy(context, part.flat(state.piece.range.begin, state.piece.range.size()), state.piece.values);
     }
     trainer.weights_changed();
@@ -104,28 +107,23 @@ double norm(const std::vector<double>& values) {
 
 class Comparison {
  public:
-  Comparison(Run& run, double tolerance) : run_(run), tolerance_(tolerance) {}
+  explicit Comparison(Run& run) : run_(run) {}
 
   void compare(const std::string& name, const std::vector<double>& got, const std::string& scale_name = {}) {
     const std::vector<double> want = to_host(run_.expected.read(run_.context.host(), name));
     const double scale =
         scale_name.empty() ? norm(want) : norm(to_host(run_.expected.read(run_.context.host(), scale_name)));
-    if (got.size() != want.size()) {
-      failures_.push_back(fmt::format("{}: {} values, not {}", name, got.size(), want.size()));
-      return;
-    }
+    NF_CHECK(got.size() == want.size(), "{}: {} values, not {}", name, got.size(), want.size());
     std::vector<double> difference(got.size());
     std::transform(got.begin(), got.end(), want.begin(), difference.begin(), std::minus<>());
-    const double error = norm(difference) / scale;
-    if (!(error <= tolerance_)) failures_.push_back(fmt::format("{}: relative error {:.3g}", name, error));
+    errors_[name] = norm(difference) / scale;
   }
 
-  std::vector<std::string> failures() && { return std::move(failures_); }
+  OracleErrors errors() && { return std::move(errors_); }
 
  private:
   Run& run_;
-  double tolerance_;
-  std::vector<std::string> failures_;
+  OracleErrors errors_;
 };
 
 // Every token's nll on every rank, whoever computed it.
@@ -162,7 +160,7 @@ void compare_gradients(Run& run, Comparison& comparison) {
   gather_logical(run.context, run.model.mesh().world(), run.trainer.optimizer().owned_gradients(), type, 0,
                  [&](const std::string& name, const Tensor& sum) {
                    std::vector<double> mean = to_host(sum);
-                   for (double& v : mean) v /= static_cast<double>(report.tokens);
+                   for (double& v : mean) v *= report.gradient_factor();
                    comparison.compare("grad." + name, mean, scale_of("grad." + name));
                    ++seen;
                  });
@@ -224,18 +222,26 @@ std::string to_string(const OracleLayout& layout) {
       static_cast<int>(layout.sharding));
 }
 
-std::vector<std::string> compare_with_oracle(const OracleFixture& fixture, const OracleLayout& layout,
-                                             const Group& world, double tolerance) {
+OracleErrors oracle_errors(const OracleFixture& fixture, const OracleLayout& layout, const Group& world) {
   Run run(fixture, layout, world);
-  Comparison comparison(run, tolerance);
-  run.load_weights();
+  Comparison comparison(run);
+  run.load_weights(layout.weights);
   comparison.compare("nll", all_nll(run));
   compare_gradients(run, comparison);
   std::vector<double> losses;
   for (int64_t i = 0; i < fixture.steps; ++i) losses.push_back(run.trainer.step().loss);
   losses.push_back(mean_nll(run));
   comparison.compare("losses", losses);
-  return agree(world, std::move(comparison).failures());
+  return std::move(comparison).errors();
+}
+
+std::vector<std::string> compare_with_oracle(const OracleFixture& fixture, const OracleLayout& layout,
+                                             const Group& world, double tolerance) {
+  std::vector<std::string> failures;
+  for (const auto& [name, error] : oracle_errors(fixture, layout, world)) {
+    if (!(error <= tolerance)) failures.push_back(fmt::format("{}: relative error {:.3g}", name, error));
+  }
+  return agree(world, failures);
 }
 
 std::vector<double> dropout_losses(const OracleFixture& fixture, const OracleLayout& layout,

@@ -8,6 +8,7 @@
 #include "normformer/comm/group.h"
 #include "normformer/config/run_config.h"
 #include "normformer/mesh/mesh.h"
+#include "normformer/tensor/dtype.h"
 
 namespace normformer::testing_support {
 
@@ -36,7 +37,8 @@ struct OracleLayout {
   Recompute recompute = Recompute::none;
   Sharding sharding = Sharding::optimizer;
   int64_t micro_batch = 1;
-  int threads = 1;  ///< of each rank
+  DType weights = DType::f64;  ///< what the fixture's weights are rounded to before all else
+  int threads = 1;             ///< of each rank
   DeviceKind device = DeviceKind::cpu;
 };
 
@@ -46,6 +48,12 @@ std::vector<MeshDegrees> oracle_degrees();
 
 /// "tp2 pp1 dp3 plain"
 std::string to_string(const OracleLayout& layout);
+
+/// Relative errors in norm against the fixture's numbers, by tensor: "nll", "grad....", "losses".
+using OracleErrors = std::map<std::string, double>;
+
+/// The errors of the fixture on this layout, the gradients' on rank 0 only. Collective over the world.
+OracleErrors oracle_errors(const OracleFixture& fixture, const OracleLayout& layout, const Group& world);
 
 /// Runs the fixture on this layout and compares nll, gradients and losses with the fixture's, tensor by
 /// tensor, in norm, to a relative `tolerance`. Returns what disagreed, one line each, the same on every rank.

@@ -53,6 +53,9 @@ struct CheckpointInfo {
   std::string tokenizer_hash;    ///< of the tokenizer that the tokens are of
   std::map<std::string, double> metrics;  ///< "loss", ... when it was saved
   std::map<std::string, int64_t> layout;  ///< "tensor", "pipeline", ...: for people; reading needs none
+  double loss_scale = 0.0;                ///< dynamic loss scaling: a power of two; 0 where the run has none
+  int64_t clean_updates = 0;              ///< updates since the scale doubled or a batch overflowed
+  int64_t overflows = 0;                  ///< batches of the whole run that were skipped for an overflow
   bool operator==(const CheckpointInfo&) const = default;
 };
 

@@ -35,8 +35,21 @@ enum class FfnNormForm {
   plain,   ///< statistics reduced over the tensor-parallel group, then normalised, as written in the paper
 };
 
-/// What the model's products are computed in. Master weights and main gradients are fp32 (fp64 in fp64).
-enum class Precision { fp64, fp32, bf16 };
+/// What weights and activations are stored in and products computed from. Master weights and main gradients
+/// are fp32 (fp64 in fp64). Both fp16 scale the loss; docs/mixed-precision.md says what is kept in which
+/// type.
+enum class Precision {
+  fp64,
+  fp32,
+  bf16,
+  fp16,
+  fp16_memory_efficient,  ///< the fp16 weights are the masters (fairseq's --memory-efficient-fp16)
+};
+
+/// Whether gradients need a loss scale to stay within the precision's range.
+constexpr bool scales_loss(Precision p) {
+  return p == Precision::fp16 || p == Precision::fp16_memory_efficient;
+}
 
 /// The shape of the learning rate after its linear warm-up.
 enum class DecayStyle { constant, linear, cosine, polynomial };
@@ -157,7 +170,13 @@ struct TrainConfig {
   int64_t valid_every = 0;      ///< updates between validations; 0 means only at the end
   int64_t valid_sequences = 0;  ///< sequences of a validation; 0 means all
   int64_t log_every = 1;
-  int64_t max_skipped = 10;  ///< consecutive non-finite updates after which the run ends
+  int64_t max_skipped =
+      10;  ///< consecutive non-finite updates after which the run ends; overflows in fp16 do not count
+  double loss_scale_init =
+      128.0;                      ///< fp16: what the loss' gradient is multiplied by at first; a power of two
+  int64_t loss_scale_window = 0;  ///< fp16: updates without overflow after which the scale doubles; 0 means
+                                  ///< 2^14 divided by the batch's micro-batches
+  double loss_scale_min = 1e-4;   ///< fp16: the run ends where the scale falls below
   bool operator==(const TrainConfig&) const = default;
 };
 

@@ -52,11 +52,12 @@ struct MicroBatch {
   int64_t first_sample = 0;  ///< position of its first sequence in the global batch
   uint64_t batch_index = 0;  ///< which global batch; keys dropout
   Purpose purpose = Purpose::evaluation;
-  Tensor tokens;          ///< i32 [sequences * length]
-  Tensor targets;         ///< i32, as many
-  Tensor weights;         ///< u8, as many: 1 where a target counts
-  Tensor document_start;  ///< i32, as many: see ops/attention.h
-  int64_t counted = 0;    ///< how many targets count
+  Tensor tokens;            ///< i32 [sequences * length]
+  Tensor targets;           ///< i32, as many
+  Tensor weights;           ///< u8, as many: 1 where a target counts
+  Tensor document_start;    ///< i32, as many: see ops/attention.h
+  int64_t counted = 0;      ///< how many targets count
+  double loss_scale = 1.0;  ///< what the gradient of its loss is multiplied by
 
   int64_t num_tokens() const { return sequences * length; }
 };

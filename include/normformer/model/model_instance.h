@@ -14,6 +14,9 @@ namespace normformer {
 /// The type of weights and activations under a precision.
 DType model_dtype(Precision precision);
 
+/// The type of the weights that the optimizer updates.
+DType master_dtype(Precision precision);
+
 /// What one rank holds of a model, with its memory: parameters declared and allocated, values not yet set.
 class ModelInstance {
  public:

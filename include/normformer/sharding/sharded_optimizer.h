@@ -23,12 +23,13 @@ struct StatePiece {
 /// section 5.1), and stages 2 and 3 over a store that holds gradients, or values too, in pieces.
 ///
 /// Each bucket of the store is cut evenly over the group; a rank sums, keeps and updates its piece of each.
-/// Master weights and moments are of the accumulator type; where the model's type is the same, the store's
-/// values are the masters. Pieces need not divide evenly, and nothing is padded.
+/// Master weights and moments are of the accumulator type; where the masters' type is the model's own, the
+/// store's values are the masters. Pieces need not divide evenly, and nothing is padded.
 class ShardedOptimizer {
  public:
-  /// The store's gradients are summed over these groups of `mesh`, as their declarations say.
-  ShardedOptimizer(ParameterStore& store, const Mesh& mesh);
+  /// The store's gradients are summed over these groups of `mesh`, as their declarations say. `masters` is
+  /// the type of the master weights: the store's accumulator type, or its own.
+  ShardedOptimizer(ParameterStore& store, DType masters, const Mesh& mesh);
 
   /// Draws this rank's weights from the seed, masters first. Collective over nothing: every rank draws its
   /// own.

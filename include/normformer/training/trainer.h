@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -9,15 +10,17 @@
 #include "normformer/model/model_instance.h"
 #include "normformer/pipeline/schedule.h"
 #include "normformer/sharding/sharded_optimizer.h"
+#include "normformer/training/loss_scale.h"
 
 namespace normformer {
 
 /// Where a run stands: two counters make it resumable. A skipped update moves only the first.
 struct TrainingCounters {
-  int64_t batch_index = 0;  ///< global batches taken: decides data and dropout
-  int64_t updates = 0;      ///< updates made: decides learning rate and Adam's bias corrections
-  int64_t tokens = 0;       ///< targets that counted
-  int64_t skipped_in_a_row = 0;
+  int64_t batch_index = 0;       ///< global batches taken: decides data and dropout
+  int64_t updates = 0;           ///< updates made: decides learning rate and Adam's bias corrections
+  int64_t tokens = 0;            ///< targets that counted
+  int64_t skipped_in_a_row = 0;  ///< batches since the last update; overflows of scaled losses do not count
+  LossScale loss_scale = {};     ///< of the next batch
   bool operator==(const TrainingCounters&) const = default;
 };
 
@@ -27,7 +30,13 @@ struct StepReport {
   int64_t tokens = 0;          ///< targets that counted
   double gradient_norm = 0.0;  ///< of the mean loss, before clipping; inf where not finite
   double lr = 0.0;
-  bool skipped = false;  ///< a gradient was not finite: the weights did not move
+  bool skipped = false;     ///< a gradient was not finite: the weights did not move
+  double loss_scale = 1.0;  ///< what the gradient of the summed loss was multiplied by
+
+  /// What makes of the gradients in the store those of the mean loss.
+  double gradient_factor() const {
+    return 1.0 / static_cast<double>(std::max<int64_t>(1, tokens)) / loss_scale;
+  }
 };
 
 /// Where batches come from: global samples [first, first + count) as rows.
@@ -52,8 +61,9 @@ class Trainer {
   /// world.
   StepReport step();
 
-  /// The first half of step: gradients of the next batch, summed over the world and undivided, in the store;
-  /// the report has loss and tokens. The counters do not move. Collective over the world.
+  /// The first half of step: gradients of the next batch, summed over the world, scaled and undivided (see
+  /// StepReport::gradient_factor), in the store; the report has loss, tokens and scale. The counters do not
+  /// move. Collective over the world.
   StepReport compute_gradients();
 
   /// To be called after weights were written from outside into the optimizer's masters. Collective over the
@@ -61,7 +71,9 @@ class Trainer {
   void weights_changed();
 
   const TrainingCounters& counters() const { return counters_; }
-  void set_counters(const TrainingCounters& counters) { counters_ = counters; }
+
+  /// Goes on from there; a loss scale starts where there was none.
+  void set_counters(const TrainingCounters& counters);
   ShardedOptimizer& optimizer() { return optimizer_; }
   const Schedule& schedule() const { return schedule_; }
   ModelInstance& model() { return model_; }
@@ -70,12 +82,14 @@ class Trainer {
   std::vector<MicroBatch> next_micro_batches() const;
   std::vector<Stage*> pipeline_parts();
   void update_weights(StepReport& report);
+  void count(const StepReport& report);
 
   ModelInstance& model_;
   RunConfig config_;
   BatchSource source_;
   ShardedOptimizer optimizer_;
   Schedule schedule_;
+  LossScaleRule loss_scale_rule_;
   TrainingCounters counters_;
   std::vector<std::unique_ptr<Stage>> graphed_;  // from the second step on, with device.cuda_graphs
   bool has_run_ = false;

@@ -57,7 +57,10 @@ std::string framed(const std::string& payload, uint32_t version = 1) {
 }
 
 TEST(Manifest, ComesBackAsItWas) {
-  const Manifest written = small_manifest();
+  Manifest written = small_manifest();
+  written.info.loss_scale = 0x1p-9;
+  written.info.clean_updates = 77;
+  written.info.overflows = 5;
   const Manifest read = read_manifest(write_manifest(written), "x");
   EXPECT_EQ(read.info, written.info);
   EXPECT_EQ(read.block_bytes, 16);
@@ -137,6 +140,9 @@ TEST(Manifest, HostileContentsAreRefusedWithTheirFault) {
          m.tensors[0].pieces[0].place.rectangle.columns = {1, 2};
        }},
       {"the update count is 18446744073709551615", [](Manifest& m) { m.info.update_count = -1; }},
+      {"the loss scale 3 is not a power of two", [](Manifest& m) { m.info.loss_scale = 3.0; }},
+      {"the loss scale -2 is not a power of two", [](Manifest& m) { m.info.loss_scale = -2.0; }},
+      {"the number of overflows is 18446744073709551615", [](Manifest& m) { m.info.overflows = -1; }},
   };
   for (const auto& [fault, change] : cases) {
     const std::string said = complaint_after(change);

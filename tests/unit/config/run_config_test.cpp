@@ -185,6 +185,9 @@ TEST(RunConfig, RangesAreChecked) {
       {"train.valid_sequences", "-1"},
       {"train.log_every", "0"},
       {"train.max_skipped", "0"},
+      {"train.loss_scale_init", "0.0"},
+      {"train.loss_scale_window", "-1"},
+      {"train.loss_scale_min", "0"},
       {"checkpoint.every", "-1"},
       {"checkpoint.keep", "0"},
       {"device.threads", "-1"},
@@ -229,6 +232,14 @@ TEST(RunConfig, CombinationsThatCannotRunAreRefused) {
             "parallel.tensor = 2 and parallel.pipeline = 1");
   EXPECT_EQ(refusal("[train]\nrecompute_layers = 2"),
             "x.toml:2:20: train.recompute_layers = 2 needs train.recompute = \"selective\" or \"full\"");
+  EXPECT_EQ(refusal("[train]\nloss_scale_window = 2"),
+            "x.toml:2:21: train.loss_scale_window needs train.precision = \"fp16\" or "
+            "\"fp16_memory_efficient\"");
+  EXPECT_EQ(refusal("[train]\nprecision = 'fp16'\nloss_scale_init = 100"),
+            "x.toml:3:19: train.loss_scale_init = 100 is not a power of two, so that taking it out of "
+            "gradients would round them; write 128");
+  EXPECT_EQ(refusal("[train]\nprecision = 'fp16_memory_efficient'\nloss_scale_min = 256"),
+            "x.toml:3:18: train.loss_scale_min = 256 is above train.loss_scale_init = 128");
   EXPECT_EQ(refusal("[parallel]\nvirtual_stages = 2"),
             "x.toml:2:18: parallel.virtual_stages = 2 needs parallel.schedule = \"interleaved\"");
   EXPECT_EQ(refusal("[parallel]\ninterleave_group = 2"),
@@ -402,6 +413,9 @@ const std::map<std::string, std::string>& other_values() {
       {"train.valid_sequences", "100"},
       {"train.log_every", "7"},
       {"train.max_skipped", "3"},
+      {"train.loss_scale_init", "256.0"},
+      {"train.loss_scale_window", "100"},
+      {"train.loss_scale_min", "0.5"},
       {"checkpoint.folder", "\"elsewhere\""},
       {"checkpoint.every", "11"},
       {"checkpoint.keep", "1"},
@@ -420,6 +434,7 @@ std::string start_of(const std::string& key) {
   const std::string data = "data.valid = 'v'\n";  // a validation needs a data set
   if (key == "data.valid") return "";
   if (key == "train.recompute_layers") return data + "train.recompute = 'selective'\n";
+  if (key.starts_with("train.loss_scale")) return data + "train.precision = 'fp16'\n";
   if (key == "parallel.split") return data + "model.layers = 12\nparallel.pipeline = 2\n";
   if (key == "parallel.virtual_stages" || key == "parallel.interleave_group")
     return data + "parallel.schedule = 'interleaved'\n";

@@ -1,6 +1,8 @@
 // The meta device foretells memory, costs and traffic of the same code on the CPU, to the byte.
+#include <initializer_list>
 #include <map>
 #include <mutex>
+#include <vector>
 
 #include <gtest/gtest.h>
 
@@ -49,7 +51,8 @@ void expect_foretold(const RunConfig& config, const MeshDegrees& degrees) {
 }
 
 TEST(Meta, ForetellsEveryRankOfALayout) {
-  for (const Precision precision : {Precision::fp32, Precision::bf16}) {
+  for (const Precision precision :
+       {Precision::fp32, Precision::bf16, Precision::fp16, Precision::fp16_memory_efficient}) {
     for (const MeshDegrees& degrees : {MeshDegrees{}, MeshDegrees{.tensor = 2}, MeshDegrees{.data = 2},
                                        MeshDegrees{.tensor = 2, .context = 1, .data = 2, .pipeline = 2}}) {
       expect_foretold(small_config(precision), degrees);
@@ -234,6 +237,34 @@ TEST(Meta, RecomputationSavesMemoryAndCostsOperations) {
   EXPECT_EQ(calls(selective, "activation_forward"), 2 * calls(none, "activation_forward"));
   EXPECT_EQ(calls(full, "attention_forward"), 2 * calls(none, "attention_forward"));
   EXPECT_EQ(2 * calls(some, "attention_forward"), 3 * calls(none, "attention_forward"));
+}
+
+// What the allocator holds for buffers of so many bytes.
+int64_t held_for(std::initializer_list<int64_t> buffers) {
+  Context context(DeviceKind::meta);
+  std::vector<Tensor> kept;
+  for (const int64_t bytes : buffers) kept.push_back(context.empty({bytes}, DType::u8));
+  return context.memory().report().live;
+}
+
+// docs/mixed-precision.md: bytes of a weight, a main gradient, and of a master (none where it is the weight)
+// and each moment.
+TEST(Meta, BytesOfAParameterUnderEveryPrecision) {
+  struct Bytes {
+    Precision precision;
+    int64_t weight, gradient, master, moment;
+  };
+  for (const Bytes& bytes : {Bytes{Precision::fp64, 8, 8, 0, 8}, Bytes{Precision::fp32, 4, 4, 0, 4},
+                             Bytes{Precision::bf16, 2, 4, 4, 4}, Bytes{Precision::fp16, 2, 4, 4, 4},
+                             Bytes{Precision::fp16_memory_efficient, 2, 4, 0, 4}}) {
+    SmallModel small(small_config(bytes.precision), DeviceKind::meta, make_meta_world(0, 1));
+    const auto live = small.context.memory().report().live_by_use;
+    const int64_t n = small.model.store().flat_values().numel();  // with the gaps of aligned starts
+    EXPECT_EQ(live[static_cast<size_t>(MemoryUse::parameters)], held_for({bytes.weight * n}));
+    EXPECT_EQ(live[static_cast<size_t>(MemoryUse::gradients)], held_for({bytes.gradient * n}));
+    EXPECT_EQ(live[static_cast<size_t>(MemoryUse::optimizer)],
+              held_for({bytes.master * n, bytes.moment * n, bytes.moment * n}));
+  }
 }
 
 // LayerNorms of the stream are made in the pass that makes the stream: a call of their own is left to the

@@ -14,7 +14,11 @@ namespace normformer {
 namespace {
 
 struct Model {
-  Model(Context& context, const Group& world, DType dtype, int64_t bucket_bytes) : store(context, dtype) {
+  Model(Context& context, const Group& world, DType dtype, int64_t bucket_bytes)
+      : Model(context, world, dtype, accumulator_of(dtype), bucket_bytes) {}
+
+  Model(Context& context, const Group& world, DType dtype, DType masters, int64_t bucket_bytes)
+      : store(context, dtype) {
     for (const auto& [name, rows, columns] : std::vector<std::tuple<std::string, int64_t, int64_t>>{
              {"a", 5, 7}, {"b", 1, 3}, {"c", 11, 2}, {"d", 4, 4}}) {
       store.declare({.name = name,
@@ -25,7 +29,7 @@ struct Model {
                      .initial = InitialValue::normal(0.5)});
     }
     store.allocate(world, {.bucket_bytes = bucket_bytes});
-    optimizer.emplace(store, Mesh(world, {.data = world.size()}));
+    optimizer.emplace(store, masters, Mesh(world, {.data = world.size()}));
     optimizer->initialise(9);
   }
 
@@ -54,9 +58,9 @@ struct Outcome {
   bool operator==(const Outcome&) const = default;
 };
 
-Outcome train(const Group& world, DType dtype, int64_t bucket_bytes) {
+Outcome train(const Group& world, DType dtype, DType masters, int64_t bucket_bytes) {
   Context context(DeviceKind::cpu);
-  Model model(context, world, dtype, bucket_bytes);
+  Model model(context, world, dtype, masters, bucket_bytes);
   Outcome outcome;
   for (int64_t update = 1; update <= 3; ++update) {
     model.store.zero_gradients();
@@ -70,13 +74,17 @@ Outcome train(const Group& world, DType dtype, int64_t bucket_bytes) {
 }
 
 TEST(ShardedOptimizer, NeitherRanksNorBucketsChangeABit) {
-  for (const DType dtype : {DType::f64, DType::f32, DType::bf16}) {
-    const Outcome expected = train(make_self_world(), dtype, 1 << 20);
+  for (const auto& [dtype, masters] : {std::pair{DType::f64, DType::f64},
+                                       {DType::f32, DType::f32},
+                                       {DType::bf16, DType::f32},
+                                       {DType::f16, DType::f32},
+                                       {DType::f16, DType::f16}}) {
+    const Outcome expected = train(make_self_world(), dtype, masters, 1 << 20);
     EXPECT_GT(expected.norm, 0.0);
     for (const int ranks : {1, 2, 3, 5}) {
       for (const int64_t bucket_bytes : {1, 200, 1 << 20}) {
         run_local_world(ranks, [&](const Group& world) {
-          EXPECT_EQ(train(world, dtype, bucket_bytes), expected)
+          EXPECT_EQ(train(world, dtype, masters, bucket_bytes), expected)
               << ranks << " ranks, buckets of " << bucket_bytes;
         });
       }
@@ -116,7 +124,7 @@ TEST(ShardedOptimizer, ATensorGroupsPartsOfAGradientAreAdded) {
     }
     const Mesh mesh(world, {.tensor = 2, .data = 2});
     store.allocate(mesh.data(), {});
-    ShardedOptimizer optimizer(store, mesh);
+    ShardedOptimizer optimizer(store, DType::f64, mesh);
     for (const Parameter& p : store.parameters())
       std::fill_n(p.gradient.data<double>(), p.numel(), static_cast<double>(1 << world.rank()));
     optimizer.reduce_gradients();
@@ -161,6 +169,24 @@ TEST(ShardedOptimizer, MastersKeepWhatSixteenBitsCannot) {
     }
   }
   EXPECT_GT(largest_difference, 0.0);
+}
+
+TEST(ShardedOptimizer, WithoutMastersTheWeightsAreTheState) {
+  Context context(DeviceKind::cpu);
+  Model model(context, make_self_world(), DType::f16, DType::f16, 1 << 20);
+  int64_t masters = 0;
+  for (const StatePiece& state : model.optimizer->state()) {
+    if (state.role != StateRole::master) {
+      EXPECT_EQ(state.piece.values.dtype(), DType::f32);
+      continue;
+    }
+    const Tensor& value = state.piece.parameter->value;
+    EXPECT_EQ(state.piece.values.dtype(), DType::f16);
+    EXPECT_EQ(state.piece.values.data<f16>(), value.data<f16>() + state.piece.range.begin);
+    masters += state.piece.range.size();
+  }
+  EXPECT_EQ(masters, model.store.owned_scalars());
+  EXPECT_THROW(Model(context, make_self_world(), DType::f16, DType::f64, 1 << 20), LogicError);
 }
 
 }  // namespace

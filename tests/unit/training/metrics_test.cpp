@@ -55,6 +55,17 @@ TEST_F(Metrics, InfinityBecomesNull) {
   EXPECT_EQ(lines[0]["skipped"], true);
 }
 
+TEST_F(Metrics, AScaledLossIsInTheLine) {
+  MetricsFile metrics(file(), {});
+  const TrainingCounters counters{.batch_index = 1, .loss_scale = {.value = 32, .overflows = 3}};
+  metrics.write_step(counters, {.skipped = true, .loss_scale = 64}, {});
+  metrics.write_step({.batch_index = 2}, {}, {});
+  const auto lines = read_lines(file());
+  EXPECT_EQ(lines[0]["loss_scale"], 64.0);  // what the step was computed with
+  EXPECT_EQ(lines[0]["overflows"], 3);
+  EXPECT_FALSE(lines[1].contains("loss_scale"));
+}
+
 TEST_F(Metrics, AFolderThatIsMissingIsNamed) {
   try {
     MetricsFile metrics(folder_ / "absent" / "metrics.jsonl", {});
