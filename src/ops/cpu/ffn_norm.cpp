@@ -65,41 +65,31 @@ struct FoldVectors {
   const T* b2;
 };
 
-/// Where one row's results go: means where there is y, sums where there is dy_scaled.
-template <class T, class A = Accumulator<T>>
-struct FoldBackwardRow {
-  const T* dy;
-  const T* y;
-  A* mean_g;
-  A* mean_gx;
-  T* dy_scaled;
-  A* u;
-  A* s;
-};
-
-template <class T, class A = Accumulator<T>>
-void fold_backward_row(int64_t columns, FoldBackwardRow<T> row, A mean, A rstd, const FoldVectors<T>& fold,
-                       A features) {
+/// Means of the row where kMeans, dy_scaled and sums over rows where kSums; what is not wanted may be null.
+template <bool kMeans, bool kSums, class T, class A = Accumulator<T>>
+void fold_backward_row(int64_t columns, const T* dy, const T* y, A mean, A rstd, const FoldVectors<T>& fold,
+                       A features, A* mean_g, A* mean_gx, T* dy_scaled, A* u, A* s) {
   const auto scale = set<A>(rstd);
   const auto shift = set<A>(rstd * mean);
   auto sum_g = zero<A>();
   auto sum_gx = zero<A>();
   for_columns<A>(columns, [&](int64_t i, auto use) HWY_ATTR {
-    const auto d = load_ahead(row.dy + i, use);
-    if (row.y != nullptr) {
+    const auto d = load_ahead(dy + i, use);
+    if constexpr (kMeans) {
       const auto e = hn::Add(load(fold.w_beta + i, use), load(fold.b2 + i, use));
       sum_g = hn::MulAdd(d, load(fold.c + i, use), sum_g);
-      sum_gx = hn::MulAdd(d, hn::Sub(load_ahead(row.y + i, use), e), sum_gx);
+      sum_gx = hn::MulAdd(d, hn::Sub(load_ahead(y + i, use), e), sum_gx);
     }
-    if (row.dy_scaled != nullptr) {
-      store(hn::MulAdd(shift, d, load(row.u + i, use)), row.u + i, use);
-      add_to(row.s + i, d, use);
-      store(hn::Mul(scale, d), row.dy_scaled + i, use);
+    if constexpr (kSums) {
+      store(hn::MulAdd(shift, d, load(u + i, use)), u + i, use);
+      add_to(s + i, d, use);
+      store(hn::Mul(scale, d), dy_scaled + i, use);
     }
   });
-  if (row.y == nullptr) return;
-  *row.mean_g = sum_lanes<A>(sum_g) / features;
-  *row.mean_gx = sum_lanes<A>(sum_gx) / features;
+  if constexpr (kMeans) {
+    *mean_g = sum_lanes<A>(sum_g) / features;
+    *mean_gx = sum_lanes<A>(sum_gx) / features;
+  }
 }
 
 void fold_backward_rows(const Tensor& dy, const Tensor& y, const Tensor& mean, const Tensor& rstd,
@@ -110,25 +100,24 @@ void fold_backward_rows(const Tensor& dy, const Tensor& y, const Tensor& mean, c
   dispatch_floating(dy.dtype(), [&]<class T>() {
     using A = Accumulator<T>;
     const FoldVectors<T> fold{c.data<A>(), w_beta.data<A>(), b2.data<T>()};
-    A* u = partials ? partials.data<A>() + block * 2 * columns : nullptr;
-    if (partials) std::fill_n(u, 2 * columns, A{0});
-    for (int64_t r = rows.begin; r < rows.end; ++r) {
-      const int64_t at = r * columns;
-      FoldBackwardRow<T> row{.dy = dy.data<T>() + at,
-                             .y = nullptr,
-                             .mean_g = nullptr,
-                             .mean_gx = nullptr,
-                             .dy_scaled = nullptr,
-                             .u = u,
-                             .s = partials ? u + columns : nullptr};
-      if (y) {
-        row.y = y.data<T>() + at;
-        row.mean_g = mean_g.data<A>() + r;
-        row.mean_gx = mean_gx.data<A>() + r;
+    const auto run = [&]<bool kMeans, bool kSums>() {
+      A* u = kSums ? partials.data<A>() + block * 2 * columns : nullptr;
+      if (kSums) std::fill_n(u, 2 * columns, A{0});
+      for (int64_t r = rows.begin; r < rows.end; ++r) {
+        const int64_t at = r * columns;
+        fold_backward_row<kMeans, kSums, T>(
+            columns, dy.data<T>() + at, kMeans ? y.data<T>() + at : nullptr, mean.data<A>()[r],
+            rstd.data<A>()[r], fold, A(features), kMeans ? mean_g.data<A>() + r : nullptr,
+            kMeans ? mean_gx.data<A>() + r : nullptr, kSums ? dy_scaled.data<T>() + at : nullptr, u,
+            kSums ? u + columns : nullptr);
       }
-      if (partials) row.dy_scaled = dy_scaled.data<T>() + at;
-      fold_backward_row<T>(columns, row, mean.data<A>()[r], rstd.data<A>()[r], fold, A(features));
-    }
+    };
+    if (!partials)
+      run.template operator()<true, false>();
+    else if (!y)
+      run.template operator()<false, true>();
+    else
+      run.template operator()<true, true>();
   });
 }
 
