@@ -17,8 +17,8 @@ void log_line(LogLevel level, std::string_view message);
 /// Also appends this process's log lines to `path`, flushing each. Throws IoError where it cannot be opened.
 void open_log_file(const std::string& path);
 
-/// Writes one line to the file of open_log_file alone, with the time; nowhere where there is none. For what is
-/// shown to people by other means.
+/// Writes one line to the file of open_log_file alone, with the time; nowhere where there is none. For what
+/// is shown to people by other means.
 void log_to_file(std::string_view message);
 
 /// Logs from the rank labelled 0 only: for what every rank would say alike.
