@@ -71,7 +71,7 @@ class Resume(unittest.TestCase):
                 for precision in ("fp32", "bf16", "fp64") if soak else (rng.choice(["fp32", "bf16"]),):
                     for _ in range(5 if soak else 1):
                         self.check(folder, degrees, precision, 60, rng)
-            for degrees, precision in (((2, 1, 1), "fp16"), ((1, 2, 1), "fp16_memory_efficient")):
+            for degrees, precision in (((2, 1, 1, {}), "fp16"), ((1, 2, 1, {}), "fp16_memory_efficient")):
                 self.check(folder, degrees, precision, 60, rng)
 
 
