@@ -106,6 +106,11 @@ void check_device(const RunConfig& c, std::vector<Conflict>& found) {
              "= {} and parallel.pipeline = {}",
              c.parallel.tensor, c.parallel.pipeline)});
   }
+  if (c.device.cuda_graphs && c.parallel.sharding != Sharding::optimizer) {
+    found.push_back({{"device.cuda_graphs", "parallel.sharding"},
+                     "device.cuda_graphs = true needs parallel.sharding = \"optimizer\": the others reduce "
+                     "gradients behind every micro-batch"});
+  }
 }
 
 void check_loss_scale(const TrainConfig& t, std::vector<Conflict>& found) {

@@ -275,6 +275,7 @@ Tensor StageOf<Stream>::forward(int64_t micro_batch, const Tensor& input,
   auto state = std::make_unique<SavedState>();
   if (batch.sequences == 0) {
     saved = std::move(state);
+    // Other replicas gather weights, of which this one holds pieces.
     for (const auto& layer : layers_) OpenValues(*store_, layer->number);
     return empty_boundary(micro_batch, !part().last);
   }

@@ -224,7 +224,7 @@ TEST(LayoutMatrix, AllPairsOfChoicesEqualOneProcess) {
 
 // What only moves work elsewhere in time changes no bit, in the types that are trained in.
 TEST(LayoutMatrix, BucketsAndRecomputationChangeNoBit) {
-  for (const Precision precision : {Precision::fp32, Precision::bf16}) {
+  for (const Precision precision : {Precision::fp32, Precision::bf16, Precision::fp16_memory_efficient}) {
     for (const Sharding sharding : kSharding) {
       Choice c{};
       c[tensor] = 1;

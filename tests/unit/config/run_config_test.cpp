@@ -230,6 +230,10 @@ TEST(RunConfig, CombinationsThatCannotRunAreRefused) {
   EXPECT_EQ(refusal("[parallel]\ntensor = 2\n[device]\ncuda_graphs = true"),
             "x.toml:4:15: device.cuda_graphs = true needs micro-batches that stay on one GPU, not "
             "parallel.tensor = 2 and parallel.pipeline = 1");
+  EXPECT_EQ(
+      refusal("[parallel]\nsharding = 'gradients'\n[device]\ncuda_graphs = true"),
+      "x.toml:4:15: device.cuda_graphs = true needs parallel.sharding = \"optimizer\": the others reduce "
+      "gradients behind every micro-batch");
   EXPECT_EQ(refusal("[train]\nrecompute_layers = 2"),
             "x.toml:2:20: train.recompute_layers = 2 needs train.recompute = \"selective\" or \"full\"");
   EXPECT_EQ(refusal("[train]\nloss_scale_window = 2"),

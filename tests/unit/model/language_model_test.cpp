@@ -140,6 +140,40 @@ TEST(LanguageModel, LogitsBehindASequenceComeFromWhicheverRankHasItsLastToken) {
   });
 }
 
+// The first moments of the first update are (1 - beta1) times the gradients that it took.
+double norm_of_what_was_taken(const RunConfig& config, StepReport& report) {
+  const MeshDegrees degrees{.tensor = 2, .data = 2};
+  double norm = 0.0;
+  run_local_world(static_cast<int>(num_ranks(degrees)), [&](const Group& world) {
+    SmallModel small(config, DeviceKind::cpu, world, degrees);
+    const StepReport mine = small.trainer.step();
+    double squares = 0.0;
+    for (const StatePiece& state : small.trainer.optimizer().state()) {
+      if (state.role != StateRole::moment1 || !state.piece.parameter->spec.owned) continue;
+      for (const double m : to_host(state.piece.values)) squares += m * m;
+    }
+    squares = world.all_reduce(squares, ReduceOp::sum);
+    if (world.rank() != 0) return;
+    norm = std::sqrt(squares) / (1.0 - config.optimizer.beta1);
+    report = mine;
+  });
+  return norm;
+}
+
+TEST(Trainer, GradientsAreClippedToTheNormAskedFor) {
+  RunConfig config = small_config(Precision::fp64);
+  StepReport report;
+  config.optimizer.clip_norm = 0.0;
+  const double unclipped = norm_of_what_was_taken(config, report);
+  EXPECT_NEAR(unclipped, report.gradient_norm, 1e-12 * unclipped);
+  config.optimizer.clip_norm = 2.0 * unclipped;
+  EXPECT_NEAR(norm_of_what_was_taken(config, report), unclipped, 1e-12 * unclipped);
+  config.optimizer.clip_norm = 0.3 * unclipped;
+  const double clipped = norm_of_what_was_taken(config, report);
+  EXPECT_NEAR(clipped, config.optimizer.clip_norm * unclipped / (unclipped + 1e-6), 1e-12 * unclipped);
+  EXPECT_NEAR(report.gradient_norm, unclipped, 1e-12 * unclipped);
+}
+
 // With a LayerNorm right behind it, fairseq's head scale has no effect where all heads are scaled alike.
 TEST(LanguageModel, ACommonFactorOnFairseqsHeadScalesIsANullDirection) {
   RunConfig config = small_config(Precision::fp64);
