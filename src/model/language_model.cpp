@@ -87,6 +87,7 @@ class StageOf final : public LanguageModelStage {
 
   Context& context() const { return *environment().context; }
   void hand_out_norms();
+  void pass_values(int64_t layer) const;
   ModelEnvironment environment_of_layer(int64_t layer) const;
   void compute_anew(const MicroBatch& batch, const Layer<Stream>& layer, LayerSaved<Stream>& saved) const;
   VocabularyRows vocabulary_rows() const;
@@ -163,6 +164,13 @@ void StageOf<Stream>::hand_out_norms() {
     next = layers_[i]->attention.norm();
   }
   first_norm_ = next;
+}
+
+// Without a micro-batch: other replicas gather weights, of which this one holds pieces.
+template <class Stream>
+void StageOf<Stream>::pass_values(int64_t layer) const {
+  store_->open_values(layer);
+  store_->close_values(layer);
 }
 
 template <class Stream>
@@ -275,8 +283,7 @@ Tensor StageOf<Stream>::forward(int64_t micro_batch, const Tensor& input,
   auto state = std::make_unique<SavedState>();
   if (batch.sequences == 0) {
     saved = std::move(state);
-    // Other replicas gather weights, of which this one holds pieces.
-    for (const auto& layer : layers_) OpenValues(*store_, layer->number);
+    for (const auto& layer : layers_) pass_values(layer->number);
     return empty_boundary(micro_batch, !part().last);
   }
   if (part().first && positions_ == nullptr && !sinusoidal_.defined()) {
@@ -321,7 +328,7 @@ Tensor StageOf<Stream>::run_backward(int64_t micro_batch, SavedState& saved, con
   if (batch.sequences == 0) {
     // Other replicas have gradients to sum.
     for (size_t i = layers_.size(); i-- > 0;) {
-      OpenValues(*store_, layers_[i]->number);
+      pass_values(layers_[i]->number);
       store_->open_gradients(layers_[i]->number);
       after_layer(i);
     }
