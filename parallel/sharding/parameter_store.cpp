@@ -136,29 +136,26 @@ void ParameterStore::allocate(const Group& data, const StoreOptions& options) {
   values_ = values.whole;
   value_pieces_ = values.pieces;
   hand_out(values, buckets_, &Bucket::values, &Bucket::value_piece, values_split);
-  for (const Bucket& b : buckets_) show_values(b);
-  if (!options.with_gradients) return;
-  const Buffers gradients =
-      make_buffers(*context_, buckets_, accumulator_of(dtype_), MemoryUse::gradients, gradients_split);
-  gradients_ = gradients.whole;
-  gradient_pieces_ = gradients.pieces;
-  hand_out(gradients, buckets_, &Bucket::gradients, &Bucket::gradient_piece, gradients_split);
-  for (const Bucket& b : buckets_) show_gradients(b);
-}
-
-// Points the bucket's parameters to where their values are; to nothing where they are not whole.
-void ParameterStore::show_values(const Bucket& bucket) {
-  for (Parameter& p : parameters_) {
-    if (intersect(p.flat_range(), bucket.flat).empty()) continue;
-    p.value = bucket.values ? bucket.values.at(p.offset - bucket.flat.begin, local_shape(p.spec)) : Tensor();
+  if (options.with_gradients) {
+    const Buffers gradients =
+        make_buffers(*context_, buckets_, accumulator_of(dtype_), MemoryUse::gradients, gradients_split);
+    gradients_ = gradients.whole;
+    gradient_pieces_ = gradients.pieces;
+    hand_out(gradients, buckets_, &Bucket::gradients, &Bucket::gradient_piece, gradients_split);
   }
+  for (const Bucket& b : buckets_) show(b);
 }
 
-void ParameterStore::show_gradients(const Bucket& bucket) {
+// Points the bucket's parameters to where their values and gradients are; to nothing where they are not
+// whole.
+void ParameterStore::show(const Bucket& bucket) {
+  const auto place = [&](const Tensor& whole, const Parameter& p) {
+    return whole ? whole.at(p.offset - bucket.flat.begin, local_shape(p.spec)) : Tensor();
+  };
   for (Parameter& p : parameters_) {
     if (intersect(p.flat_range(), bucket.flat).empty()) continue;
-    p.gradient =
-        bucket.gradients ? bucket.gradients.at(p.offset - bucket.flat.begin, local_shape(p.spec)) : Tensor();
+    p.value = place(bucket.values, p);
+    p.gradient = place(bucket.gradients, p);
   }
 }
 
@@ -175,14 +172,14 @@ void ParameterStore::open_values(int64_t unit) {
     NF_CHECK(!b.values, "the values of unit {} are opened twice", unit);
     b.values = context_->empty({b.size()}, dtype_, MemoryUse::parameters);
     data_.all_gather(*context_, b.value_piece, b.values, b.counts);
-    show_values(b);
+    show(b);
   });
 }
 
 void ParameterStore::close_values(int64_t unit) {
   for_each_split(unit, &ParameterStore::splits_values, [&](Bucket& b) {
     b.values = {};
-    show_values(b);
+    show(b);
   });
 }
 
@@ -190,7 +187,7 @@ void ParameterStore::open_gradients(int64_t unit) {
   for_each_split(unit, &ParameterStore::splits_gradients, [&](Bucket& b) {
     if (open_gradients_[static_cast<size_t>(&b - buckets_.data())]++ > 0) return;
     b.gradients = context_->zeros({b.size()}, accumulator_of(dtype_), MemoryUse::gradients);
-    show_gradients(b);
+    show(b);
   });
 }
 
@@ -203,7 +200,7 @@ void ParameterStore::reduce_gradients(int64_t unit) {
     add(*context_, sum, b.gradient_piece);
     if (--open > 0) return fill_zero(*context_, b.gradients);
     b.gradients = {};
-    show_gradients(b);
+    show(b);
   });
 }
 

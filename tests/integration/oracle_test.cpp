@@ -101,6 +101,13 @@ TEST_P(Oracle, EveryLayoutFp32) {
   }
 }
 
+void expect_agreement_in_fp64(const std::string& name, const std::vector<OracleLayout>& layouts) {
+  const OracleFixture fixture = load_oracle_fixture(name);
+  for (const OracleLayout& layout : layouts) {
+    EXPECT_EQ(run_on(fixture, layout, 1e-9), std::vector<std::string>{}) << to_string(layout);
+  }
+}
+
 // Schedules, with one and several parts a rank, alone and beside other axes.
 std::vector<OracleLayout> schedule_layouts() {
   std::vector<OracleLayout> layouts;
@@ -126,12 +133,7 @@ std::vector<OracleLayout> schedule_layouts() {
   return layouts;
 }
 
-TEST_P(Oracle, EveryScheduleFp64) {
-  const OracleFixture fixture = load_oracle_fixture(GetParam());
-  for (const OracleLayout& layout : schedule_layouts()) {
-    EXPECT_EQ(run_on(fixture, layout, 1e-9), std::vector<std::string>{}) << to_string(layout);
-  }
-}
+TEST_P(Oracle, EveryScheduleFp64) { expect_agreement_in_fp64(GetParam(), schedule_layouts()); }
 
 // What replicas split, alone and beside other axes; 4 sequences over 3 replicas leave one an empty
 // micro-batch.
@@ -154,12 +156,7 @@ std::vector<OracleLayout> sharding_layouts() {
   return layouts;
 }
 
-TEST_P(Oracle, EveryShardingFp64) {
-  const OracleFixture fixture = load_oracle_fixture(GetParam());
-  for (const OracleLayout& layout : sharding_layouts()) {
-    EXPECT_EQ(run_on(fixture, layout, 1e-9), std::vector<std::string>{}) << to_string(layout);
-  }
-}
+TEST_P(Oracle, EveryShardingFp64) { expect_agreement_in_fp64(GetParam(), sharding_layouts()); }
 
 // The residual stream dealt out to the tensor group, alone and beside other axes; with sizes that do not
 // divide.

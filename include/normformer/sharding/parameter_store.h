@@ -83,7 +83,6 @@ class ParameterStore {
 
   const std::deque<Parameter>& parameters() const { return parameters_; }
   const std::vector<Bucket>& buckets() const { return buckets_; }
-  bool has_gradients() const { return options_.with_gradients; }
   DType dtype() const { return dtype_; }
   Context& context() const { return *context_; }
 
@@ -107,8 +106,7 @@ class ParameterStore {
   const Bucket& bucket_of(const Parameter& parameter) const;
   template <class Body>
   void for_each_split(int64_t unit, bool (ParameterStore::*splits)(const Bucket&) const, Body&& body);
-  void show_values(const Bucket& bucket);
-  void show_gradients(const Bucket& bucket);
+  void show(const Bucket& bucket);
 
   Context* context_;
   DType dtype_;
