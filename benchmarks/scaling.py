@@ -2,7 +2,7 @@
 """Weak and strong scaling of a configuration over ranks, and one model beside another, in one table.
 
     scaling.py CONFIG --ranks 1,2,4 [--axis data|tensor|pipeline] [--mode strong|weak|both] [--updates 12]
-               [--beside CONFIG] [--repeats 3] [--hosts a:8,b:8] [--program build/cpu/src/app/normformer]
+               [--beside CONFIG] [--repeats 3] [--others 1] [--hosts a:8,b:8] [--program build/cpu/src/app/normformer]
                [--set section.key=value ...]
 
 Strong scaling keeps the global batch, weak scaling multiplies it by the ranks (and with it the work). Ranks go along one
