@@ -7,6 +7,9 @@
 #include "normformer/core/error.h"
 #include "normformer/tensor/dispatch.h"
 
+#include "collective.h"
+#include "progress.h"
+
 namespace normformer {
 
 namespace detail {
@@ -18,7 +21,7 @@ void GroupImpl::broadcast(std::byte* data, int64_t bytes, int root) {
   for (int r = 0; r < size() && rank() == root; ++r) {
     if (r != root) sends.push_back({r, data, bytes});
   }
-  exchange(sends, receives);
+  exchange(sends, receives, next_exchange());
 }
 
 void GroupImpl::barrier() {
@@ -29,7 +32,7 @@ void GroupImpl::barrier() {
     sends.push_back({r, nullptr, 0});
     receives.push_back({r, nullptr, 0});
   }
-  exchange(sends, receives);
+  exchange(sends, receives, next_exchange());
 }
 
 namespace {
@@ -39,8 +42,12 @@ namespace {
 void GroupImpl::exchange_on_gpu(Context&, std::span<const Outgoing>, std::span<const Incoming>) {
   reaches_no_gpu();
 }
+std::unique_ptr<Transfer> GroupImpl::start_exchange_on_gpu(Context&, std::span<const Outgoing>,
+                                                           std::span<const Incoming>) {
+  reaches_no_gpu();
+}
 void GroupImpl::broadcast_on_gpu(Context&, std::byte*, int64_t, int) { reaches_no_gpu(); }
-std::unique_ptr<SendRequest::Impl> GroupImpl::send_on_gpu(Context&, const Tensor&, int, int) {
+std::unique_ptr<CommRequest::Impl> GroupImpl::send_on_gpu(Context&, const Tensor&, int, int) {
   reaches_no_gpu();
 }
 void GroupImpl::receive_on_gpu(Context&, const Tensor&, int, int) { reaches_no_gpu(); }
@@ -49,107 +56,18 @@ void GroupImpl::receive_on_gpu(Context&, const Tensor&, int, int) { reaches_no_g
 
 namespace {
 
+using detail::Collective;
+using detail::Inbox;
+using detail::peers_of;
+using detail::Round;
+
 // Up to this many bytes over all ranks, sending everything to everybody in one round is cheaper than a second
 // round. The sums have the same bits either way.
 constexpr int64_t kOneRoundBytes = 64 << 10;
 
 std::byte* bytes_of(const Tensor& tensor) { return static_cast<std::byte*>(tensor.raw()); }
 
-// The tensors of one exchange; empty ones are left out on both sides. What lies on a GPU goes by way of the
-// host where the transport cannot reach it.
-class Moves {
- public:
-  Moves(Context& context, detail::GroupImpl& impl)
-      : context_(context), impl_(impl), stages_(context.is_cuda() && !impl.moves_gpu_memory()) {}
-
-  void send(int to, const Tensor& tensor) {
-    if (!wanted(tensor)) return;
-    const Tensor from = stages_ ? staged(tensor) : tensor;
-    sends_.push_back({to, bytes_of(from), from.nbytes()});
-  }
-  void receive(int from, const Tensor& tensor) {
-    if (!wanted(tensor)) return;
-    Tensor to = tensor;
-    if (stages_) {
-      to = context_.host().empty(tensor.shape(), tensor.dtype(), MemoryUse::communication);
-      arrivals_.push_back({to, tensor});
-    }
-    receives_.push_back({from, bytes_of(to), to.nbytes()});
-  }
-  void run() {
-    if (sends_.empty() && receives_.empty()) return;
-    if (context_.is_cuda() && !stages_) return impl_.exchange_on_gpu(context_, sends_, receives_);
-    impl_.exchange(sends_, receives_);
-    for (const auto& [host, gpu] : arrivals_) copy(context_, host, gpu);
-  }
-
- private:
-  static bool wanted(const Tensor& tensor) {
-    return tensor.device() != DeviceKind::meta && tensor.numel() > 0;
-  }
-
-  // A tensor that goes to several ranks is copied once.
-  Tensor staged(const Tensor& tensor) {
-    for (const auto& [gpu, host] : departures_) {
-      if (gpu.raw() == tensor.raw() && gpu.nbytes() == tensor.nbytes()) return host;
-    }
-    departures_.push_back({tensor, on_host(context_, tensor)});
-    return departures_.back().second;
-  }
-
-  Context& context_;
-  detail::GroupImpl& impl_;
-  bool stages_;
-  std::vector<std::pair<Tensor, Tensor>> departures_;
-  std::vector<std::pair<Tensor, Tensor>> arrivals_;
-  std::vector<detail::Outgoing> sends_;
-  std::vector<detail::Incoming> receives_;
-};
-
-// The other ranks of a group, each rank starting with its neighbour so that not all write to one at once.
-std::vector<int> peers_of(const detail::GroupImpl& impl) {
-  std::vector<int> peers;
-  for (int i = 1; i < impl.size(); ++i) peers.push_back((impl.rank() + i) % impl.size());
-  return peers;
-}
-
-// What the other ranks hold of one rank's piece, a row each in the order of ranks.
-class Inbox {
- public:
-  Inbox(Context& context, const detail::GroupImpl& impl, const Tensor& own)
-      : rank_(impl.rank()),
-        size_(impl.size()),
-        own_(own.flat(0, own.numel())),
-        rows_(context.empty({impl.size() - 1, own.numel()}, own.dtype(), MemoryUse::communication)) {}
-
-  Tensor from(int peer) const {
-    if (peer == rank_) return own_;
-    const int64_t row = peer < rank_ ? peer : peer - 1;
-    return rows_.flat(row * own_.numel(), own_.numel());
-  }
-
-  std::vector<Tensor> all() const {
-    std::vector<Tensor> pieces;
-    for (int r = 0; r < size_; ++r) pieces.push_back(from(r));
-    return pieces;
-  }
-
- private:
-  int rank_;
-  int size_;
-  Tensor own_;
-  Tensor rows_;
-};
-
 double larger_or_nan(double a, double b) { return b > a || std::isnan(b) ? b : a; }
-
-void combine(Context& context, ReduceOp op, const Inbox& inbox, const Tensor& out) {
-  if (inbox.all().size() == 1) return copy(context, inbox.all().front(), out);
-  if (op == ReduceOp::sum)
-    sum_in_order(context, inbox.all(), out);
-  else
-    max_in_order(context, inbox.all(), out);
-}
 
 // A whole and its cut into one piece a rank, in their order; checks that they fill it.
 class Pieces {
@@ -203,7 +121,8 @@ Group::Group(std::unique_ptr<detail::GroupImpl> impl, GroupMembers members,
              std::shared_ptr<TrafficLedger> ledger)
     : impl_(std::move(impl)),
       members_(std::make_shared<GroupMembers>(std::move(members))),
-      ledger_(std::move(ledger)) {
+      ledger_(std::move(ledger)),
+      progress_(std::make_shared<detail::Progress>()) {
   NF_CHECK(static_cast<int>(world_ranks().size()) == size(), "{} members in group {} of {} ranks",
            world_ranks().size(), name(), size());
 }
@@ -229,15 +148,115 @@ void Group::check(const Context& context, const Tensor& tensor) const {
            to_string(tensor), name());
 }
 
-void Group::all_reduce(Context& context, const Tensor& tensor, ReduceOp op) const {
-  all_reduce_together(context, {&tensor, 1}, op);
+namespace {
+
+Collective plan_all_reduce(Context& context, detail::GroupImpl& impl, std::span<const Tensor> tensors,
+                           ReduceOp op, int64_t bytes) {
+  Collective collective(context, impl);
+  const bool one_round = bytes <= kOneRoundBytes / impl.size();
+  const auto piece = [&](const Tensor& tensor, int r) {
+    const Range cut = one_round ? Range{0, tensor.numel()} : even_part(tensor.numel(), impl.size(), r);
+    return tensor.flat(cut.begin, cut.size());
+  };
+  const std::vector<int> peers = peers_of(impl);
+  Round& scatter = collective.add_round();
+  for (const Tensor& tensor : tensors) {
+    const Tensor own = piece(tensor, impl.rank());
+    Inbox inbox(context, impl, own);
+    for (const int peer : peers) {
+      scatter.send(peer, piece(tensor, peer));
+      scatter.receive(peer, inbox.from(peer));
+    }
+    scatter.combine(op, std::move(inbox), own);
+  }
+  if (one_round) return collective;
+  Round& gather = collective.add_round();
+  for (const Tensor& tensor : tensors) {
+    for (const int peer : peers) {
+      gather.send(peer, piece(tensor, impl.rank()));
+      gather.receive(peer, piece(tensor, peer));
+    }
+  }
+  return collective;
 }
 
-void Group::all_reduce_sum(Context& context, std::span<const Tensor> tensors) const {
-  all_reduce_together(context, tensors, ReduceOp::sum);
+Collective plan_reduce_scatter(Context& context, detail::GroupImpl& impl, std::span<const RowShare> tensors,
+                               std::span<const int64_t> rows) {
+  Collective collective(context, impl);
+  Round& round = collective.add_round();
+  for (const RowShare& share : tensors) {
+    const Pieces pieces(share, rows, impl.size(), impl.rank());
+    Inbox inbox(context, impl, pieces.of(impl.rank()));
+    for (const int peer : peers_of(impl)) {
+      round.send(peer, pieces.of(peer));
+      round.receive(peer, inbox.from(peer));
+    }
+    round.combine(ReduceOp::sum, std::move(inbox), pieces.part());
+  }
+  return collective;
 }
 
-void Group::all_reduce_together(Context& context, std::span<const Tensor> tensors, ReduceOp op) const {
+Collective plan_all_gather(Context& context, detail::GroupImpl& impl, std::span<const RowShare> tensors,
+                           std::span<const int64_t> rows) {
+  Collective collective(context, impl);
+  Round& round = collective.add_round();
+  for (const RowShare& share : tensors) {
+    const Pieces pieces(share, rows, impl.size(), impl.rank());
+    copy(context, pieces.part(), pieces.of(impl.rank()));
+    for (const int peer : peers_of(impl)) {
+      round.send(peer, pieces.of(impl.rank()));
+      round.receive(peer, pieces.of(peer));
+    }
+  }
+  return collective;
+}
+
+}  // namespace
+
+void Group::run(Context& context, std::string_view kind, int64_t bytes, Collective collective) const {
+  if (size() > 1) record(kind, bytes);
+  const TraceScope scope = trace(context, kind, bytes);
+  collective.run(context);
+}
+
+namespace {
+
+// What was started; traces show for how long it is waited for.
+class TracedRequest final : public CommRequest::Impl {
+ public:
+  TracedRequest(Context& context, std::string_view kind, TraceDetails details,
+                std::unique_ptr<CommRequest::Impl> started)
+      : context_(&context), kind_(kind), details_(details), started_(std::move(started)) {}
+  void wait() override {
+    const TraceScope scope(*context_, TraceKind::communication, "wait for", kind_, details_);
+    started_->wait();
+  }
+  bool test() override { return started_->test(); }
+
+ private:
+  Context* context_;
+  std::string_view kind_;
+  TraceDetails details_;
+  std::unique_ptr<CommRequest::Impl> started_;
+};
+
+}  // namespace
+
+CommRequest Group::start(Context& context, std::string_view kind, int64_t bytes,
+                         Collective collective) const {
+  if (size() > 1) record(kind, bytes);
+  const TraceScope scope = trace(context, kind, bytes);
+  return traced(context, kind, bytes,
+                detail::start_collective(context, impl_, progress_, std::move(collective)));
+}
+
+CommRequest Group::traced(Context& context, std::string_view kind, int64_t bytes,
+                          std::unique_ptr<CommRequest::Impl> started) const {
+  return CommRequest(std::make_unique<TracedRequest>(
+      context, kind, TraceDetails{.bytes = bytes, .group = name()}, std::move(started)));
+}
+
+int64_t Group::check_summands(const Context& context, std::span<const Tensor> tensors, ReduceOp op) const {
   int64_t bytes = 0;
   for (const Tensor& tensor : tensors) {
     check(context, tensor);
@@ -245,40 +264,7 @@ void Group::all_reduce_together(Context& context, std::span<const Tensor> tensor
              "no {} of {} over ranks", op == ReduceOp::sum ? "sum" : "maximum", to_string(tensor));
     bytes += tensor.nbytes();
   }
-  if (size() == 1) return;
-  record("all_reduce", bytes);
-  const TraceScope scope = trace(context, "all_reduce", bytes);
-
-  const bool one_round = bytes <= kOneRoundBytes / size();
-  const auto piece = [&](const Tensor& tensor, int r) {
-    const Range cut = one_round ? Range{0, tensor.numel()} : even_part(tensor.numel(), size(), r);
-    return tensor.flat(cut.begin, cut.size());
-  };
-  const std::vector<int> peers = peers_of(*impl_);
-  {
-    std::vector<Inbox> inboxes;
-    Moves moves(context, *impl_);
-    for (const Tensor& tensor : tensors) {
-      inboxes.emplace_back(context, *impl_, piece(tensor, rank()));
-      for (const int peer : peers) {
-        moves.send(peer, piece(tensor, peer));
-        moves.receive(peer, inboxes.back().from(peer));
-      }
-    }
-    moves.run();
-    for (size_t t = 0; t < tensors.size(); ++t) {
-      combine(context, op, inboxes[t], piece(tensors[t], rank()));
-    }
-  }
-  if (one_round) return;
-  Moves moves(context, *impl_);
-  for (const Tensor& tensor : tensors) {
-    for (const int peer : peers) {
-      moves.send(peer, piece(tensor, rank()));
-      moves.receive(peer, piece(tensor, peer));
-    }
-  }
-  moves.run();
+  return bytes;
 }
 
 int64_t Group::check_shares(const Context& context, std::span<const RowShare> tensors) const {
@@ -291,32 +277,54 @@ int64_t Group::check_shares(const Context& context, std::span<const RowShare> te
   return bytes;
 }
 
+void Group::all_reduce_together(Context& context, std::span<const Tensor> tensors, ReduceOp op) const {
+  const int64_t bytes = check_summands(context, tensors, op);
+  if (size() > 1) run(context, "all_reduce", bytes, plan_all_reduce(context, *impl_, tensors, op, bytes));
+}
+
+void Group::all_reduce(Context& context, const Tensor& tensor, ReduceOp op) const {
+  all_reduce_together(context, {&tensor, 1}, op);
+}
+
+void Group::all_reduce_sum(Context& context, std::span<const Tensor> tensors) const {
+  all_reduce_together(context, tensors, ReduceOp::sum);
+}
+
+CommRequest Group::start_all_reduce_sum(Context& context, const Tensor& tensor) const {
+  const std::span<const Tensor> one(&tensor, 1);
+  const int64_t bytes = check_summands(context, one, ReduceOp::sum);
+  if (size() == 1) return {};
+  return start(context, "all_reduce", bytes, plan_all_reduce(context, *impl_, one, ReduceOp::sum, bytes));
+}
+
+void Group::reduce_scatter_rows(Context& context, std::span<const RowShare> tensors,
+                                std::span<const int64_t> rows) const {
+  const int64_t bytes = check_shares(context, tensors);
+  run(context, "reduce_scatter", bytes, plan_reduce_scatter(context, *impl_, tensors, rows));
+}
+
+CommRequest Group::start_reduce_scatter_rows(Context& context, std::span<const RowShare> tensors,
+                                             std::span<const int64_t> rows) const {
+  const int64_t bytes = check_shares(context, tensors);
+  return start(context, "reduce_scatter", bytes, plan_reduce_scatter(context, *impl_, tensors, rows));
+}
+
 void Group::reduce_scatter_sum(Context& context, const Tensor& whole, const Tensor& part,
                                std::span<const int64_t> counts) const {
   const RowShare share = by_elements(whole, part);
   reduce_scatter_rows(context, {&share, 1}, counts);
 }
 
-void Group::reduce_scatter_rows(Context& context, std::span<const RowShare> tensors,
-                                std::span<const int64_t> rows) const {
-  const int64_t bytes = check_shares(context, tensors);
-  if (size() > 1) record("reduce_scatter", bytes);
-  const TraceScope scope = trace(context, "reduce_scatter", bytes);
+CommRequest Group::start_reduce_scatter_sum(Context& context, const Tensor& whole, const Tensor& part,
+                                            std::span<const int64_t> counts) const {
+  const RowShare share = by_elements(whole, part);
+  return start_reduce_scatter_rows(context, {&share, 1}, counts);
+}
 
-  std::vector<Inbox> inboxes;
-  std::vector<Tensor> parts;
-  Moves moves(context, *impl_);
-  for (const RowShare& share : tensors) {
-    const Pieces pieces(share, rows, size(), rank());
-    inboxes.emplace_back(context, *impl_, pieces.of(rank()));
-    parts.push_back(pieces.part());
-    for (const int peer : peers_of(*impl_)) {
-      moves.send(peer, pieces.of(peer));
-      moves.receive(peer, inboxes.back().from(peer));
-    }
-  }
-  moves.run();
-  for (size_t t = 0; t < parts.size(); ++t) combine(context, ReduceOp::sum, inboxes[t], parts[t]);
+void Group::all_gather_rows(Context& context, std::span<const RowShare> tensors,
+                            std::span<const int64_t> rows) const {
+  const int64_t bytes = check_shares(context, tensors);
+  run(context, "all_gather", bytes, plan_all_gather(context, *impl_, tensors, rows));
 }
 
 void Group::all_gather(Context& context, const Tensor& part, const Tensor& whole,
@@ -325,22 +333,11 @@ void Group::all_gather(Context& context, const Tensor& part, const Tensor& whole
   all_gather_rows(context, {&share, 1}, counts);
 }
 
-void Group::all_gather_rows(Context& context, std::span<const RowShare> tensors,
-                            std::span<const int64_t> rows) const {
-  const int64_t bytes = check_shares(context, tensors);
-  if (size() > 1) record("all_gather", bytes);
-  const TraceScope scope = trace(context, "all_gather", bytes);
-
-  Moves moves(context, *impl_);
-  for (const RowShare& share : tensors) {
-    const Pieces pieces(share, rows, size(), rank());
-    copy(context, pieces.part(), pieces.of(rank()));
-    for (const int peer : peers_of(*impl_)) {
-      moves.send(peer, pieces.of(rank()));
-      moves.receive(peer, pieces.of(peer));
-    }
-  }
-  moves.run();
+CommRequest Group::start_all_gather(Context& context, const Tensor& part, const Tensor& whole,
+                                    std::span<const int64_t> counts) const {
+  const RowShare share = by_elements(whole, part);
+  const int64_t bytes = check_shares(context, {&share, 1});
+  return start(context, "all_gather", bytes, plan_all_gather(context, *impl_, {&share, 1}, counts));
 }
 
 void Group::broadcast(Context& context, const Tensor& tensor, int root) const {
@@ -361,7 +358,7 @@ void Group::broadcast(Context& context, const Tensor& tensor, int root) const {
 namespace {
 
 // A message on the meta device: it holds the tensor as long as a real one would.
-class AccountedSend final : public SendRequest::Impl {
+class AccountedSend final : public CommRequest::Impl {
  public:
   explicit AccountedSend(Tensor tensor) : tensor_(std::move(tensor)) {}
   void wait() override { tensor_ = {}; }
@@ -372,24 +369,29 @@ class AccountedSend final : public SendRequest::Impl {
 
 }  // namespace
 
-SendRequest Group::send(Context& context, const Tensor& tensor, int to, int tag) const {
+CommRequest Group::send(Context& context, const Tensor& tensor, int to, int tag) const {
   check(context, tensor);
   NF_CHECK(to >= 0 && to < size() && tag >= 0 && tag <= kMaxTag, "rank {} and tag {} in group {} of {} ranks",
            to, tag, name(), size());
   record("send", tensor.nbytes(), to, tag);
   const TraceScope scope = trace(context, "send", tensor.nbytes());
-  if (context.is_meta()) return SendRequest(std::make_unique<AccountedSend>(tensor));
+  if (context.is_meta()) return CommRequest(std::make_unique<AccountedSend>(tensor));
   if (context.is_cuda() && impl_->moves_gpu_memory()) {
-    return SendRequest(impl_->send_on_gpu(context, tensor, to, tag));
+    return CommRequest(impl_->send_on_gpu(context, tensor, to, tag));
   }
-  return SendRequest(impl_->send(on_host(context, tensor), to, tag));
+  auto message = impl_->send(on_host(context, tensor), to, tag);
+  if (progress_->is_running() && !message->test())
+    return CommRequest(detail::watch_message(context, progress_, std::move(message)));
+  return CommRequest(std::move(message));
 }
 
-void Group::receive(Context& context, const Tensor& tensor, int from, int tag) const {
+void Group::check_receive(const Context& context, const Tensor& tensor, int from, int tag) const {
   check(context, tensor);
   NF_CHECK(from >= 0 && from < size() && tag >= 0 && tag <= kMaxTag,
            "rank {} and tag {} in group {} of {} ranks", from, tag, name(), size());
-  record("receive", tensor.nbytes(), from, tag);
+}
+
+void Group::receive_now(Context& context, const Tensor& tensor, int from, int tag) const {
   const TraceScope scope = trace(context, "receive", tensor.nbytes());
   if (context.is_meta()) return;
   if (context.is_cuda() && impl_->moves_gpu_memory()) {
@@ -398,6 +400,61 @@ void Group::receive(Context& context, const Tensor& tensor, int from, int tag) c
   const Tensor host = context.is_cuda() ? context.host().empty(tensor.shape(), tensor.dtype()) : tensor;
   impl_->receive(bytes_of(host), host.nbytes(), from, tag);
   if (context.is_cuda()) copy(context, host, tensor);
+}
+
+void Group::receive(Context& context, const Tensor& tensor, int from, int tag) const {
+  check_receive(context, tensor, from, tag);
+  record("receive", tensor.nbytes(), from, tag);
+  receive_now(context, tensor, from, tag);
+}
+
+namespace {
+
+// What is done where it is waited for.
+class LaterRequest final : public CommRequest::Impl {
+ public:
+  explicit LaterRequest(std::function<void()> act) : act_(std::move(act)) {}
+  void wait() override { act_(); }
+
+ private:
+  std::function<void()> act_;
+};
+
+}  // namespace
+
+CommRequest Group::start_receive(Context& context, const Tensor& tensor, int from, int tag) const {
+  check_receive(context, tensor, from, tag);
+  record("receive", tensor.nbytes(), from, tag);
+  if (context.device() != DeviceKind::cpu || size() == 1) {
+    return CommRequest(std::make_unique<LaterRequest>(
+        [group = *this, &context, tensor, from, tag] { group.receive_now(context, tensor, from, tag); }));
+  }
+  auto transfer = impl_->start_receive(bytes_of(tensor), tensor.nbytes(), from, tag);
+  return traced(
+      context, "receive", tensor.nbytes(),
+      detail::start_transfer(context, progress_, std::move(transfer), std::make_shared<Tensor>(tensor)));
+}
+
+CommRequest Group::start_gather(Context& context, std::span<const double> mine,
+                                std::vector<double>& all) const {
+  const size_t count = mine.size();
+  all.clear();
+  for (int r = 0; r < size(); ++r) all.insert(all.end(), mine.begin(), mine.end());
+  if (size() == 1) return {};
+  const auto bytes = static_cast<int64_t>(mine.size_bytes());
+  record("control", bytes);
+  if (is_meta()) return {};
+  auto kept = std::make_shared<std::vector<double>>(mine.begin(), mine.end());
+  std::vector<detail::Outgoing> sends;
+  std::vector<detail::Incoming> receives;
+  for (const int peer : peers_of(*impl_)) {
+    sends.push_back({peer, reinterpret_cast<const std::byte*>(kept->data()), bytes});
+    double* theirs = all.data() + static_cast<size_t>(peer) * count;
+    receives.push_back({peer, reinterpret_cast<std::byte*>(theirs), bytes});
+  }
+  auto transfer = impl_->start_exchange(sends, receives, impl_->next_exchange());
+  return traced(context, "control", bytes,
+                detail::start_transfer(context, progress_, std::move(transfer), std::move(kept)));
 }
 
 void Group::barrier() const {
@@ -416,7 +473,7 @@ std::vector<T> Group::gather_values(T mine) const {
     sends.push_back({peer, reinterpret_cast<const std::byte*>(&mine), sizeof(T)});
     receives.push_back({peer, reinterpret_cast<std::byte*>(&all[static_cast<size_t>(peer)]), sizeof(T)});
   }
-  impl_->exchange(sends, receives);
+  impl_->exchange(sends, receives, impl_->next_exchange());
   return all;
 }
 
@@ -438,7 +495,7 @@ std::vector<std::string> Group::gather_text(const std::string& mine) const {
         {peer, reinterpret_cast<const std::byte*>(mine.data()), static_cast<int64_t>(mine.size())});
     receives.push_back({peer, reinterpret_cast<std::byte*>(text.data()), static_cast<int64_t>(text.size())});
   }
-  impl_->exchange(sends, receives);
+  impl_->exchange(sends, receives, impl_->next_exchange());
   return all;
 }
 
@@ -487,7 +544,9 @@ Group Group::form(std::span<const SplitChoice> choices, std::string name) const 
   if (impl == nullptr) return {};
   std::vector<int> world;
   for (const int r : members) world.push_back(world_ranks()[static_cast<size_t>(r)]);
-  return Group(std::move(impl), {std::move(name), std::move(world)}, ledger_);
+  Group made(std::move(impl), {std::move(name), std::move(world)}, ledger_);
+  made.progress_ = progress_;
+  return made;
 }
 
 }  // namespace normformer

@@ -101,7 +101,7 @@ class ScheduleRun {
   struct Sent {
     int64_t to;
     int64_t received_at;  // the place in the receiver's list
-    SendRequest request;
+    CommRequest request;
   };
 
   Stage& part(const Action& action) { return *parts_[static_cast<size_t>(action.chunk)]; }
@@ -197,7 +197,7 @@ class ForwardRun {
     for (int64_t begin = 0; begin < wiring_.micro_batches; begin += group)
       for (int64_t c = 0; c < wiring_.chunks; ++c)
         for (int64_t m = begin; m < std::min(begin + group, wiring_.micro_batches); ++m) forward(m, c);
-    for (SendRequest& request : sent_) request.wait();
+    for (CommRequest& request : sent_) request.wait();
   }
 
  private:
@@ -233,7 +233,7 @@ class ForwardRun {
   std::span<ForwardStage* const> parts_;
   int64_t rank_;
   Schedule wiring_;  // sizes only: who sends to whom
-  std::deque<SendRequest> sent_;
+  std::deque<CommRequest> sent_;
   OwnMessages own_;
 };
 

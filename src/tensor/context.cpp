@@ -56,6 +56,15 @@ void CostLedger::record(std::string_view operation, int64_t flops, int64_t bytes
   latest_ = {1, flops, bytes};
 }
 
+void CostLedger::add(const CostLedger& other) {
+  for (const auto& [name, cost] : other.operations_) {
+    OperationCost& mine = operations_[name];
+    mine.calls += cost.calls;
+    mine.flops += cost.flops;
+    mine.bytes += cost.bytes;
+  }
+}
+
 int64_t CostLedger::total_flops() const {
   int64_t total = 0;
   for (const auto& [name, cost] : operations_) total += cost.flops;

@@ -1,6 +1,7 @@
 #include "normformer/tensor/trace.h"
 
 #include <algorithm>
+#include <chrono>
 
 #include <fmt/format.h>
 
@@ -31,6 +32,8 @@ std::string_view name_of(TraceLane lane) {
       return "host";
     case TraceLane::gpu_compute:
       return "GPU: compute";
+    case TraceLane::gpu_collectives:
+      return "GPU: collectives";
     case TraceLane::gpu_messages_up:
       return "GPU: messages up";
     case TraceLane::gpu_messages_down:

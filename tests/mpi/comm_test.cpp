@@ -125,7 +125,7 @@ TEST(MpiTransport, ARequestWaitsWhereItIsDropped) {
   if (mpi_world().rank() == 0) {
     std::vector<float> values(kElements, 3.0F);
     {
-      const SendRequest dropped =
+      const CommRequest dropped =
           mpi_world().send(context, from_host<float>(context, values, {kElements}), 1, 9);
     }
   }

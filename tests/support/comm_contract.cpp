@@ -259,7 +259,7 @@ void messages_keep_order_and_tags(const Group& world) {
   const int next = (world.rank() + 1) % world.size();
   const int previous = (world.rank() + world.size() - 1) % world.size();
   for (const int64_t count : kCounts) {
-    std::vector<SendRequest> requests;
+    std::vector<CommRequest> requests;
     // The tensors go out of scope at once: the message keeps them.
     for (const int tag : {5, 0, 5, Group::kMaxTag}) {
       const auto number = static_cast<int64_t>(requests.size());
@@ -276,7 +276,7 @@ void messages_keep_order_and_tags(const Group& world) {
       EXPECT_EQ(wrong_bits<float>(tensor, expected), 0)
           << count << " elements, tag " << tag << ", message " << number;
     }
-    for (SendRequest& request : requests) request.wait();
+    for (CommRequest& request : requests) request.wait();
     requests.front().wait();
   }
 }
@@ -285,7 +285,7 @@ void messages_do_not_meet_collectives(const Group& world) {
   Context context(contract_device);
   const int next = (world.rank() + 1) % world.size();
   const int previous = (world.rank() + world.size() - 1) % world.size();
-  SendRequest request = world.send(context, make<double>(context, world.rank(), 100), next, 0);
+  CommRequest request = world.send(context, make<double>(context, world.rank(), 100), next, 0);
   const Tensor sum = make<double>(context, world.rank(), 100);
   world.all_reduce(context, sum, ReduceOp::sum);
   world.barrier();
@@ -294,6 +294,82 @@ void messages_do_not_meet_collectives(const Group& world) {
   request.wait();
   EXPECT_EQ(wrong_bits<double>(sum, [&](int64_t i) { return expected_sum<double>(world.size(), i); }), 0);
   EXPECT_EQ(wrong_bits<double>(received, [&](int64_t i) { return value_at(previous, i); }), 0);
+}
+
+// Many under way together, in two groups, waited for in another order than started, with calls that wait and
+// messages between: each has the bits of the call that waits.
+void started_collectives_run_side_by_side(const Group& world) {
+  Context context(contract_device);
+  const Group copy_of_world = world.split({0, world.rank()}, "copy");
+  const int ranks = world.size();
+  const int next = (world.rank() + 1) % ranks;
+  const int previous = (world.rank() + ranks - 1) % ranks;
+  for (const int64_t count : kCounts) {
+    std::vector<int64_t> counts;
+    for (int r = 0; r < ranks; ++r) counts.push_back(even_part(count, ranks, r).size());
+    const Range mine = even_part(count, ranks, world.rank());
+    const auto sum = [&](int64_t i) { return expected_sum<float>(ranks, i); };
+
+    const Tensor message = make<float>(context, 99, count);
+    const Tensor reduced = make<float>(context, world.rank(), count);
+    const Tensor scattered = make<float>(context, world.rank(), count);
+    const Tensor gathered = make<float>(context, world.rank(), count);
+    const Tensor elsewhere = make<float>(context, world.rank(), count);
+    const Tensor at_once = make<float>(context, world.rank(), count);
+    std::vector<CommRequest> started;
+    started.push_back(world.send(context, make<float>(context, world.rank(), count), next, 2));
+    if (ranks > 1) started.push_back(world.start_receive(context, message, previous, 2));
+    started.push_back(world.start_all_reduce_sum(context, reduced));
+    started.push_back(
+        world.start_reduce_scatter_sum(context, scattered, scattered.flat(mine.begin, mine.size()), counts));
+    started.push_back(copy_of_world.start_all_reduce_sum(context, elsewhere));
+    world.all_reduce(context, at_once, ReduceOp::sum);
+    EXPECT_EQ(wrong_bits<float>(at_once, sum), 0);
+    started.push_back(
+        world.start_all_gather(context, gathered.flat(mine.begin, mine.size()), gathered, counts));
+    std::vector<double> numbers;
+    started.push_back(world.start_gather(
+        context, std::vector<double>{value_at(world.rank(), 1), value_at(world.rank(), 2)}, numbers));
+    world.barrier();
+    if (ranks == 1) world.receive(context, message, previous, 2);
+    for (size_t i = started.size(); i-- > 0;) started[i].wait();
+
+    EXPECT_EQ(wrong_bits<float>(reduced, sum), 0) << count;
+    EXPECT_EQ(wrong_bits<float>(elsewhere, sum), 0) << count;
+    EXPECT_EQ(wrong_bits<float>(scattered.flat(mine.begin, mine.size()),
+                                [&](int64_t i) { return sum(mine.begin + i); }),
+              0)
+        << count;
+    const auto whose = [&](int64_t i) {
+      int r = 0;
+      while (!even_part(count, ranks, r).contains(i)) ++r;
+      return static_cast<float>(value_at(r, i));
+    };
+    EXPECT_EQ(wrong_bits<float>(gathered, whose), 0) << count;
+    EXPECT_EQ(
+        wrong_bits<float>(message, [&](int64_t i) { return static_cast<float>(value_at(previous, i)); }), 0)
+        << count;
+    std::vector<double> expected;
+    for (int r = 0; r < ranks; ++r) expected.insert(expected.end(), {value_at(r, 1), value_at(r, 2)});
+    EXPECT_EQ(numbers, expected);
+  }
+}
+
+// More than may be under way together.
+void very_many_may_be_started(const Group& world) {
+  Context context(contract_device);
+  const auto rank = static_cast<double>(world.rank());
+  std::vector<Tensor> tensors;
+  std::vector<CommRequest> started;
+  for (int i = 0; i < 1000; ++i) {
+    const double value[] = {rank + i};
+    tensors.push_back(from_host<double>(context, value, {1}));
+    started.push_back(world.start_all_reduce_sum(context, tensors.back()));
+  }
+  started.clear();
+  const double ranks = world.size();
+  for (int i = 0; i < 1000; ++i)
+    EXPECT_EQ(to_host(tensors[static_cast<size_t>(i)])[0], ranks * (ranks - 1) / 2 + ranks * i);
 }
 
 void host_numbers(const Group& world) {
@@ -453,10 +529,20 @@ void run_every_call(const Group& world, Context& context) {
   world.reduce_scatter_sum(context, big, big.flat(mine.begin, mine.size()), counts);
   world.all_gather(context, big.flat(mine.begin, mine.size()), big, counts);
   world.broadcast(context, small, world.size() - 1);
+  {
+    std::vector<double> numbers;
+    CommRequest gather = world.start_all_gather(context, big.flat(mine.begin, mine.size()), big, counts);
+    gather.wait();
+    CommRequest reduce = world.start_all_reduce_sum(context, big);
+    CommRequest control = world.start_gather(context, std::vector<double>{1.0, 2.0}, numbers);
+    reduce.wait();
+    CommRequest scatter =
+        world.start_reduce_scatter_sum(context, big, big.flat(mine.begin, mine.size()), counts);
+  }
 
   const Group backwards = world.split_by([](int r) { return SplitChoice{0, -r}; }, "backwards");
   const Group pair = world.split_by([](int r) { return SplitChoice{r / 2, r}; }, "pair");
-  SendRequest request = backwards.send(context, small, (backwards.rank() + 1) % backwards.size(), 4);
+  CommRequest request = backwards.send(context, small, (backwards.rank() + 1) % backwards.size(), 4);
   backwards.receive(context, context.zeros({3}, DType::bf16),
                     (backwards.rank() + backwards.size() - 1) % backwards.size(), 4);
   request.wait();
@@ -534,6 +620,8 @@ const std::vector<ContractCase>& comm_contract() {
       {"Broadcast", broadcast},
       {"MessagesKeepOrderAndTags", messages_keep_order_and_tags},
       {"MessagesDoNotMeetCollectives", messages_do_not_meet_collectives},
+      {"StartedCollectivesRunSideBySide", started_collectives_run_side_by_side},
+      {"VeryManyMayBeStarted", very_many_may_be_started},
       {"HostNumbers", host_numbers},
       {"Texts", texts},
       {"Split", split},

@@ -66,26 +66,34 @@ class TrafficLedger {
   bool keeps_events_ = false;
 };
 
-/// A message on its way. wait() returns once the sender may forget about it. Movable; its destructor waits
-/// too, unless an exception has been thrown since it was made: then the message is left to its fate.
-class SendRequest {
+/// Something on its way: a message, or a collective that was started. Its tensors are to be left alone until
+/// wait() returns. Movable; its destructor waits too, unless an exception has been thrown since it was made:
+/// then it is left to its fate.
+class CommRequest {
  public:
-  /// What a transport knows of the message. Destroyed without a wait(), it must leave the tensor's memory
-  /// alone as long as the transport may read it, and not block on another rank.
+  /// What a transport knows of it. Destroyed without a wait(), it must leave the tensors' memory alone as
+  /// long as the transport may use it, and not block on another rank.
   class Impl {
    public:
     virtual ~Impl() = default;
     virtual void wait() = 0;
+
+    /// Whether wait() would return at once; moves on what moves in calls only. Any thread may call it, one at
+    /// a time. True where the transport needs no calls.
+    virtual bool test() { return true; }
   };
 
-  SendRequest() = default;
-  explicit SendRequest(std::unique_ptr<Impl> impl);
-  SendRequest(SendRequest&&) noexcept = default;
-  SendRequest& operator=(SendRequest&& other) noexcept;
-  ~SendRequest();
+  CommRequest() = default;
+  explicit CommRequest(std::unique_ptr<Impl> impl);
+  CommRequest(CommRequest&&) noexcept = default;
+  CommRequest& operator=(CommRequest&& other) noexcept;
+  ~CommRequest();
 
   /// Throws CommError where the transport failed. A second wait does nothing.
   void wait();
+
+  /// Whether there is something that was not waited for.
+  bool pending() const { return impl_ != nullptr; }
 
  private:
   void finish() noexcept;
@@ -95,6 +103,9 @@ class SendRequest {
 };
 
 namespace detail {
+
+class Collective;
+class Progress;
 
 /// Bytes for another rank of the group.
 struct Outgoing {
@@ -110,6 +121,21 @@ struct Incoming {
   int64_t bytes;
 };
 
+/// Bytes that a transport has begun to move.
+class Transfer {
+ public:
+  virtual ~Transfer() = default;
+
+  /// Whether this rank's part is done and its memory is its own again; moves on what moves in calls only. Any
+  /// thread may call it, one at a time. On a GPU: true, and what is enqueued later finds the bytes. Throws
+  /// CommError where the transport has failed.
+  virtual bool test() = 0;
+
+  /// Whether its destruction before that makes the transport leave the memory alone; otherwise the memory
+  /// must stay for the rest of the process.
+  virtual bool may_be_dropped() const { return false; }
+};
+
 /// What a transport gives: moving bytes. Everything that adds numbers is in Group, the same for every
 /// transport. Every function is collective over the group unless it says otherwise, and throws CommError
 /// where the transport fails or a message has another size than was expected.
@@ -122,9 +148,19 @@ class GroupImpl {
   /// Whether nobody is there: on the meta device no bytes move, and no other function but subgroup is called.
   virtual bool is_meta() const { return false; }
 
-  /// Moves all of this at once: between two ranks, what one sends meets what the other receives in the order
-  /// of their lists. Returns when this rank's part is done and its memory is its own again.
-  virtual void exchange(std::span<const Outgoing> sends, std::span<const Incoming> receives) = 0;
+  /// The number of the next exchange: all ranks of the group, which begin the same ones in the same order,
+  /// count alike. Numbers come round again after kExchangeNumbers.
+  int next_exchange() { return exchanges_ = (exchanges_ + 1) % kExchangeNumbers; }
+  static constexpr int kExchangeNumbers = 700;
+
+  /// Moves all of this at once: between two ranks, what one sends meets what the other receives in exchange
+  /// `number`, in the order of their lists. Returns when this rank's part is done and its memory is its own
+  /// again.
+  virtual void exchange(std::span<const Outgoing> sends, std::span<const Incoming> receives, int number) = 0;
+
+  /// Begins the same and returns at once. Exchanges of different numbers may be under way together.
+  virtual std::unique_ptr<Transfer> start_exchange(std::span<const Outgoing> sends,
+                                                   std::span<const Incoming> receives, int number) = 0;
 
   /// Every rank's `data` receives root's.
   virtual void broadcast(std::byte* data, int64_t bytes, int root);
@@ -134,24 +170,33 @@ class GroupImpl {
 
   /// Not collective: between this rank and `to`, which may be itself. The tensor is kept alive until the
   /// request is done.
-  virtual std::unique_ptr<SendRequest::Impl> send(const Tensor& tensor, int to, int tag) = 0;
+  virtual std::unique_ptr<CommRequest::Impl> send(const Tensor& tensor, int to, int tag) = 0;
 
   /// Not collective: waits for a message of exactly `bytes` bytes.
   virtual void receive(std::byte* data, int64_t bytes, int from, int tag) = 0;
 
-  /// Whether the transport reaches a GPU's memory; only then are the four functions below called. They
+  /// Begins the same and returns at once.
+  virtual std::unique_ptr<Transfer> start_receive(std::byte* data, int64_t bytes, int from, int tag) = 0;
+
+  /// Whether the transport reaches a GPU's memory; only then are the five functions below called. They
   /// enqueue on the context's GPU and return: what is enqueued later finds the result.
   virtual bool moves_gpu_memory() const { return false; }
   virtual void exchange_on_gpu(Context& context, std::span<const Outgoing> sends,
                                std::span<const Incoming> receives);
+  /// Begins beside the GPU's own queue, behind what that has been given so far.
+  virtual std::unique_ptr<Transfer> start_exchange_on_gpu(Context& context, std::span<const Outgoing> sends,
+                                                          std::span<const Incoming> receives);
   virtual void broadcast_on_gpu(Context& context, std::byte* data, int64_t bytes, int root);
-  virtual std::unique_ptr<SendRequest::Impl> send_on_gpu(Context& context, const Tensor& tensor, int to,
+  virtual std::unique_ptr<CommRequest::Impl> send_on_gpu(Context& context, const Tensor& tensor, int to,
                                                          int tag);
   virtual void receive_on_gpu(Context& context, const Tensor& tensor, int from, int tag);
 
   /// The group of `members`, this group's ranks in their new order: this rank among them. Ranks that form no
   /// new group call it too, with no members, and receive null.
   virtual std::unique_ptr<GroupImpl> subgroup(std::span<const int> members) = 0;
+
+ private:
+  int exchanges_ = 0;
 };
 
 }  // namespace detail
@@ -177,6 +222,12 @@ struct SplitChoice {
 /// Sums are made here, the same for every transport: ranks exchange pieces, and each piece is added in the
 /// order of ranks (fp32 for 16- and 32-bit values, fp64 for fp64) and rounded once. So a sum depends neither
 /// on the transport nor on timing. A failed transport throws CommError; the group is dead then.
+///
+/// start_* begin what the function of the same name does, and return; the request's wait() ends it. All count
+/// as called where they are started, and give the same bits. On CPU a communication thread of this rank moves
+/// on what was started while the rank computes; on GPUs with NCCL it is moved in a queue of its own, and only
+/// what is enqueued after wait() finds the result; where tensors go from a GPU by way of the host, all is
+/// done at once. What is started lies in as much memory as the function itself takes, until wait().
 class Group {
  public:
   Group() = default;
@@ -203,22 +254,30 @@ class Group {
   /// As all_reduce(sum) of each of several tensors, of any floating-point types, in one exchange.
   /// Collective over the group.
   void all_reduce_sum(Context& context, std::span<const Tensor> tensors) const;
+  [[nodiscard]] CommRequest start_all_reduce_sum(Context& context, const Tensor& tensor) const;
 
   /// `part` receives this rank's piece of the sum over ranks of `whole`. Rank r's piece is counts[r]
   /// elements; pieces stand in rank order. part may be this rank's piece of whole itself, and otherwise must
   /// not overlap it; what else whole holds stays. Collective over the group.
   void reduce_scatter_sum(Context& context, const Tensor& whole, const Tensor& part,
                           std::span<const int64_t> counts) const;
+  [[nodiscard]] CommRequest start_reduce_scatter_sum(Context& context, const Tensor& whole,
+                                                     const Tensor& part,
+                                                     std::span<const int64_t> counts) const;
 
   /// `whole` receives every rank's `part`, in rank order; counts[r] elements of rank r. part may be this
   /// rank's piece of whole itself, and otherwise must not overlap it. Collective over the group.
   void all_gather(Context& context, const Tensor& part, const Tensor& whole,
                   std::span<const int64_t> counts) const;
+  [[nodiscard]] CommRequest start_all_gather(Context& context, const Tensor& part, const Tensor& whole,
+                                             std::span<const int64_t> counts) const;
 
   /// As reduce_scatter_sum of each of several tensors, of any floating-point types, in one exchange. Pieces
   /// are rows: rank r's are rows[r] of every whole. Collective over the group.
   void reduce_scatter_rows(Context& context, std::span<const RowShare> tensors,
                            std::span<const int64_t> rows) const;
+  [[nodiscard]] CommRequest start_reduce_scatter_rows(Context& context, std::span<const RowShare> tensors,
+                                                      std::span<const int64_t> rows) const;
 
   /// As all_gather of each of several tensors in one exchange, in pieces of rows. Collective over the group.
   void all_gather_rows(Context& context, std::span<const RowShare> tensors,
@@ -229,11 +288,15 @@ class Group {
 
   /// Sends a tensor to rank `to`, which may be this one; it must not change before the request's wait()
   /// returns. Never blocks on the receiver. 0 <= tag <= kMaxTag.
-  [[nodiscard]] SendRequest send(Context& context, const Tensor& tensor, int to, int tag) const;
+  [[nodiscard]] CommRequest send(Context& context, const Tensor& tensor, int to, int tag) const;
 
   /// Receives into a tensor of as many bytes as `from` sends, waiting for it. Messages of one sender and tag
   /// arrive in the order sent.
   void receive(Context& context, const Tensor& tensor, int from, int tag) const;
+
+  /// As receive; but on a GPU with NCCL it is called where wait() is, since messages of one direction wait
+  /// for each other there.
+  [[nodiscard]] CommRequest start_receive(Context& context, const Tensor& tensor, int from, int tag) const;
 
   /// What every transport can carry.
   static constexpr int kMaxTag = 32000;
@@ -247,6 +310,11 @@ class Group {
   /// The sum or maximum of a host number over ranks, added in rank order; a NaN on any rank wins a maximum.
   /// Collective over the group.
   double all_reduce(double value, ReduceOp op) const;
+
+  /// Starts to gather as many host numbers from every rank; `all` receives them, rank by rank, and must live
+  /// until the request was waited for. Collective over the group.
+  [[nodiscard]] CommRequest start_gather(Context& context, std::span<const double> mine,
+                                         std::vector<double>& all) const;
 
   /// The exact sum of a host integer over ranks; LogicError where it leaves 64 bits. Collective over the
   /// group.
@@ -270,8 +338,16 @@ class Group {
   void record(std::string_view kind, int64_t bytes, int peer = -1, int tag = 0) const;
   TraceScope trace(Context& context, std::string_view kind, int64_t bytes) const;
   void check(const Context& context, const Tensor& tensor) const;
+  int64_t check_summands(const Context& context, std::span<const Tensor> tensors, ReduceOp op) const;
   int64_t check_shares(const Context& context, std::span<const RowShare> tensors) const;
+  void check_receive(const Context& context, const Tensor& tensor, int from, int tag) const;
   void all_reduce_together(Context& context, std::span<const Tensor> tensors, ReduceOp op) const;
+  void run(Context& context, std::string_view kind, int64_t bytes, detail::Collective collective) const;
+  CommRequest start(Context& context, std::string_view kind, int64_t bytes,
+                    detail::Collective collective) const;
+  CommRequest traced(Context& context, std::string_view kind, int64_t bytes,
+                     std::unique_ptr<CommRequest::Impl> started) const;
+  void receive_now(Context& context, const Tensor& tensor, int from, int tag) const;
   std::vector<std::string> gather_text(const std::string& mine) const;
 
   /// Every rank's value, in rank order.
@@ -281,6 +357,7 @@ class Group {
   std::shared_ptr<detail::GroupImpl> impl_;
   std::shared_ptr<const GroupMembers> members_;
   std::shared_ptr<TrafficLedger> ledger_;
+  std::shared_ptr<detail::Progress> progress_;  // of all groups of this rank's world
 };
 
 /// A world of one rank: every operation is valid.

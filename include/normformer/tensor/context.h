@@ -26,6 +26,9 @@ struct OperationCost {
 class CostLedger {
  public:
   void record(std::string_view operation, int64_t flops, int64_t bytes);
+
+  /// Enters what another account has.
+  void add(const CostLedger& other);
   const std::map<std::string, OperationCost, std::less<>>& operations() const { return operations_; }
   int64_t total_flops() const;
 

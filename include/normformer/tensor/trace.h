@@ -1,6 +1,5 @@
 #pragma once
 
-#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -18,8 +17,9 @@ enum class TraceKind { step, pipeline, module, operation, communication };
 std::string_view name_of(TraceKind kind);
 
 /// Where the time passes: on the host (on a CPU the work itself, for a GPU its enqueueing), in a GPU's queue
-/// of computing and collectives, or in one of those that carry messages.
-enum class TraceLane { host, gpu_compute, gpu_messages_up, gpu_messages_down };
+/// of computing and of collectives that it waits for, in that of collectives beside it, or in one of those
+/// that carry messages.
+enum class TraceLane { host, gpu_compute, gpu_collectives, gpu_messages_up, gpu_messages_down };
 
 /// "host", "GPU: compute", ...
 std::string_view name_of(TraceLane lane);

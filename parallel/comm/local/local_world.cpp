@@ -1,5 +1,6 @@
 // Ranks as threads. Everything is made of one thing: a message posted by one rank and copied, straight from
 // the sender's memory, by the rank that takes it. A sender waits until its messages have been copied.
+#include <algorithm>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
@@ -18,7 +19,8 @@ namespace normformer {
 
 namespace {
 
-constexpr int kCollectiveTag = -1;  // of messages that a collective is made of
+// Messages of exchanges have tags of their own.
+constexpr int tag_of_exchange(int number) { return -1 - number; }
 
 struct Message {
   enum class State { posted, copying, copied };
@@ -37,8 +39,8 @@ struct Address {
   auto operator<=>(const Address&) const = default;
 
   std::string describe() const {
-    return tag == kCollectiveTag ? fmt::format("a collective's message from rank {}", from)
-                                 : fmt::format("a message with tag {} from rank {}", tag, from);
+    return tag < 0 ? fmt::format("a collective's message from rank {}", from)
+                   : fmt::format("a message with tag {} from rank {}", tag, from);
   }
 };
 
@@ -63,25 +65,33 @@ class LocalWorld {
 
   // Waits for the next message at `address` and copies it.
   void take(const Address& address, std::byte* data, int64_t bytes) {
-    std::shared_ptr<Message> message;
-    {
-      std::unique_lock lock(mutex_);
-      wait(
-          lock, address.to, [&] { return mail_.contains(address); }, [&] { return address.describe(); });
-      const auto found = mail_.find(address);
-      message = found->second.front();
-      if (message->bytes != bytes) {
-        throw CommError(fmt::format("rank {} takes {}: {} bytes where it expects {}", address.to,
-                                    address.describe(), message->bytes, bytes));
-      }
-      found->second.pop_front();
-      if (found->second.empty()) mail_.erase(found);
-      message->state = Message::State::copying;
-    }
-    if (bytes > 0) std::memcpy(data, message->data, static_cast<size_t>(bytes));
+    std::unique_lock lock(mutex_);
+    wait(
+        lock, address.to, [&] { return mail_.contains(address); }, [&] { return address.describe(); });
+    copy_next(lock, address, data, bytes);
+  }
+
+  // Copies the next message at `address` if it is there; says whether it was.
+  bool take_if_there(const Address& address, std::byte* data, int64_t bytes) {
+    std::unique_lock lock(mutex_);
+    throw_failure(address.to);
+    if (!mail_.contains(address)) return false;
+    copy_next(lock, address, data, bytes);
+    return true;
+  }
+
+  bool is_copied(const Address& address, const Message& message) {
     const std::lock_guard lock(mutex_);
-    message->state = Message::State::copied;
-    wake_[static_cast<size_t>(address.from)].notify_all();
+    throw_failure(address.from);
+    return message.state == Message::State::copied;
+  }
+
+  // Counts what ranks have started and look after without waiting: as long as there is any, a rank that waits
+  // may yet be helped.
+  void count_transfers(int change) {
+    const std::lock_guard lock(mutex_);
+    transfers_ += change;
+    fail_if_nobody_can_go_on();
   }
 
   // Waits until somebody has copied what this rank posted at `address`.
@@ -122,6 +132,28 @@ class LocalWorld {
     std::function<std::string()> what;
   };
 
+  void throw_failure(int rank) const {
+    if (failure_) throw CommError(fmt::format("rank {} stops waiting: {}", rank, why_));
+  }
+
+  // Gives up the lock while it copies.
+  void copy_next(std::unique_lock<std::mutex>& lock, const Address& address, std::byte* data, int64_t bytes) {
+    const auto found = mail_.find(address);
+    const std::shared_ptr<Message> message = found->second.front();
+    if (message->bytes != bytes) {
+      throw CommError(fmt::format("rank {} takes {}: {} bytes where it expects {}", address.to,
+                                  address.describe(), message->bytes, bytes));
+    }
+    found->second.pop_front();
+    if (found->second.empty()) mail_.erase(found);
+    message->state = Message::State::copying;
+    lock.unlock();
+    if (bytes > 0) std::memcpy(data, message->data, static_cast<size_t>(bytes));
+    lock.lock();
+    message->state = Message::State::copied;
+    wake_[static_cast<size_t>(address.from)].notify_all();
+  }
+
   void fail_locked(const std::exception_ptr& failure, const std::string& why) {
     if (failure_) return;
     failure_ = failure;
@@ -140,11 +172,11 @@ class LocalWorld {
       --blocked_;
       mine.reset();
     }
-    if (failure_) throw CommError(fmt::format("rank {} stops waiting: {}", rank, why_));
+    throw_failure(rank);
   }
 
   void fail_if_nobody_can_go_on() {
-    if (blocked_ == 0 || blocked_ + finished_ < static_cast<int>(waiting_.size())) return;
+    if (blocked_ == 0 || transfers_ > 0 || blocked_ + finished_ < static_cast<int>(waiting_.size())) return;
     std::string why = "every rank waits";
     for (size_t r = 0; r < waiting_.size(); ++r) {
       if (!waiting_[r]) {
@@ -164,6 +196,7 @@ class LocalWorld {
   std::map<std::tuple<int, int, int>, int> groups_;
   int blocked_ = 0;
   int finished_ = 0;
+  int transfers_ = 0;
   std::exception_ptr failure_;
   std::string why_;
 };
@@ -189,13 +222,18 @@ class PostedMessages {
     for (const auto& [address, message] : posted_) world_.await_copied(address, *message);
   }
 
+  bool are_copied() const {
+    return std::all_of(posted_.begin(), posted_.end(),
+                       [&](const auto& one) { return world_.is_copied(one.first, *one.second); });
+  }
+
  private:
   LocalWorld& world_;
   int rank_;
   std::vector<std::pair<Address, std::shared_ptr<Message>>> posted_;
 };
 
-class LocalSend final : public SendRequest::Impl {
+class LocalSend final : public CommRequest::Impl {
  public:
   LocalSend(std::shared_ptr<LocalWorld> world, const Address& address, std::shared_ptr<Message> message)
       : world_(std::move(world)), address_(address), message_(std::move(message)) {}
@@ -212,6 +250,50 @@ class LocalSend final : public SendRequest::Impl {
   std::shared_ptr<Message> message_;
 };
 
+// What a rank has started. Only test() copies into its memory; what it sends is called back with it.
+class LocalTransfer final : public detail::Transfer {
+ public:
+  struct Arrival {
+    Address address;
+    std::byte* data;
+    int64_t bytes;
+  };
+
+  LocalTransfer(std::shared_ptr<LocalWorld> world, int rank)
+      : world_(std::move(world)), posted_(*world_, rank) {
+    world_->count_transfers(1);
+  }
+  LocalTransfer(const LocalTransfer&) = delete;
+  LocalTransfer& operator=(const LocalTransfer&) = delete;
+  ~LocalTransfer() override {
+    if (!done_) world_->count_transfers(-1);
+  }
+
+  void send(const Address& address, const std::byte* data, int64_t bytes) {
+    posted_.post(address, data, bytes);
+  }
+  void receive(const Address& address, std::byte* data, int64_t bytes) {
+    arrivals_.push_back({address, data, bytes});
+  }
+
+  bool test() override {
+    if (done_) return true;
+    std::erase_if(arrivals_,
+                  [&](const Arrival& a) { return world_->take_if_there(a.address, a.data, a.bytes); });
+    done_ = arrivals_.empty() && posted_.are_copied();
+    if (done_) world_->count_transfers(-1);
+    return done_;
+  }
+
+  bool may_be_dropped() const override { return true; }
+
+ private:
+  std::shared_ptr<LocalWorld> world_;
+  PostedMessages posted_;
+  std::vector<Arrival> arrivals_;
+  bool done_ = false;
+};
+
 class LocalGroup final : public detail::GroupImpl {
  public:
   LocalGroup(std::shared_ptr<LocalWorld> world, int number, int rank, std::vector<int> members)
@@ -220,15 +302,26 @@ class LocalGroup final : public detail::GroupImpl {
   int rank() const override { return rank_; }
   int size() const override { return static_cast<int>(members_.size()); }
 
-  void exchange(std::span<const detail::Outgoing> sends,
-                std::span<const detail::Incoming> receives) override {
+  void exchange(std::span<const detail::Outgoing> sends, std::span<const detail::Incoming> receives,
+                int number) override {
+    const int tag = tag_of_exchange(number);
     PostedMessages posted(*world_, world_rank(rank_));
-    for (const auto& out : sends) posted.post(address(rank_, out.to, kCollectiveTag), out.data, out.bytes);
-    for (const auto& in : receives) world_->take(address(in.from, rank_, kCollectiveTag), in.data, in.bytes);
+    for (const auto& out : sends) posted.post(address(rank_, out.to, tag), out.data, out.bytes);
+    for (const auto& in : receives) world_->take(address(in.from, rank_, tag), in.data, in.bytes);
     posted.await_all();
   }
 
-  std::unique_ptr<SendRequest::Impl> send(const Tensor& tensor, int to, int tag) override {
+  std::unique_ptr<detail::Transfer> start_exchange(std::span<const detail::Outgoing> sends,
+                                                   std::span<const detail::Incoming> receives,
+                                                   int number) override {
+    const int tag = tag_of_exchange(number);
+    auto transfer = std::make_unique<LocalTransfer>(world_, world_rank(rank_));
+    for (const auto& out : sends) transfer->send(address(rank_, out.to, tag), out.data, out.bytes);
+    for (const auto& in : receives) transfer->receive(address(in.from, rank_, tag), in.data, in.bytes);
+    return transfer;
+  }
+
+  std::unique_ptr<CommRequest::Impl> send(const Tensor& tensor, int to, int tag) override {
     auto message = std::make_shared<Message>(
         Message{static_cast<const std::byte*>(tensor.raw()), tensor.nbytes(), tensor});
     const Address there = address(rank_, to, tag);
@@ -238,6 +331,13 @@ class LocalGroup final : public detail::GroupImpl {
 
   void receive(std::byte* data, int64_t bytes, int from, int tag) override {
     world_->take(address(from, rank_, tag), data, bytes);
+  }
+
+  std::unique_ptr<detail::Transfer> start_receive(std::byte* data, int64_t bytes, int from,
+                                                  int tag) override {
+    auto transfer = std::make_unique<LocalTransfer>(world_, world_rank(rank_));
+    transfer->receive(address(from, rank_, tag), data, bytes);
+    return transfer;
   }
 
   std::unique_ptr<detail::GroupImpl> subgroup(std::span<const int> members) override {

@@ -15,9 +15,16 @@ class MetaGroup final : public detail::GroupImpl {
   int size() const override { return size_; }
   bool is_meta() const override { return true; }
 
-  void exchange(std::span<const detail::Outgoing>, std::span<const detail::Incoming>) override { refuse(); }
-  std::unique_ptr<SendRequest::Impl> send(const Tensor&, int, int) override { refuse(); }
+  void exchange(std::span<const detail::Outgoing>, std::span<const detail::Incoming>, int) override {
+    refuse();
+  }
+  std::unique_ptr<detail::Transfer> start_exchange(std::span<const detail::Outgoing>,
+                                                   std::span<const detail::Incoming>, int) override {
+    refuse();
+  }
+  std::unique_ptr<CommRequest::Impl> send(const Tensor&, int, int) override { refuse(); }
   void receive(std::byte*, int64_t, int, int) override { refuse(); }
+  std::unique_ptr<detail::Transfer> start_receive(std::byte*, int64_t, int, int) override { refuse(); }
 
   std::unique_ptr<detail::GroupImpl> subgroup(std::span<const int> members) override {
     if (members.empty()) return nullptr;

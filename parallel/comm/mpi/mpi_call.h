@@ -1,6 +1,8 @@
 #pragma once
 
 #include <exception>
+#include <mutex>
+#include <thread>
 
 #include <mpi.h>
 
@@ -19,6 +21,27 @@ inline void check_mpi(int code, const char* call) {
                               std::string_view(text, static_cast<size_t>(length))));
 }
 
+/// A turn at MPI, which one thread at a time may call (MPI_THREAD_SERIALIZED).
+inline std::unique_lock<std::mutex> take_turn() {
+  static std::mutex turn;
+  return std::unique_lock(turn);
+}
+
+/// Calls `done` again and again, each time in a turn at MPI, until it says so: a call of MPI's that waits
+/// would keep other threads from theirs. Looks often at first, then lets others have the processor between
+/// two looks.
+template <class Done>
+void poll_mpi(Done&& done) {
+  constexpr int kEagerLooks = 64;
+  for (int look = 0;; ++look) {
+    {
+      const auto turn = take_turn();
+      if (done()) return;
+    }
+    if (look > kEagerLooks) std::this_thread::yield();
+  }
+}
+
 /// MPI_Comm_free is collective: an owner that dies of an exception leaves it to the end of the process.
 struct CommunicatorTraits {
   using Handle = MPI_Comm;
@@ -26,7 +49,9 @@ struct CommunicatorTraits {
   static void close(Handle communicator) noexcept {
     int finalized = 0;
     MPI_Finalized(&finalized);
-    if (finalized == 0 && std::uncaught_exceptions() == 0) MPI_Comm_free(&communicator);
+    if (finalized != 0 || std::uncaught_exceptions() != 0) return;
+    const auto turn = take_turn();
+    MPI_Comm_free(&communicator);
   }
 };
 using Communicator = UniqueHandle<CommunicatorTraits>;

@@ -19,6 +19,7 @@ namespace {
 using detail::GroupImpl;
 using detail::Incoming;
 using detail::Outgoing;
+using detail::Transfer;
 
 void check(cudaError_t result) {
   if (result != cudaSuccess) throw CommError(fmt::format("CUDA: {}", cudaGetErrorString(result)));
@@ -168,7 +169,7 @@ struct Channels {
 };
 
 /// A message under way: its tensor lives until the GPU's own queue is behind it.
-class NcclSend final : public SendRequest::Impl {
+class NcclSend final : public CommRequest::Impl {
  public:
   NcclSend(Channel& channel, const Gpu& gpu, Tensor tensor)
       : channel_(channel), gpu_(gpu), tensor_(std::move(tensor)) {}
@@ -183,6 +184,20 @@ class NcclSend final : public SendRequest::Impl {
   Tensor tensor_;
 };
 
+/// An exchange in its channel's own queue.
+class NcclTransfer final : public Transfer {
+ public:
+  NcclTransfer(Channel& channel, const Gpu& gpu) : channel_(channel), gpu_(gpu) {}
+  bool test() override {
+    channel_.finish(gpu_);
+    return true;
+  }
+
+ private:
+  Channel& channel_;
+  const Gpu& gpu_;
+};
+
 class NcclGroup final : public GroupImpl {
  public:
   NcclGroup(Context& context, std::unique_ptr<GroupImpl> host, Channels channels)
@@ -191,8 +206,12 @@ class NcclGroup final : public GroupImpl {
   int rank() const override { return host_->rank(); }
   int size() const override { return host_->size(); }
 
-  void exchange(std::span<const Outgoing> sends, std::span<const Incoming> receives) override {
-    host_->exchange(sends, receives);
+  void exchange(std::span<const Outgoing> sends, std::span<const Incoming> receives, int number) override {
+    host_->exchange(sends, receives, number);
+  }
+  std::unique_ptr<Transfer> start_exchange(std::span<const Outgoing> sends,
+                                           std::span<const Incoming> receives, int number) override {
+    return host_->start_exchange(sends, receives, number);
   }
   void broadcast(std::byte* data, int64_t bytes, int root) override { host_->broadcast(data, bytes, root); }
   void barrier() override {
@@ -200,26 +219,28 @@ class NcclGroup final : public GroupImpl {
     context_.gpu().synchronize();
     host_->barrier();
   }
-  std::unique_ptr<SendRequest::Impl> send(const Tensor& tensor, int to, int tag) override {
+  std::unique_ptr<CommRequest::Impl> send(const Tensor& tensor, int to, int tag) override {
     return host_->send(tensor, to, tag);
   }
   void receive(std::byte* data, int64_t bytes, int from, int tag) override {
     host_->receive(data, bytes, from, tag);
+  }
+  std::unique_ptr<Transfer> start_receive(std::byte* data, int64_t bytes, int from, int tag) override {
+    return host_->start_receive(data, bytes, from, tag);
   }
 
   bool moves_gpu_memory() const override { return true; }
 
   void exchange_on_gpu(Context& context, std::span<const Outgoing> sends,
                        std::span<const Incoming> receives) override {
-    channels_.collective->run(
-        context.gpu(), "an exchange", [&](ncclComm_t communicator, cudaStream_t stream) {
-          for (const Outgoing& s : sends) {
-            check(ncclSend(s.data, static_cast<size_t>(s.bytes), ncclInt8, s.to, communicator, stream));
-          }
-          for (const Incoming& r : receives) {
-            check(ncclRecv(r.data, static_cast<size_t>(r.bytes), ncclInt8, r.from, communicator, stream));
-          }
-        });
+    channels_.collective->run(context.gpu(), "an exchange", enqueue_exchange(sends, receives));
+  }
+
+  std::unique_ptr<Transfer> start_exchange_on_gpu(Context& context, std::span<const Outgoing> sends,
+                                                  std::span<const Incoming> receives) override {
+    channels_.collective->start(context, TraceLane::gpu_collectives, "exchange",
+                                enqueue_exchange(sends, receives));
+    return std::make_unique<NcclTransfer>(*channels_.collective, context.gpu());
   }
 
   void broadcast_on_gpu(Context& context, std::byte* data, int64_t bytes, int root) override {
@@ -229,7 +250,7 @@ class NcclGroup final : public GroupImpl {
         });
   }
 
-  std::unique_ptr<SendRequest::Impl> send_on_gpu(Context& context, const Tensor& tensor, int to,
+  std::unique_ptr<CommRequest::Impl> send_on_gpu(Context& context, const Tensor& tensor, int to,
                                                  int) override {
     if (to == rank()) return keep_for_self(tensor);
     const bool up = to > rank();
@@ -268,14 +289,25 @@ class NcclGroup final : public GroupImpl {
   }
 
  private:
+  static auto enqueue_exchange(std::span<const Outgoing> sends, std::span<const Incoming> receives) {
+    return [sends, receives](ncclComm_t communicator, cudaStream_t stream) {
+      for (const Outgoing& s : sends) {
+        check(ncclSend(s.data, static_cast<size_t>(s.bytes), ncclInt8, s.to, communicator, stream));
+      }
+      for (const Incoming& r : receives) {
+        check(ncclRecv(r.data, static_cast<size_t>(r.bytes), ncclInt8, r.from, communicator, stream));
+      }
+    };
+  }
+
   static TraceLane lane_of(bool up) { return up ? TraceLane::gpu_messages_up : TraceLane::gpu_messages_down; }
 
-  class Kept final : public SendRequest::Impl {
+  class Kept final : public CommRequest::Impl {
    public:
     void wait() override {}
   };
 
-  std::unique_ptr<SendRequest::Impl> keep_for_self(const Tensor& tensor) {
+  std::unique_ptr<CommRequest::Impl> keep_for_self(const Tensor& tensor) {
     const Tensor copied = context_.empty(tensor.shape(), tensor.dtype(), MemoryUse::communication);
     copy(context_, tensor, copied);
     to_self_.push_back(copied);

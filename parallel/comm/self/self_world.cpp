@@ -15,7 +15,7 @@ struct Note {
   bool received = false;
 };
 
-class NoteRequest final : public SendRequest::Impl {
+class NoteRequest final : public CommRequest::Impl {
  public:
   explicit NoteRequest(std::shared_ptr<Note> note) : note_(std::move(note)) {}
   void wait() override {
@@ -31,12 +31,17 @@ class SelfGroup final : public detail::GroupImpl {
   int rank() const override { return 0; }
   int size() const override { return 1; }
 
-  void exchange(std::span<const detail::Outgoing> sends,
-                std::span<const detail::Incoming> receives) override {
+  void exchange(std::span<const detail::Outgoing> sends, std::span<const detail::Incoming> receives,
+                int) override {
     NF_CHECK(sends.empty() && receives.empty(), "a rank alone exchanges with another");
   }
+  std::unique_ptr<detail::Transfer> start_exchange(std::span<const detail::Outgoing>,
+                                                   std::span<const detail::Incoming>, int) override {
+    refuse_start();
+  }
+  std::unique_ptr<detail::Transfer> start_receive(std::byte*, int64_t, int, int) override { refuse_start(); }
 
-  std::unique_ptr<SendRequest::Impl> send(const Tensor& tensor, int, int tag) override {
+  std::unique_ptr<CommRequest::Impl> send(const Tensor& tensor, int, int tag) override {
     auto note = std::make_shared<Note>(Note{tensor});
     notes_[tag].push_back(note);
     return std::make_unique<NoteRequest>(std::move(note));
@@ -59,6 +64,8 @@ class SelfGroup final : public detail::GroupImpl {
   }
 
  private:
+  [[noreturn]] static void refuse_start() { throw CommError("a rank alone starts an exchange with another"); }
+
   std::map<int, std::deque<std::shared_ptr<Note>>> notes_;  // by tag
 };
 

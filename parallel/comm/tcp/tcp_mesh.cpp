@@ -15,7 +15,7 @@ namespace normformer::detail {
 
 namespace {
 
-constexpr int kCollectiveTag = -1;
+constexpr int tag_of_exchange(int number) { return -1 - number; }
 constexpr double kGoodbyeSeconds = 2.0;
 constexpr double kLastSeconds = 0.2;
 constexpr int64_t kSliceBytes = 256 << 10;  // moved for one peer before others have their turn
@@ -227,35 +227,67 @@ void TcpMesh::hand_over(Arrival& message, Arrival& receiver) {
   if (message.complete()) count_down(*message.tally);
 }
 
-void TcpMesh::exchange(uint64_t group, std::span<const Outgoing> sends, std::span<const Incoming> receives) {
-  const auto tally = std::make_shared<Tally>();
-  auto lock = enter();
+std::shared_ptr<TcpMesh::Tally> TcpMesh::post_exchange(uint64_t group, std::span<const Outgoing> sends,
+                                                       std::span<const Incoming> receives, int number) {
+  const int tag = tag_of_exchange(number);
+  auto tally = std::make_shared<Tally>();
   throw_failure();
   for (const Incoming& in : receives) {
-    auto receiver = std::make_shared<Arrival>();
-    receiver->target = in.data;
-    receiver->bytes = in.bytes;
-    receiver->tally = tally;
-    post_receive({group, in.from, kCollectiveTag}, receiver);
+    post_receive({group, in.from, tag}, make_receiver(in.data, in.bytes, tally));
   }
   for (const Outgoing& out : sends) {
-    post_send(out.to, make_departure(group, kCollectiveTag, out.data, out.bytes, tally));
+    post_send(out.to, make_departure(group, tag, out.data, out.bytes, tally));
   }
-  await(lock, *tally);
+  return tally;
 }
 
-void TcpMesh::receive(uint64_t group, std::byte* data, int64_t bytes, int from, int tag) {
+std::shared_ptr<TcpMesh::Arrival> TcpMesh::make_receiver(std::byte* data, int64_t bytes,
+                                                         std::shared_ptr<Tally> tally) {
   auto receiver = std::make_shared<Arrival>();
   receiver->target = data;
   receiver->bytes = bytes;
-  receiver->tally = std::make_shared<Tally>();
-  auto lock = enter();
+  receiver->tally = std::move(tally);
+  return receiver;
+}
+
+std::shared_ptr<TcpMesh::Tally> TcpMesh::post_receiver(uint64_t group, std::byte* data, int64_t bytes,
+                                                       int from, int tag) {
   throw_failure();
   if (from == rank_ && !mail_.contains({group, from, tag})) {
     throw CommError(peer(rank_).name + " waits for a message to itself that it has not sent");
   }
-  post_receive({group, from, tag}, receiver);
-  await(lock, *receiver->tally);
+  auto tally = std::make_shared<Tally>();
+  post_receive({group, from, tag}, make_receiver(data, bytes, tally));
+  return tally;
+}
+
+void TcpMesh::exchange(uint64_t group, std::span<const Outgoing> sends, std::span<const Incoming> receives,
+                       int number) {
+  auto lock = enter();
+  await(lock, *post_exchange(group, sends, receives, number));
+}
+
+std::shared_ptr<TcpMesh::Tally> TcpMesh::start_exchange(uint64_t group, std::span<const Outgoing> sends,
+                                                        std::span<const Incoming> receives, int number) {
+  const auto lock = enter();
+  return post_exchange(group, sends, receives, number);
+}
+
+void TcpMesh::receive(uint64_t group, std::byte* data, int64_t bytes, int from, int tag) {
+  auto lock = enter();
+  await(lock, *post_receiver(group, data, bytes, from, tag));
+}
+
+std::shared_ptr<TcpMesh::Tally> TcpMesh::start_receive(uint64_t group, std::byte* data, int64_t bytes,
+                                                       int from, int tag) {
+  const auto lock = enter();
+  return post_receiver(group, data, bytes, from, tag);
+}
+
+bool TcpMesh::is_done(const Tally& tally) {
+  const auto lock = enter();
+  if (tally.open > 0) throw_failure();
+  return tally.open == 0;
 }
 
 std::shared_ptr<TcpMesh::Departure> TcpMesh::send(uint64_t group, const Tensor& tensor, int to, int tag) {

@@ -61,10 +61,17 @@ class TcpMesh {
   uint64_t group_number(uint64_t parent, int split, int first_member);
 
   /// As GroupImpl::exchange.
-  void exchange(uint64_t group, std::span<const Outgoing> sends, std::span<const Incoming> receives);
+  void exchange(uint64_t group, std::span<const Outgoing> sends, std::span<const Incoming> receives,
+                int number);
 
   /// As GroupImpl::receive.
   void receive(uint64_t group, std::byte* data, int64_t bytes, int from, int tag);
+
+  /// Begin the same, and return what tells when it is done.
+  std::shared_ptr<Tally> start_exchange(uint64_t group, std::span<const Outgoing> sends,
+                                        std::span<const Incoming> receives, int number);
+  std::shared_ptr<Tally> start_receive(uint64_t group, std::byte* data, int64_t bytes, int from, int tag);
+  bool is_done(const Tally& tally);
 
   /// Begins to send a tensor; never waits.
   std::shared_ptr<Departure> send(uint64_t group, const Tensor& tensor, int to, int tag);
@@ -115,8 +122,12 @@ class TcpMesh {
   Peer& peer(int rank) { return peers_[static_cast<size_t>(rank)]; }
 
   std::unique_lock<std::mutex> enter();
+  std::shared_ptr<Tally> post_exchange(uint64_t group, std::span<const Outgoing> sends,
+                                       std::span<const Incoming> receives, int number);
+  std::shared_ptr<Tally> post_receiver(uint64_t group, std::byte* data, int64_t bytes, int from, int tag);
   void await(std::unique_lock<std::mutex>& lock, Tally& tally);
   void count_down(Tally& tally);
+  static std::shared_ptr<Arrival> make_receiver(std::byte* data, int64_t bytes, std::shared_ptr<Tally> tally);
   void throw_failure() const;
   void fail(const std::string& why);
   void tell_failure(Peer& peer);

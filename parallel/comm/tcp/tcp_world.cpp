@@ -14,8 +14,20 @@ namespace {
 using detail::Incoming;
 using detail::Outgoing;
 using detail::TcpMesh;
+using detail::Transfer;
 
-class TcpSend final : public SendRequest::Impl {
+class TcpTransfer final : public Transfer {
+ public:
+  TcpTransfer(std::shared_ptr<TcpMesh> mesh, std::shared_ptr<TcpMesh::Tally> tally)
+      : mesh_(std::move(mesh)), tally_(std::move(tally)) {}
+  bool test() override { return mesh_->is_done(*tally_); }
+
+ private:
+  std::shared_ptr<TcpMesh> mesh_;
+  std::shared_ptr<TcpMesh::Tally> tally_;
+};
+
+class TcpSend final : public CommRequest::Impl {
  public:
   TcpSend(std::shared_ptr<TcpMesh> mesh, std::shared_ptr<TcpMesh::Departure> departure)
       : mesh_(std::move(mesh)), departure_(std::move(departure)) {}
@@ -44,20 +56,27 @@ class TcpGroup final : public detail::GroupImpl {
   int rank() const override { return rank_; }
   int size() const override { return static_cast<int>(members_.size()); }
 
-  void exchange(std::span<const Outgoing> sends, std::span<const Incoming> receives) override {
-    std::vector<Outgoing> departing(sends.begin(), sends.end());
-    std::vector<Incoming> arriving(receives.begin(), receives.end());
-    for (Outgoing& out : departing) out.to = world_rank(out.to);
-    for (Incoming& in : arriving) in.from = world_rank(in.from);
-    mesh_->exchange(number_, departing, arriving);
+  void exchange(std::span<const Outgoing> sends, std::span<const Incoming> receives, int number) override {
+    mesh_->exchange(number_, with_world_ranks(sends), with_world_ranks(receives), number);
   }
 
-  std::unique_ptr<SendRequest::Impl> send(const Tensor& tensor, int to, int tag) override {
+  std::unique_ptr<Transfer> start_exchange(std::span<const Outgoing> sends,
+                                           std::span<const Incoming> receives, int number) override {
+    return std::make_unique<TcpTransfer>(
+        mesh_, mesh_->start_exchange(number_, with_world_ranks(sends), with_world_ranks(receives), number));
+  }
+
+  std::unique_ptr<CommRequest::Impl> send(const Tensor& tensor, int to, int tag) override {
     return std::make_unique<TcpSend>(mesh_, mesh_->send(number_, tensor, world_rank(to), tag));
   }
 
   void receive(std::byte* data, int64_t bytes, int from, int tag) override {
     mesh_->receive(number_, data, bytes, world_rank(from), tag);
+  }
+
+  std::unique_ptr<Transfer> start_receive(std::byte* data, int64_t bytes, int from, int tag) override {
+    return std::make_unique<TcpTransfer>(mesh_,
+                                         mesh_->start_receive(number_, data, bytes, world_rank(from), tag));
   }
 
   std::unique_ptr<GroupImpl> subgroup(std::span<const int> members) override {
@@ -74,6 +93,17 @@ class TcpGroup final : public detail::GroupImpl {
 
  private:
   int world_rank(int rank) const { return members_[static_cast<size_t>(rank)]; }
+
+  std::vector<Outgoing> with_world_ranks(std::span<const Outgoing> sends) const {
+    std::vector<Outgoing> departing(sends.begin(), sends.end());
+    for (Outgoing& out : departing) out.to = world_rank(out.to);
+    return departing;
+  }
+  std::vector<Incoming> with_world_ranks(std::span<const Incoming> receives) const {
+    std::vector<Incoming> arriving(receives.begin(), receives.end());
+    for (Incoming& in : arriving) in.from = world_rank(in.from);
+    return arriving;
+  }
 
   std::shared_ptr<TcpMesh> mesh_;
   uint64_t number_;

@@ -60,9 +60,9 @@ TEST(SelfWorldFailures, WaitingForNothingIsAnError) {
   const Group world = make_self_world();
   const Tensor tensor = context.zeros({4}, DType::f32);
   EXPECT_THROW(world.receive(context, tensor, 0, 1), CommError);
-  SendRequest request = world.send(context, tensor, 0, 1);
+  CommRequest request = world.send(context, tensor, 0, 1);
   EXPECT_THROW(world.receive(context, context.zeros({5}, DType::f32), 0, 1), CommError);
-  SendRequest waited = world.send(context, tensor, 0, 2);
+  CommRequest waited = world.send(context, tensor, 0, 2);
   EXPECT_THROW(waited.wait(), CommError);
 }
 
@@ -126,7 +126,7 @@ TEST(LocalWorldFailures, WakeThoseWaitingForAMessage) {
     world.receive(context, tensor, 1, 0);
   });
   expect_wakes([](const Group& world, Context& context, const Tensor& tensor) {
-    SendRequest request = world.send(context, tensor, 1, 0);
+    CommRequest request = world.send(context, tensor, 1, 0);
     request.wait();
   });
 }

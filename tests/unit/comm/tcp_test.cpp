@@ -170,7 +170,7 @@ TEST(TcpMessages, LargeOnesCrossEachOther) {
     Context context(DeviceKind::cpu);
     const int other = 1 - world.rank();
     const Tensor received = context.empty({kLarge}, DType::i64);
-    SendRequest request = world.send(context, numbered(context, kLarge, world.rank()), other, 3);
+    CommRequest request = world.send(context, numbered(context, kLarge, world.rank()), other, 3);
     world.receive(context, received, other, 3);
     request.wait();
     EXPECT_TRUE(is_numbered(received, other));
@@ -181,7 +181,7 @@ TEST(TcpMessages, SendingDoesNotWaitForTheReceiver) {
   run_world(2, [](const Group& world) {
     Context context(DeviceKind::cpu);
     if (world.rank() == 0) {
-      SendRequest request = world.send(context, numbered(context, kLarge, 7), 1, 0);
+      CommRequest request = world.send(context, numbered(context, kLarge, 7), 1, 0);
       world.barrier();
       request.wait();
     } else {
@@ -218,7 +218,7 @@ TEST(TcpMessages, ManySmallOnesKeepTheirOrder) {
     const int next = (world.rank() + 1) % 3;
     const int previous = (world.rank() + 2) % 3;
     constexpr int kMessages = 5000;
-    std::vector<SendRequest> requests;
+    std::vector<CommRequest> requests;
     for (int i = 0; i < kMessages; ++i) {
       requests.push_back(world.send(context, numbered(context, 1 + i % 5, i), next, i % 7));
     }
@@ -227,7 +227,7 @@ TEST(TcpMessages, ManySmallOnesKeepTheirOrder) {
       world.receive(context, received, previous, i % 7);
       EXPECT_TRUE(is_numbered(received, i)) << "message " << i;
     }
-    for (SendRequest& request : requests) request.wait();
+    for (CommRequest& request : requests) request.wait();
   });
 }
 
@@ -255,7 +255,7 @@ TEST(TcpMessages, OneWhoseRequestDiesGoesOnAsACopy) {
     if (world.rank() == 0) {
       const Tensor tensor = numbered(context, kLarge, 5);
       try {
-        const SendRequest request = world.send(context, tensor, 1, 0);
+        const CommRequest request = world.send(context, tensor, 1, 0);
         throw std::domain_error("something else");
       } catch (const std::domain_error&) {
         fill_zero(context, tensor);

@@ -202,8 +202,14 @@ class CountingTransport : public detail::GroupImpl {
   CountingTransport(int rank, int size, Count& count) : rank_(rank), size_(size), count_(count) {}
   int rank() const override { return rank_; }
   int size() const override { return size_; }
-  void exchange(std::span<const detail::Outgoing>, std::span<const detail::Incoming>) override { FAIL(); }
-  std::unique_ptr<SendRequest::Impl> send(const Tensor&, int, int) override {
+  void exchange(std::span<const detail::Outgoing>, std::span<const detail::Incoming>, int) override {
+    FAIL();
+  }
+  std::unique_ptr<detail::Transfer> start_exchange(std::span<const detail::Outgoing>,
+                                                   std::span<const detail::Incoming>, int) override {
+    throw CommError("only messages are counted");
+  }
+  std::unique_ptr<CommRequest::Impl> send(const Tensor&, int, int) override {
     ++count_.sent;
     count_.peak = std::max(count_.peak, ++count_.open);
     return std::make_unique<Request>(count_);
@@ -211,16 +217,26 @@ class CountingTransport : public detail::GroupImpl {
   void receive(std::byte* data, int64_t bytes, int, int) override {
     std::memset(data, 0, static_cast<size_t>(bytes));
   }
+  std::unique_ptr<detail::Transfer> start_receive(std::byte* data, int64_t bytes, int from,
+                                                  int tag) override {
+    receive(data, bytes, from, tag);
+    return std::make_unique<Received>();
+  }
   std::unique_ptr<GroupImpl> subgroup(std::span<const int>) override { return nullptr; }
 
  private:
-  class Request : public SendRequest::Impl {
+  class Request : public CommRequest::Impl {
    public:
     explicit Request(Count& count) : count_(count) {}
     void wait() override { --count_.open; }
 
    private:
     Count& count_;
+  };
+
+  class Received : public detail::Transfer {
+   public:
+    bool test() override { return true; }
   };
 
   int rank_;

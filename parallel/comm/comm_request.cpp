@@ -6,10 +6,10 @@
 
 namespace normformer {
 
-SendRequest::SendRequest(std::unique_ptr<Impl> impl)
+CommRequest::CommRequest(std::unique_ptr<Impl> impl)
     : impl_(std::move(impl)), exceptions_(std::uncaught_exceptions()) {}
 
-SendRequest& SendRequest::operator=(SendRequest&& other) noexcept {
+CommRequest& CommRequest::operator=(CommRequest&& other) noexcept {
   if (this != &other) {
     finish();
     impl_ = std::move(other.impl_);
@@ -18,14 +18,14 @@ SendRequest& SendRequest::operator=(SendRequest&& other) noexcept {
   return *this;
 }
 
-SendRequest::~SendRequest() { finish(); }
+CommRequest::~CommRequest() { finish(); }
 
-void SendRequest::wait() {
+void CommRequest::wait() {
   // Given up first, so that a failed message is not waited for again.
   if (const auto impl = std::move(impl_)) impl->wait();
 }
 
-void SendRequest::finish() noexcept {
+void CommRequest::finish() noexcept {
   if (impl_ == nullptr || std::uncaught_exceptions() > exceptions_) return;
   try {
     wait();
