@@ -84,6 +84,10 @@ Mesh::Mesh(Group world, const MeshDegrees& degrees) : degrees_(degrees), world_(
   context_ = group_along(world_, degrees, "context", [](MeshCoordinates& c) { c.context = 0; });
   data_ = group_along(world_, degrees, "data", [](MeshCoordinates& c) { c.data = 0; });
   pipeline_ = group_along(world_, degrees, "pipeline", [](MeshCoordinates& c) { c.pipeline = 0; });
+  replicas_ = degrees.context == 1 ? data_ : group_along(world_, degrees, "replicas", [](MeshCoordinates& c) {
+    c.context = 0;
+    c.data = 0;
+  });
   model_ = group_along(world_, degrees, "model", [](MeshCoordinates& c) {
     c = {.tensor = 0, .context = 0, .data = c.data, .pipeline = 0};
   });

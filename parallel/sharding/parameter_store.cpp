@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kAlignment = 64;
 
 bool same_sum(const GradientSum& a, const GradientSum& b) {
-  return a.tensor == b.tensor && a.data == b.data && a.embedding == b.embedding;
+  return a.tensor == b.tensor && a.replicas == b.replicas && a.embedding == b.embedding;
 }
 
 Shape local_shape(const ParameterSpec& spec) {
@@ -52,7 +52,7 @@ void ParameterStore::place_parameters() {
   }
 }
 
-void ParameterStore::cut_buckets(const Group& data) {
+void ParameterStore::cut_buckets() {
   const int64_t wanted = std::max<int64_t>(1, options_.bucket_bytes / size_of(accumulator_of(dtype_)));
   const bool by_unit = options_.sharding != Sharding::optimizer;
   for (const Parameter* p : in_flat_order()) {
@@ -72,9 +72,9 @@ void ParameterStore::cut_buckets(const Group& data) {
     buckets_.back().flat.end = p->offset + p->numel();
   }
   for (Bucket& b : buckets_) {
-    const Range mine = bucket_shard(b.size(), data.size(), data.rank());
+    const Range mine = bucket_shard(b.size(), replicas_.size(), replicas_.rank());
     b.piece = {b.flat.begin + mine.begin, b.flat.begin + mine.end};
-    b.counts = shard_sizes(b.size(), data.size());
+    b.counts = shard_sizes(b.size(), replicas_.size());
   }
 }
 
@@ -123,12 +123,12 @@ void hand_out(const Buffers& buffers, std::vector<Bucket>& buckets, Tensor Bucke
 
 }  // namespace
 
-void ParameterStore::allocate(const Group& data, const StoreOptions& options) {
+void ParameterStore::allocate(const Group& replicas, const StoreOptions& options) {
   NF_CHECK(!values_.defined(), "a parameter store is allocated twice");
   options_ = options;
-  data_ = data;
+  replicas_ = replicas;
   place_parameters();
-  cut_buckets(data);
+  cut_buckets();
   open_gradients_.assign(buckets_.size(), 0);
   const auto values_split = [this](const Bucket& b) { return splits_values(b); };
   const auto gradients_split = [this](const Bucket& b) { return splits_gradients(b); };
@@ -171,7 +171,7 @@ void ParameterStore::open_values(int64_t unit) {
   for_each_split(unit, &ParameterStore::splits_values, [&](Bucket& b) {
     NF_CHECK(!b.values, "the values of unit {} are opened twice", unit);
     b.values = context_->empty({b.size()}, dtype_, MemoryUse::parameters);
-    data_.all_gather(*context_, b.value_piece, b.values, b.counts);
+    replicas_.all_gather(*context_, b.value_piece, b.values, b.counts);
     show(b);
   });
 }
@@ -196,7 +196,7 @@ void ParameterStore::reduce_gradients(int64_t unit) {
     int& open = open_gradients_[static_cast<size_t>(&b - buckets_.data())];
     NF_CHECK(open > 0, "the gradients of unit {} are reduced, but not open", unit);
     const Tensor sum = context_->empty({b.piece.size()}, accumulator_of(dtype_), MemoryUse::gradients);
-    data_.reduce_scatter_sum(*context_, b.gradients, sum, b.counts);
+    replicas_.reduce_scatter_sum(*context_, b.gradients, sum, b.counts);
     add(*context_, sum, b.gradient_piece);
     if (--open > 0) return fill_zero(*context_, b.gradients);
     b.gradients = {};

@@ -8,7 +8,7 @@ namespace normformer {
 ShardedOptimizer::ShardedOptimizer(ParameterStore& store, DType masters, const Mesh& mesh)
     : store_(&store),
       tensor_(mesh.tensor()),
-      data_(mesh.data()),
+      replicas_(mesh.replicas()),
       embedding_(mesh.embedding()),
       world_(mesh.world()) {
   int64_t total = 0;
@@ -51,7 +51,7 @@ void ShardedOptimizer::reduce_gradients() {
   Context& context = store_->context();
   const TraceScope scope(context, TraceKind::step, "reduce gradients");
   // Backward finishes the last bucket first. Tied copies lie in different buckets on their two stages, so
-  // they are summed whole before either stage cuts its bucket over data-parallel ranks; and so are copies of
+  // they are summed whole before either stage cuts its bucket over replicas; and so are copies of
   // a stream's vectors, so that norms and files may take them from one tensor rank.
   for (size_t i = store_->buckets().size(); i-- > 0;) {
     const Bucket& bucket = store_->buckets()[i];
@@ -59,8 +59,8 @@ void ShardedOptimizer::reduce_gradients() {
     if (bucket.sum_over.tensor) tensor_.all_reduce(context, bucket.gradients, ReduceOp::sum);
     if (bucket.sum_over.embedding && embedding_.defined())
       embedding_.all_reduce(context, bucket.gradients, ReduceOp::sum);
-    if (bucket.sum_over.data)
-      data_.reduce_scatter_sum(context, bucket.gradients, bucket.gradient_piece, bucket.counts);
+    if (bucket.sum_over.replicas)
+      replicas_.reduce_scatter_sum(context, bucket.gradients, bucket.gradient_piece, bucket.counts);
   }
 }
 
@@ -155,7 +155,7 @@ void ShardedOptimizer::publish_masters() {
 
 void ShardedOptimizer::gather_values() {
   for (const Bucket& b : store_->buckets()) {
-    if (!store_->splits_values(b)) data_.all_gather(store_->context(), b.value_piece, b.values, b.counts);
+    if (!store_->splits_values(b)) replicas_.all_gather(store_->context(), b.value_piece, b.values, b.counts);
   }
 }
 

@@ -52,7 +52,7 @@ Parameter& ParameterDeclarer::declare(const std::string& name, Shape shape, Rect
   return store_->declare({.name = prefix_ + name,
                           .logical_shape = shape,
                           .part = part,
-                          .sum_over = {.tensor = sums_tokens, .data = true, .embedding = false},
+                          .sum_over = {.tensor = sums_tokens, .replicas = true, .embedding = false},
                           .owned = held == Held::sharded || environment_->tensor.rank() == 0,
                           .initial = initial,
                           .joins_previous = joins_previous,

@@ -40,9 +40,9 @@ ModelInstance::ModelInstance(Context& context, const Mesh& mesh, const RunConfig
                                      .recompute_layers = config.train.recompute_layers};
   for (const StagePart& part : parts_of_stage(config, mesh.pipeline().size(), mesh.pipeline().rank()))
     parts_.push_back(make_language_model_stage(environment, part, store_));
-  store_.allocate(mesh.data(), {.bucket_bytes = config.parallel.bucket_mib << 20,
-                                .with_gradients = with_gradients,
-                                .sharding = config.parallel.sharding});
+  store_.allocate(mesh.replicas(), {.bucket_bytes = config.parallel.bucket_mib << 20,
+                                    .with_gradients = with_gradients,
+                                    .sharding = config.parallel.sharding});
 }
 
 bool ModelInstance::has_first_part() const { return parts_.front()->part().first; }
@@ -73,8 +73,8 @@ void ModelInstance::forward(int64_t micro_batches) {
 }
 
 int64_t ModelInstance::count_parameters() const {
-  // Every data-parallel replica counts the same scalars.
-  const int64_t mine = mesh_.data().rank() == 0 ? store_.owned_scalars() : 0;
+  // Every replica counts the same scalars.
+  const int64_t mine = mesh_.replicas().rank() == 0 ? store_.owned_scalars() : 0;
   return mesh_.world().all_reduce_sum(mine);
 }
 

@@ -24,6 +24,7 @@ void expect_as_on_meta(const MeshDegrees& degrees) {
   expect_alike(real.context(), meta.context());
   expect_alike(real.data(), meta.data());
   expect_alike(real.pipeline(), meta.pipeline());
+  expect_alike(real.replicas(), meta.replicas());
   expect_alike(real.model(), meta.model());
   expect_alike(real.embedding(), meta.embedding());
 }

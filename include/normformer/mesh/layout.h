@@ -32,9 +32,9 @@ constexpr Range vocabulary_shard(int64_t vocabulary, int64_t tensor_degree, int6
   return even_part(vocabulary, tensor_degree, tensor_rank);
 }
 
-/// The elements of a flat bucket that data rank `data_rank` of `data_degree` reduces, updates and gathers.
-constexpr Range bucket_shard(int64_t elements, int64_t data_degree, int64_t data_rank) {
-  return even_part(elements, data_degree, data_rank);
+/// The elements of a flat bucket that replica `replica` of `replicas` reduces, updates and gathers.
+constexpr Range bucket_shard(int64_t elements, int64_t replicas, int64_t replica) {
+  return even_part(elements, replicas, replica);
 }
 
 /// The size of every rank's piece under even_part, in rank order: the counts of Group::reduce_scatter_sum and

@@ -54,6 +54,10 @@ class Mesh {
   const Group& data() const { return data_; }
   const Group& pipeline() const { return pipeline_; }
 
+  /// All ranks that hold the same parameters, over which gradients are summed: equal tensor and pipeline
+  /// coordinates, context fastest. The data group itself where sequences are not split.
+  const Group& replicas() const { return replicas_; }
+
   /// All ranks that together hold one copy of the model: equal data coordinates.
   const Group& model() const { return model_; }
 
@@ -72,6 +76,7 @@ class Mesh {
   Group context_;
   Group data_;
   Group pipeline_;
+  Group replicas_;
   Group model_;
   Group embedding_;
 };

@@ -22,7 +22,7 @@ struct InitialValue {
 /// done. There is no default: whoever declares a parameter says it.
 struct GradientSum {
   bool tensor;     ///< the mesh's tensor group: each rank has added up its own tokens only
-  bool data;       ///< the mesh's data group
+  bool replicas;   ///< the mesh's replicas: each has added up its own sequences, or parts of them
   bool embedding;  ///< the first and the last pipeline stage, which both hold the tied embedding
 };
 

@@ -12,8 +12,8 @@
 
 namespace normformer {
 
-/// A run of consecutive parameters whose gradients are reduced, and values gathered, together over the data
-/// group, each rank of which answers for one piece.
+/// A run of consecutive parameters whose gradients are reduced, and values gathered, together over the
+/// replicas, each of which answers for one piece.
 struct Bucket {
   Range flat;  ///< elements, in the numbering of Parameter::offset
   GradientSum sum_over;
@@ -57,11 +57,11 @@ class ParameterStore {
   Parameter* find(std::string_view name);
 
   /// Makes the buffers: values undefined, gradients zero. All parameters of a bucket have the same gradient
-  /// sum. `data` is the group that splits what is split.
-  void allocate(const Group& data, const StoreOptions& options);
+  /// sum. `replicas` is the group that splits what is split.
+  void allocate(const Group& replicas, const StoreOptions& options);
 
-  /// Makes the values of a unit whole, for use. Does nothing where they are. Collective over `data`, where
-  /// they are split.
+  /// Makes the values of a unit whole, for use. Does nothing where they are. Collective over
+  /// `replicas`, where they are split.
   void open_values(int64_t unit);
   void close_values(int64_t unit);
 
@@ -70,7 +70,7 @@ class ParameterStore {
 
   /// Adds the sums over replicas of the gradients gathered since a unit was opened to the pieces; the room is
   /// given up once this has been called as often as open_gradients. Does nothing where they are held whole.
-  /// Collective over `data`, where they are split.
+  /// Collective over `replicas`, where they are split.
   void reduce_gradients(int64_t unit);
 
   /// Whether a bucket's gradients, or values, are held in pieces.
@@ -102,7 +102,7 @@ class ParameterStore {
  private:
   std::vector<Parameter*> in_flat_order();
   void place_parameters();
-  void cut_buckets(const Group& data);
+  void cut_buckets();
   const Bucket& bucket_of(const Parameter& parameter) const;
   template <class Body>
   void for_each_split(int64_t unit, bool (ParameterStore::*splits)(const Bucket&) const, Body&& body);
@@ -111,7 +111,7 @@ class ParameterStore {
   Context* context_;
   DType dtype_;
   StoreOptions options_;
-  Group data_;
+  Group replicas_;
   std::deque<Parameter> parameters_;
   std::vector<Bucket> buckets_;
   std::vector<int> open_gradients_;  // of each bucket: open_gradients that wait for their reduce_gradients
@@ -122,7 +122,7 @@ class ParameterStore {
   Tensor gradient_pieces_;  // of the others
 };
 
-/// A unit's values, whole for as long as this lives. Collective over the data group, where they are split.
+/// A unit's values, whole for as long as this lives. Collective over the replicas, where they are split.
 class OpenValues {
  public:
   OpenValues(ParameterStore& store, int64_t unit) : store_(&store), unit_(unit) { store.open_values(unit); }

@@ -19,7 +19,7 @@ struct StatePiece {
   ParameterPiece piece;
 };
 
-/// AdamW with its state sharded over the data-parallel group: ZeRO stage 1 (Rajbhandari et al. 2020,
+/// AdamW with its state sharded over the mesh's replicas: ZeRO stage 1 (Rajbhandari et al. 2020,
 /// section 5.1), and stages 2 and 3 over a store that holds gradients, or values too, in pieces.
 ///
 /// Each bucket of the store is cut evenly over the group; a rank sums, keeps and updates its piece of each.
@@ -37,7 +37,7 @@ class ShardedOptimizer {
 
   /// Sums main gradients that are held whole over the ranks that their declarations name: vectors of a
   /// sequence-sharded stream over the tensor group and tied embeddings over the embedding group first, then
-  /// every bucket over the data group. Afterwards only this rank's pieces hold sums. Collective over the
+  /// every bucket over the replicas. Afterwards only this rank's pieces hold sums. Collective over the
   /// world.
   void reduce_gradients();
 
@@ -50,11 +50,11 @@ class ShardedOptimizer {
   /// world.
   double gradient_norm(double largest);
 
-  /// Updates this rank's pieces and gathers everyone's. Collective over the data group.
+  /// Updates this rank's pieces and gathers everyone's. Collective over the replicas.
   void step(const ops::AdamW& update);
 
   /// Puts values that were written to the masters (by a checkpoint's reader) into the parameters of all
-  /// ranks. Collective over the data group.
+  /// ranks. Collective over the replicas.
   void publish_masters();
 
   /// This rank's state, parameter by parameter, whether owned or a copy.
@@ -72,7 +72,7 @@ class ShardedOptimizer {
 
   ParameterStore* store_;
   Group tensor_;
-  Group data_;
+  Group replicas_;
   Group embedding_;
   Group world_;
   std::vector<int64_t> state_offsets_;  // of each bucket's piece in the buffers below

@@ -95,6 +95,10 @@ void expect_groups(const Mesh& mesh) {
   EXPECT_EQ(mesh.pipeline().world_ranks(), ranks_where(degrees, [&](MeshCoordinates c) {
               return c.tensor == me.tensor && c.context == me.context && c.data == me.data;
             }));
+  EXPECT_EQ(mesh.replicas().rank(), me.data * degrees.context + me.context);
+  EXPECT_EQ(mesh.replicas().world_ranks(), ranks_where(degrees, [&](MeshCoordinates c) {
+              return c.tensor == me.tensor && c.pipeline == me.pipeline;
+            }));
   EXPECT_EQ(mesh.model().world_ranks(),
             ranks_where(degrees, [&](MeshCoordinates c) { return c.data == me.data; }));
 

@@ -10,7 +10,7 @@ ParameterSpec matrix(const std::string& name, int64_t rows, int64_t columns, boo
   return {.name = name,
           .logical_shape = {rows, columns},
           .part = {{0, rows}, {0, columns}, rows, columns},
-          .sum_over = {.tensor = false, .data = true, .embedding = embedding},
+          .sum_over = {.tensor = false, .replicas = true, .embedding = embedding},
           .owned = true,
           .initial = InitialValue::normal(1.0),
           .joins_previous = joins};

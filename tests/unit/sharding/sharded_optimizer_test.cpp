@@ -24,7 +24,7 @@ struct Model {
       store.declare({.name = name,
                      .logical_shape = {rows, columns},
                      .part = {{0, rows}, {0, columns}, rows, columns},
-                     .sum_over = {.tensor = false, .data = true, .embedding = false},
+                     .sum_over = {.tensor = false, .replicas = true, .embedding = false},
                      .owned = true,
                      .initial = InitialValue::normal(0.5)});
     }
@@ -110,20 +110,20 @@ TEST(ShardedOptimizer, NormIsTheNormOfTheSum) {
   });
 }
 
-TEST(ShardedOptimizer, ATensorGroupsPartsOfAGradientAreAdded) {
-  run_local_world(4, [](const Group& world) {
+void expect_parts_of_gradients_added(const MeshDegrees& degrees) {
+  run_local_world(4, [&](const Group& world) {
     Context context(DeviceKind::cpu);
     ParameterStore store(context, DType::f64);
     for (const bool tensor : {true, false}) {
       store.declare({.name = tensor ? "vector" : "shard",
                      .logical_shape = {7},
                      .part = {{0, 7}, {0, 1}, 7, 1},
-                     .sum_over = {.tensor = tensor, .data = true, .embedding = false},
+                     .sum_over = {.tensor = tensor, .replicas = true, .embedding = false},
                      .owned = true,
                      .initial = InitialValue::constant(0.0)});
     }
-    const Mesh mesh(world, {.tensor = 2, .data = 2});
-    store.allocate(mesh.data(), {});
+    const Mesh mesh(world, degrees);
+    store.allocate(mesh.replicas(), {});
     ShardedOptimizer optimizer(store, DType::f64, mesh);
     for (const Parameter& p : store.parameters())
       std::fill_n(p.gradient.data<double>(), p.numel(), static_cast<double>(1 << world.rank()));
@@ -138,6 +138,11 @@ TEST(ShardedOptimizer, ATensorGroupsPartsOfAGradientAreAdded) {
     }
     EXPECT_GT(seen, 0);
   });
+}
+
+TEST(ShardedOptimizer, PartsOfAGradientAreAddedOverTensorGroupAndReplicas) {
+  expect_parts_of_gradients_added({.tensor = 2, .data = 2});
+  expect_parts_of_gradients_added({.tensor = 2, .context = 2});
 }
 
 TEST(ShardedOptimizer, OneBadGradientIsKnownToAllRanks) {
