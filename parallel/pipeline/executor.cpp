@@ -31,9 +31,13 @@ void check_returned(const StageBoundary& part, int64_t micro_batch, const Tensor
            "a part of a pipeline returned {} for micro-batch {}", to_string(returned), micro_batch);
 }
 
+Tensor empty_boundary(Context& context, const StageBoundary& part, const Message& message) {
+  return context.empty(part.boundary_shape(message.micro_batch), part.boundary_dtype());
+}
+
 Tensor receive_boundary(Context& context, const Group& pipeline, const StageBoundary& part,
                         const Message& message) {
-  const Tensor tensor = context.empty(part.boundary_shape(message.micro_batch), part.boundary_dtype());
+  const Tensor tensor = empty_boundary(context, part, message);
   if (!is_empty(part, message.micro_batch))
     pipeline.receive(context, tensor, static_cast<int>(message.from), tag_of(message.kind));
   return tensor;
@@ -80,19 +84,23 @@ class NeighbourPlaces {
 class ScheduleRun {
  public:
   ScheduleRun(Context& context, const Group& pipeline, const Schedule& schedule,
-              std::span<Stage* const> parts)
+              std::span<Stage* const> parts, bool receive_ahead)
       : context_(context),
         pipeline_(pipeline),
         schedule_(schedule),
         parts_(parts),
+        receive_ahead_(receive_ahead),
         rank_(pipeline.rank()),
         neighbours_(schedule, rank_),
         saved_(static_cast<size_t>(schedule.chunks * schedule.micro_batches)) {}
 
   void run() {
-    for (const Action& action : schedule_.stages[static_cast<size_t>(rank_)]) {
-      const Tensor returned = compute(action, receive(action));
-      if (action.kind != ActionKind::backward_weight) send(action, returned);
+    const std::vector<Action>& actions = schedule_.stages[static_cast<size_t>(rank_)];
+    for (size_t i = 0; i < actions.size(); ++i) {
+      const Tensor received = receive(actions[i]);
+      if (receive_ahead_ && i + 1 < actions.size()) start_receive(actions[i + 1]);
+      const Tensor returned = compute(actions[i], received);
+      if (actions[i].kind != ActionKind::backward_weight) send(actions[i], returned);
     }
     for (Sent& sent : sent_) sent.request.wait();
   }
@@ -101,6 +109,12 @@ class ScheduleRun {
   struct Sent {
     int64_t to;
     int64_t received_at;  // the place in the receiver's list
+    CommRequest request;
+  };
+
+  // What an action takes that is on its way from another rank.
+  struct Arrival {
+    Tensor tensor;
     CommRequest request;
   };
 
@@ -114,9 +128,26 @@ class ScheduleRun {
     const auto message = received_by(schedule_, rank_, action);
     if (!message) return {};
     if (message->from == rank_) return own_.take(*message);
-    Tensor tensor = receive_boundary(context_, pipeline_, part(action), *message);
+    const Tensor tensor =
+        arrival_ ? take_arrival() : receive_boundary(context_, pipeline_, part(action), *message);
     if (!is_empty(part(action), action.micro_batch))
       complete_received(message->from, neighbours_.sent_at(*message));
+    return tensor;
+  }
+
+  void start_receive(const Action& action) {
+    const auto message = received_by(schedule_, rank_, action);
+    if (!message || message->from == rank_ || is_empty(part(action), action.micro_batch)) return;
+    arrival_.emplace();
+    arrival_->tensor = empty_boundary(context_, part(action), *message);
+    arrival_->request = pipeline_.start_receive(context_, arrival_->tensor, static_cast<int>(message->from),
+                                                tag_of(message->kind));
+  }
+
+  Tensor take_arrival() {
+    arrival_->request.wait();
+    const Tensor tensor = arrival_->tensor;
+    arrival_.reset();
     return tensor;
   }
 
@@ -169,10 +200,12 @@ class ScheduleRun {
   const Group& pipeline_;
   const Schedule& schedule_;
   std::span<Stage* const> parts_;
+  bool receive_ahead_;
   int64_t rank_;
   NeighbourPlaces neighbours_;
   std::vector<std::unique_ptr<Stage::Saved>> saved_;  // [chunk][micro_batch]
   OwnMessages own_;
+  std::optional<Arrival> arrival_;  // of the next action
   std::vector<Sent> sent_;
 };
 
@@ -240,14 +273,14 @@ class ForwardRun {
 }  // namespace
 
 void run_schedule(Context& context, const Group& pipeline, const Schedule& schedule,
-                  std::span<Stage* const> parts) {
+                  std::span<Stage* const> parts, bool receive_ahead) {
   check_schedule(schedule);
   NF_CHECK(pipeline.size() == schedule.num_stages(), "a schedule of {} stages on {} ranks",
            schedule.num_stages(), pipeline.size());
   NF_CHECK(static_cast<int64_t>(parts.size()) == schedule.chunks, "{} parts for {} chunks", parts.size(),
            schedule.chunks);
   const TraceScope scope(context, TraceKind::step, "forward and backward");
-  ScheduleRun(context, pipeline, schedule, parts).run();
+  ScheduleRun(context, pipeline, schedule, parts, receive_ahead).run();
 }
 
 void run_schedule(Context& context, const Group& pipeline, const Schedule& schedule, Stage& stage) {

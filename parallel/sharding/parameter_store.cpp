@@ -1,6 +1,7 @@
 #include "normformer/sharding/parameter_store.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "normformer/mesh/layout.h"
 #include "normformer/ops/random_fill.h"
@@ -130,6 +131,9 @@ void ParameterStore::allocate(const Group& replicas, const StoreOptions& options
   place_parameters();
   cut_buckets();
   open_gradients_.assign(buckets_.size(), 0);
+  arrivals_.resize(buckets_.size());
+  finished_.resize(buckets_.size());
+  find_order_of_use();
   const auto values_split = [this](const Bucket& b) { return splits_values(b); };
   const auto gradients_split = [this](const Bucket& b) { return splits_gradients(b); };
   const Buffers values = make_buffers(*context_, buckets_, dtype_, MemoryUse::parameters, values_split);
@@ -167,13 +171,81 @@ void ParameterStore::for_each_split(int64_t unit, bool (ParameterStore::*splits)
   }
 }
 
+void ParameterStore::find_order_of_use() {
+  units_.resize(buckets_.size());
+  int64_t unit = -1;
+  for (const Parameter* p : in_flat_order()) {
+    const auto bucket = static_cast<size_t>(&bucket_of(*p) - buckets_.data());
+    units_[bucket].push_back(p->spec.finished_with);
+    if (p->spec.sum_over.tensor) continue;
+    if (p->spec.unit >= 0) unit = p->spec.unit;
+    // Behind a layer stands the LayerNorm of its output, which it makes.
+    needed_[unit] = p->offset + p->numel();
+  }
+  for (std::vector<int64_t>& units : units_) {
+    std::sort(units.begin(), units.end());
+    units.erase(std::unique(units.begin(), units.end()), units.end());
+  }
+  count_unfinished();
+}
+
+void ParameterStore::gather_values(size_t bucket) {
+  arrivals_[bucket].request = gather(buckets_[bucket], buckets_[bucket].values);
+}
+
+// Done at once where values do not overlap.
+CommRequest ParameterStore::gather(const Bucket& bucket, const Tensor& whole) const {
+  if (options_.overlap_values)
+    return replicas_.start_all_gather(*context_, bucket.value_piece, whole, bucket.counts);
+  replicas_.all_gather(*context_, bucket.value_piece, whole, bucket.counts);
+  return {};
+}
+
+// Done at once where gradients do not overlap.
+CommRequest ParameterStore::reduce(const Bucket& bucket, const Tensor& whole, const Tensor& piece) const {
+  if (options_.overlap_gradients)
+    return replicas_.start_reduce_scatter_sum(*context_, whole, piece, bucket.counts);
+  replicas_.reduce_scatter_sum(*context_, whole, piece, bucket.counts);
+  return {};
+}
+
+void ParameterStore::await_values() {
+  for (size_t i = 0; i < buckets_.size(); ++i) {
+    if (!splits_values(buckets_[i])) arrivals_[i].request.wait();
+  }
+}
+
+void ParameterStore::await_values(int64_t unit) {
+  if (!options_.overlap_values) return;
+  for (size_t i = 0; i < buckets_.size(); ++i) {
+    const Bucket& b = buckets_[i];
+    const bool is_needed = b.flat.begin < needed_.at(unit) || b.sum_over.tensor;
+    if (is_needed && !splits_values(b)) arrivals_[i].request.wait();
+  }
+}
+
+void ParameterStore::prefetch_values(int64_t unit) {
+  if (!options_.overlap_values) return;
+  for_each_split(unit, &ParameterStore::splits_values, [&](Bucket& b) { start_arrival(b); });
+}
+
+void ParameterStore::start_arrival(const Bucket& bucket) {
+  Arrival& arrival = arrivals_[static_cast<size_t>(&bucket - buckets_.data())];
+  if (arrival.values) return;
+  NF_CHECK(!bucket.values, "the values of unit {} are opened twice", bucket.unit);
+  arrival.values = context_->empty({bucket.size()}, dtype_, MemoryUse::parameters);
+  arrival.request = gather(bucket, arrival.values);
+}
+
 void ParameterStore::open_values(int64_t unit) {
   for_each_split(unit, &ParameterStore::splits_values, [&](Bucket& b) {
-    NF_CHECK(!b.values, "the values of unit {} are opened twice", unit);
-    b.values = context_->empty({b.size()}, dtype_, MemoryUse::parameters);
-    replicas_.all_gather(*context_, b.value_piece, b.values, b.counts);
+    start_arrival(b);
+    Arrival& arrival = arrivals_[static_cast<size_t>(&b - buckets_.data())];
+    arrival.request.wait();
+    b.values = std::exchange(arrival.values, {});
     show(b);
   });
+  await_values(unit);
 }
 
 void ParameterStore::close_values(int64_t unit) {
@@ -191,17 +263,60 @@ void ParameterStore::open_gradients(int64_t unit) {
   });
 }
 
+namespace {
+
+// Units whose gradients are summed while others are computed; each holds a unit's gradients and more.
+constexpr size_t kMostReductions = 2;
+
+}  // namespace
+
 void ParameterStore::reduce_gradients(int64_t unit) {
   for_each_split(unit, &ParameterStore::splits_gradients, [&](Bucket& b) {
     int& open = open_gradients_[static_cast<size_t>(&b - buckets_.data())];
     NF_CHECK(open > 0, "the gradients of unit {} are reduced, but not open", unit);
-    const Tensor sum = context_->empty({b.piece.size()}, accumulator_of(dtype_), MemoryUse::gradients);
-    replicas_.reduce_scatter_sum(*context_, b.gradients, sum, b.counts);
-    add(*context_, sum, b.gradient_piece);
-    if (--open > 0) return fill_zero(*context_, b.gradients);
-    b.gradients = {};
+    const DType type = accumulator_of(dtype_);
+    Reduction reduction{&b, std::exchange(b.gradients, {}), {}, {}};
+    reduction.sum = context_->empty({b.piece.size()}, type, MemoryUse::gradients);
+    reduction.request = reduce(b, reduction.whole, reduction.sum);
+    reductions_.push_back(std::move(reduction));
+    const size_t most = options_.overlap_gradients ? kMostReductions : 0;
+    while (reductions_.size() > most) end_oldest_reduction();
+    if (--open > 0) b.gradients = context_->zeros({b.size()}, type, MemoryUse::gradients);
     show(b);
   });
+}
+
+void ParameterStore::end_oldest_reduction() {
+  Reduction& oldest = reductions_.front();
+  oldest.request.wait();
+  add(*context_, oldest.sum, oldest.bucket->gradient_piece);
+  reductions_.pop_front();
+}
+
+void ParameterStore::await_gradients() {
+  while (!reductions_.empty()) end_oldest_reduction();
+}
+
+void ParameterStore::count_unfinished() {
+  unfinished_.clear();
+  for (const std::vector<int64_t>& units : units_) unfinished_.push_back(units.size());
+}
+
+void ParameterStore::finish_gradients(int64_t unit) {
+  if (!options_.overlap_gradients) return;
+  for (size_t i = buckets_.size(); i-- > 0;) {
+    const Bucket& b = buckets_[i];
+    // What is summed over other groups first waits for the end.
+    if (splits_gradients(b) || b.sum_over.tensor || b.sum_over.embedding || !b.sum_over.replicas) continue;
+    if (!std::binary_search(units_[i].begin(), units_[i].end(), unit) || --unfinished_[i] > 0) continue;
+    finished_[i] = reduce(b, b.gradients, b.gradient_piece);
+  }
+}
+
+void ParameterStore::reduce_bucket(size_t bucket) {
+  const Bucket& b = buckets_[bucket];
+  if (finished_[bucket].pending()) return finished_[bucket].wait();
+  replicas_.reduce_scatter_sum(*context_, b.gradients, b.gradient_piece, b.counts);
 }
 
 const Bucket& ParameterStore::bucket_of(const Parameter& parameter) const {
@@ -228,6 +343,7 @@ Tensor ParameterStore::whole_gradients(size_t bucket, const Range& run) const {
 }
 
 void ParameterStore::zero_gradients() {
+  count_unfinished();
   fill_zero(*context_, gradients_);
   if (gradient_pieces_.numel() > 0) fill_zero(*context_, gradient_pieces_);
 }

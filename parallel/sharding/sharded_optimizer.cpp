@@ -6,11 +6,7 @@
 namespace normformer {
 
 ShardedOptimizer::ShardedOptimizer(ParameterStore& store, DType masters, const Mesh& mesh)
-    : store_(&store),
-      tensor_(mesh.tensor()),
-      replicas_(mesh.replicas()),
-      embedding_(mesh.embedding()),
-      world_(mesh.world()) {
+    : store_(&store), tensor_(mesh.tensor()), embedding_(mesh.embedding()), world_(mesh.world()) {
   int64_t total = 0;
   for (const Bucket& bucket : store.buckets()) {
     state_offsets_.push_back(total);
@@ -59,9 +55,9 @@ void ShardedOptimizer::reduce_gradients() {
     if (bucket.sum_over.tensor) tensor_.all_reduce(context, bucket.gradients, ReduceOp::sum);
     if (bucket.sum_over.embedding && embedding_.defined())
       embedding_.all_reduce(context, bucket.gradients, ReduceOp::sum);
-    if (bucket.sum_over.replicas)
-      replicas_.reduce_scatter_sum(context, bucket.gradients, bucket.gradient_piece, bucket.counts);
+    if (bucket.sum_over.replicas) store_->reduce_bucket(i);
   }
+  store_->await_gradients();
 }
 
 // Calls visit(bucket, parameter, run) for what this rank updates of each parameter, in order.
@@ -137,25 +133,21 @@ double ShardedOptimizer::gradient_norm(double largest) {
 void ShardedOptimizer::step(const ops::AdamW& update) {
   Context& context = store_->context();
   const TraceScope scope(context, TraceKind::step, "update weights");
+  store_->await_values();  // of the last update: a rank without a micro-batch has not used them
   for (size_t i = 0; i < store_->buckets().size(); ++i) {
     const Bucket& b = store_->buckets()[i];
     ops::adamw(context, update, b.gradient_piece, master(i), moment1_.flat(state_offsets_[i], b.piece.size()),
                moment2_.flat(state_offsets_[i], b.piece.size()), b.value_piece);
+    if (!store_->splits_values(b)) store_->gather_values(i);
   }
-  gather_values();
 }
 
 void ShardedOptimizer::publish_masters() {
-  if (masters_.defined()) {
-    for (size_t i = 0; i < store_->buckets().size(); ++i)
-      copy(store_->context(), master(i), store_->buckets()[i].value_piece);
-  }
-  gather_values();
-}
-
-void ShardedOptimizer::gather_values() {
-  for (const Bucket& b : store_->buckets()) {
-    if (!store_->splits_values(b)) replicas_.all_gather(store_->context(), b.value_piece, b.values, b.counts);
+  store_->await_values();
+  for (size_t i = 0; i < store_->buckets().size(); ++i) {
+    const Bucket& b = store_->buckets()[i];
+    if (masters_.defined()) copy(store_->context(), master(i), b.value_piece);
+    if (!store_->splits_values(b)) store_->gather_values(i);
   }
 }
 

@@ -13,6 +13,10 @@ Placed<Replicated> StreamBoundary<Replicated>::reduce(const Placed<Partial>& val
   return reduce_partial(*context_, tensor_, value);
 }
 
+Arriving<Replicated> StreamBoundary<Replicated>::start_enter_backward(const Placed<Partial>& dx) const {
+  return {Placed<Replicated>(dx.tensor()), tensor_.start_all_reduce_sum(*context_, dx.tensor())};
+}
+
 WithStatistics<Replicated> StreamBoundary<Replicated>::leave_with(const Placed<Partial>& y,
                                                                   const Placed<Partial>& statistics) const {
   const std::array<Tensor, 2> both = {y.tensor(), statistics.tensor()};
@@ -51,6 +55,14 @@ Placed<SequenceSharded> StreamBoundary<SequenceSharded>::leave(const Placed<Part
   const RowShare share = own_rows_of(y.tensor());
   tensor_.reduce_scatter_rows(*context_, {&share, 1}, rows_of_ranks(tensor_, y.tensor().dim(0)));
   return Placed<SequenceSharded>(share.part);
+}
+
+Arriving<SequenceSharded> StreamBoundary<SequenceSharded>::start_enter_backward(
+    const Placed<Partial>& dx) const {
+  const RowShare share = own_rows_of(dx.tensor());
+  return {
+      Placed<SequenceSharded>(share.part),
+      tensor_.start_reduce_scatter_rows(*context_, {&share, 1}, rows_of_ranks(tensor_, dx.tensor().dim(0)))};
 }
 
 WithStatistics<SequenceSharded> StreamBoundary<SequenceSharded>::leave_with(

@@ -210,8 +210,16 @@ void add_parallel(std::vector<Field>& all) {
        {Sharding::parameters, "parameters"}},
       "what replicas split among them (ZeRO-1, -2, -3): optimizer state; layers' gradients, too, reduced "
       "behind every micro-batch; and layers' weights, too, gathered for every use");
-  s.integer("bucket_mib", &P::bucket_mib, {1, 65536},
-            "gradients are reduced over replicas in pieces of this many MiB");
+  s.real("bucket_mib", &P::bucket_mib, {.low = 0, .high = 65536, .above = true},
+         "gradients are reduced over replicas in pieces of this many MiB");
+  s.boolean("overlap_gradients", &P::overlap_gradients,
+            "reduce gradients over replicas beside the rest of the backward; not with device.cuda_graphs");
+  s.boolean("overlap_parameters", &P::overlap_parameters,
+            "gather weights from replicas beside what comes before their use; not with device.cuda_graphs");
+  s.boolean("overlap_pipeline", &P::overlap_pipeline,
+            "receive what comes from the next stage while computing");
+  s.boolean("overlap_tensor", &P::overlap_tensor,
+            "reduce gradients over the ranks that share a layer while computing those of its weights");
 }
 
 void add_data(std::vector<Field>& all) {
@@ -302,9 +310,11 @@ void add_device(std::vector<Field>& all) {
             "on GPUs: time cuBLASLt's algorithms once for each product and keep the fastest in "
             "$NORMFORMER_CACHE or "
             "~/.cache/normformer, for all later runs");
-  s.boolean("cuda_graphs", &D::cuda_graphs,
-            "on GPUs: give each pass of a micro-batch to the GPU as one CUDA graph; for small micro-batches, "
-            "where starting kernels one by one takes longer than they do");
+  s.boolean(
+      "cuda_graphs", &D::cuda_graphs,
+      "on GPUs: give each pass of a micro-batch to the GPU as one CUDA graph; for small micro-batches, "
+      "where starting kernels one by one takes longer than they do; gradients and weights of replicas do "
+      "not overlap then");
   s.choice("transport", &D::transport,
            {{GpuTransport::automatic, "auto"}, {GpuTransport::nccl, "nccl"}, {GpuTransport::host, "host"}},
            "between GPUs: nccl needs a GPU for each rank; host goes by way of host memory");

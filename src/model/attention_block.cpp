@@ -41,9 +41,9 @@ AttentionBlock<Stream>::AttentionBlock(const ModelEnvironment& environment, int6
   const int64_t width = config.width;
   const Range channels = environment.head_channels();
   const AttentionInit init = attention_init(config);
-  const ParameterDeclarer declare(environment_, store, layer_prefix(layer), layer);
+  const ParameterDeclarer declare(environment_, store, layer_prefix(layer), layer, layer);
   // The layer before makes this norm, so it belongs to no one layer.
-  norm_ = declare_stream_norm(ParameterDeclarer(environment_, store, layer_prefix(layer)),
+  norm_ = declare_stream_norm(ParameterDeclarer(environment_, store, layer_prefix(layer), -1, layer),
                               "self_attn_layer_norm", width);
   if (!is_pre()) next_norm_ = norm_;
   q_weight_ = &declare.row_sharded("self_attn.q_proj.weight", width, width, channels, init.qkv_weight);
@@ -158,7 +158,8 @@ NormedStream<Stream> AttentionBlock<Stream>::forward(const MicroBatch& batch,
 }
 
 template <class Stream>
-Placed<Stream> AttentionBlock<Stream>::backward_input(Saved& saved, const Placed<Stream>& dout) const {
+StartedGradient<Stream> AttentionBlock<Stream>::start_backward_input(Saved& saved, const Placed<Stream>& dout,
+                                                                     bool overlap) const {
   const TraceScope scope = trace_module(environment_, name_, "backward input");
   Context& context = *environment_.context;
   const Placed<Stream> dsum(
@@ -181,14 +182,21 @@ Placed<Stream> AttentionBlock<Stream>::backward_input(Saved& saved, const Placed
                           saved.probabilities_dropout, saved.heads, saved.lse, saved.dqkv);
   saved.qkv = {};
   saved.lse = {};
-  const Placed<Stream> dnormed =
-      boundary_.enter_backward(qkv_linear().backward_input(Placed<FeatureSharded>(saved.dqkv)));
-  if (is_pre()) {
-    return Placed<Stream>(
-        stream_norm_backward(environment_, norm_, saved.norm, dnormed.tensor(), dsum.tensor()));
-  }
-  add(context, dsum.tensor(), dnormed.tensor());
-  return dnormed;
+  return {start_enter_backward(boundary_, qkv_linear().backward_input(Placed<FeatureSharded>(saved.dqkv)),
+                               overlap),
+          dsum.tensor(), saved.norm};
+}
+
+template <class Stream>
+Placed<Stream> AttentionBlock<Stream>::backward_input(Saved& saved, const Placed<Stream>& dout) const {
+  return finish_gradient(environment_, norm_, start_backward_input(saved, dout, false));
+}
+
+template <class Stream>
+Placed<Stream> AttentionBlock<Stream>::backward(Saved& saved, const Placed<Stream>& dout) const {
+  StartedGradient<Stream> started = start_backward_input(saved, dout, environment_.overlap_tensor);
+  backward_weight(saved);
+  return finish_gradient(environment_, norm_, std::move(started));
 }
 
 template <class Stream>

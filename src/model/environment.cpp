@@ -56,7 +56,8 @@ Parameter& ParameterDeclarer::declare(const std::string& name, Shape shape, Rect
                           .owned = held == Held::sharded || environment_->tensor.rank() == 0,
                           .initial = initial,
                           .joins_previous = joins_previous,
-                          .unit = unit_});
+                          .unit = unit_,
+                          .finished_with = finished_with_});
 }
 
 Parameter& ParameterDeclarer::replicated_vector(const std::string& name, int64_t size,
@@ -136,6 +137,23 @@ template NormedStream<Replicated> stream_norm_forward(const ModelEnvironment&, c
 template NormedStream<Replicated> sublayer_forward(const ModelEnvironment&, const ops::SublayerOutput&,
                                                    const Placed<Replicated>&, const Placed<Replicated>&,
                                                    const Tensor&, const Tensor&, const NormParameters&);
+
+template <class Stream>
+Placed<Stream> finish_gradient(const ModelEnvironment& environment, const NormParameters& norm,
+                               StartedGradient<Stream> started) {
+  const Placed<Stream> dnormed = started.dnormed.wait();
+  if (environment.config.norm_position == NormPosition::pre) {
+    return Placed<Stream>(
+        stream_norm_backward(environment, norm, started.norm, dnormed.tensor(), started.dresidual));
+  }
+  add(*environment.context, started.dresidual, dnormed.tensor());
+  return dnormed;
+}
+
+template Placed<SequenceSharded> finish_gradient(const ModelEnvironment&, const NormParameters&,
+                                                 StartedGradient<SequenceSharded>);
+template Placed<Replicated> finish_gradient(const ModelEnvironment&, const NormParameters&,
+                                            StartedGradient<Replicated>);
 
 Tensor stream_norm_again(const ModelEnvironment& environment, const NormParameters& norm,
                          const NormSaved& saved) {

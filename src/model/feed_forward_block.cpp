@@ -56,7 +56,7 @@ FeedForwardBlock<Stream>::FeedForwardBlock(const ModelEnvironment& environment, 
   const ModelConfig& config = environment.config;
   const Range features = environment.features();
   const FeedForwardInit init = feed_forward_init(config);
-  const ParameterDeclarer declare(environment_, store, layer_prefix(layer), layer);
+  const ParameterDeclarer declare(environment_, store, layer_prefix(layer), layer, layer);
   norm_ = declare_stream_norm(declare, "final_layer_norm", config.width);
   if (!is_pre()) next_norm_ = norm_;
   fc1_weight_ = &declare.row_sharded("fc1.weight", config.ffn, config.width, features, init.fc1_weight);
@@ -290,7 +290,9 @@ void FeedForwardBlock<Stream>::activation_backward(Saved& saved, const Tensor& d
 }
 
 template <class Stream>
-Placed<Stream> FeedForwardBlock<Stream>::backward_input(Saved& saved, const Placed<Stream>& dout) const {
+StartedGradient<Stream> FeedForwardBlock<Stream>::start_backward_input(Saved& saved,
+                                                                       const Placed<Stream>& dout,
+                                                                       bool overlap) const {
   const TraceScope scope = trace_module(environment_, name_, "backward input");
   Context& context = *environment_.context;
   if (activates_again()) activate(saved, Tensor());
@@ -321,13 +323,21 @@ Placed<Stream> FeedForwardBlock<Stream>::backward_input(Saved& saved, const Plac
   if (is_plain()) norm = plain_backward(saved, d);
   activation_backward(saved, d, norm ? &*norm : nullptr);
 
-  const Placed<Stream> dnormed =
-      boundary_.enter_backward(fc1().backward_input(Placed<FeatureSharded>(saved.dhidden)));
-  if (is_pre()) {
-    return Placed<Stream>(stream_norm_backward(environment_, norm_, saved.norm, dnormed.tensor(), dresidual));
-  }
-  add(context, dresidual, dnormed.tensor());
-  return dnormed;
+  return {
+      start_enter_backward(boundary_, fc1().backward_input(Placed<FeatureSharded>(saved.dhidden)), overlap),
+      dresidual, saved.norm};
+}
+
+template <class Stream>
+Placed<Stream> FeedForwardBlock<Stream>::backward_input(Saved& saved, const Placed<Stream>& dout) const {
+  return finish_gradient(environment_, norm_, start_backward_input(saved, dout, false));
+}
+
+template <class Stream>
+Placed<Stream> FeedForwardBlock<Stream>::backward(Saved& saved, const Placed<Stream>& dout) const {
+  StartedGradient<Stream> started = start_backward_input(saved, dout, environment_.overlap_tensor);
+  backward_weight(saved);
+  return finish_gradient(environment_, norm_, std::move(started));
 }
 
 template <class Stream>

@@ -53,15 +53,38 @@ struct Layer {
     return feed_forward.forward(batch, attention.forward(batch, stream, saved.attention), saved.feed_forward);
   }
 
+  Placed<Stream> backward_input(LayerSaved<Stream>& saved, const Placed<Stream>& dout) const {
+    return attention.backward_input(saved.attention, feed_forward.backward_input(saved.feed_forward, dout));
+  }
+
   void backward_weight(LayerSaved<Stream>& saved) const {
     feed_forward.backward_weight(saved.feed_forward);
     attention.backward_weight(saved.attention);
+  }
+
+  Placed<Stream> backward(LayerSaved<Stream>& saved, const Placed<Stream>& dout) const {
+    return attention.backward(saved.attention, feed_forward.backward(saved.feed_forward, dout));
   }
 
   int64_t number;  // global
   bool is_computed_anew;
   AttentionBlock<Stream> attention;
   FeedForwardBlock<Stream> feed_forward;
+};
+
+// A layer's values, whole for as long as this lives; the next one's in this direction are on their way.
+// Without a micro-batch too: other replicas gather weights, of which this one holds pieces.
+class OpenLayer {
+ public:
+  template <class Layers>
+  OpenLayer(ParameterStore& store, const Layers& layers, size_t place, int direction)
+      : open_(store, layers[place]->number) {
+    const size_t next = place + static_cast<size_t>(direction);
+    if (next < layers.size()) store.prefetch_values(layers[next]->number);
+  }
+
+ private:
+  OpenValues open_;
 };
 
 // A stage over one placement of the residual stream.
@@ -71,6 +94,7 @@ class StageOf final : public LanguageModelStage {
   StageOf(const ModelEnvironment& environment, const StagePart& part, ParameterStore& store);
 
   void prepare() override;
+  void set_micro_batches(std::vector<MicroBatch> batches) override;
   Tensor forward(int64_t micro_batch, const Tensor& input, std::unique_ptr<Stage::Saved>& saved) override;
   Tensor backward(int64_t micro_batch, Stage::Saved& saved, const Tensor& doutput) override;
   Tensor backward_input(int64_t micro_batch, Stage::Saved& saved, const Tensor& doutput) override;
@@ -87,7 +111,9 @@ class StageOf final : public LanguageModelStage {
 
   Context& context() const { return *environment().context; }
   void hand_out_norms();
-  void pass_values(int64_t layer) const;
+  bool folds() const { return !layers_.empty() && layers_.front()->feed_forward.is_folded(); }
+  void fold(Range layers);
+  void finish_weights(size_t layer);
   ModelEnvironment environment_of_layer(int64_t layer) const;
   void compute_anew(const MicroBatch& batch, const Layer<Stream>& layer, LayerSaved<Stream>& saved) const;
   VocabularyRows vocabulary_rows() const;
@@ -98,9 +124,8 @@ class StageOf final : public LanguageModelStage {
   Tensor last_tokens(const MicroBatch& batch, const Tensor& x) const;
   Placed<Stream> finish_backward(SavedState& saved) const;
   Tensor empty_boundary(int64_t micro_batch, bool exists) const;
-  template <class AfterLayer>
-  Tensor run_backward(int64_t micro_batch, SavedState& saved, const Tensor& doutput,
-                      AfterLayer after_layer) const;
+  template <class OfLayer>
+  Tensor run_backward(int64_t micro_batch, SavedState& saved, const Tensor& doutput, OfLayer of_layer) const;
 
   ParameterStore* store_;
   StreamBoundary<Stream> boundary_;
@@ -110,7 +135,9 @@ class StageOf final : public LanguageModelStage {
   std::vector<std::unique_ptr<Layer<Stream>>> layers_;
   NormParameters first_norm_;  // Pre-LN: what reads the stage's input
   NormParameters final_norm_;
-  Tensor folded_;  // [layers, 2, D]: c and w_beta of every layer
+  Tensor folded_;                  // [layers, 2, D]: c and w_beta of every layer
+  std::vector<bool> is_folded_;    // of each layer: whether these are of its present weights
+  std::vector<size_t> backwards_;  // of each layer: micro-batches whose gradients of weights are added
 };
 
 template <class Stream>
@@ -122,7 +149,7 @@ StageOf<Stream>::StageOf(const ModelEnvironment& environment, const StagePart& p
   const bool gpt2 = config.init == Initialisation::gpt2;
   const auto embedding_init =
       InitialValue::normal(gpt2 ? 0.02 : 1.0 / std::sqrt(static_cast<double>(config.width)));
-  const ParameterDeclarer declare(this->environment(), store, "decoder.");
+  const ParameterDeclarer declare(this->environment(), store, "decoder.", -1, -1);
   if (part.first || part.last) {
     embedding_ = store.find("decoder.embed_tokens.weight");
   }
@@ -166,26 +193,36 @@ void StageOf<Stream>::hand_out_norms() {
   first_norm_ = next;
 }
 
-// Without a micro-batch: other replicas gather weights, of which this one holds pieces.
+// Weights that come when they are used are folded then, layer by layer; others together.
 template <class Stream>
-void StageOf<Stream>::pass_values(int64_t layer) const {
-  store_->open_values(layer);
-  store_->close_values(layer);
+void StageOf<Stream>::prepare() {
+  if (!folds()) return;
+  is_folded_.assign(layers_.size(), false);
+  if (!store_->gathers_for_use()) fold({0, static_cast<int64_t>(layers_.size())});
+}
+
+// Of layers of this part, by their places; their values are open.
+template <class Stream>
+void StageOf<Stream>::fold(Range layers) {
+  const int64_t width = environment().config.width;
+  const TraceScope scope = trace_module(environment(), "decoder.layers", "fold FFN LayerNorms");
+  if (!folded_.defined()) {
+    const auto count = static_cast<int64_t>(layers_.size());
+    folded_ = context().empty({count, 2, width}, accumulator_of(environment().dtype));
+  }
+  for (int64_t i = layers.begin; i < layers.end; ++i) {
+    layers_[static_cast<size_t>(i)]->feed_forward.fold_weights(folded_.flat(2 * i * width, width),
+                                                               folded_.flat((2 * i + 1) * width, width));
+    is_folded_[static_cast<size_t>(i)] = true;
+  }
+  environment().tensor.all_reduce(
+      context(), folded_.flat(2 * layers.begin * width, 2 * layers.size() * width), ReduceOp::sum);
 }
 
 template <class Stream>
-void StageOf<Stream>::prepare() {
-  if (layers_.empty() || !layers_.front()->feed_forward.is_folded()) return;
-  const auto count = static_cast<int64_t>(layers_.size());
-  const int64_t width = environment().config.width;
-  const TraceScope scope = trace_module(environment(), "decoder.layers", "fold FFN LayerNorms");
-  if (!folded_.defined()) folded_ = context().empty({count, 2, width}, accumulator_of(environment().dtype));
-  for (int64_t i = 0; i < count; ++i) {
-    const OpenValues open(*store_, part().layers.begin + i);
-    layers_[static_cast<size_t>(i)]->feed_forward.fold_weights(folded_.flat(2 * i * width, width),
-                                                               folded_.flat((2 * i + 1) * width, width));
-  }
-  environment().tensor.all_reduce(context(), folded_, ReduceOp::sum);
+void StageOf<Stream>::set_micro_batches(std::vector<MicroBatch> batches) {
+  LanguageModelStage::set_micro_batches(std::move(batches));
+  backwards_.assign(layers_.size(), 0);
 }
 
 template <class Stream>
@@ -283,23 +320,26 @@ Tensor StageOf<Stream>::forward(int64_t micro_batch, const Tensor& input,
   auto state = std::make_unique<SavedState>();
   if (batch.sequences == 0) {
     saved = std::move(state);
-    for (const auto& layer : layers_) pass_values(layer->number);
+    for (size_t i = 0; i < layers_.size(); ++i) const OpenLayer open(*store_, layers_, i, 1);
     return empty_boundary(micro_batch, !part().last);
   }
   if (part().first && positions_ == nullptr && !sinusoidal_.defined()) {
     sinusoidal_ = ops::sinusoidal_positions(context(), environment().config.length,
                                             environment().config.width, environment().dtype);
   }
+  store_->await_values(part().layers.begin);
   const bool keeps = batch.purpose == Purpose::training;
   NormedStream<Stream> stream = stream_norm_forward(
       environment(), first_norm_, part().first ? embed(batch, *state) : Placed<Stream>(input));
-  for (const auto& layer : layers_) {
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    const Layer<Stream>& layer = *layers_[i];
     LayerSaved<Stream> layer_saved;
-    const OpenValues open(*store_, layer->number);
+    const OpenLayer open(*store_, layers_, i, 1);
+    if (folds() && !is_folded_[i]) fold({static_cast<int64_t>(i), static_cast<int64_t>(i) + 1});
     const Placed<Stream> before = stream.x;
-    stream = layer->forward(batch, stream, layer_saved);
+    stream = layer.forward(batch, stream, layer_saved);
     if (!keeps) continue;
-    if (layer->is_computed_anew)
+    if (layer.is_computed_anew)
       state->layers.push_back({.input = before, .attention = {}, .feed_forward = {}});
     else
       state->layers.push_back(std::move(layer_saved));
@@ -320,55 +360,60 @@ void StageOf<Stream>::compute_anew(const MicroBatch& batch, const Layer<Stream>&
   layer.forward(batch, stream_norm_forward(environment(), norm, input), saved);
 }
 
+// Calls of_layer(place, dx), which returns the gradient of the layer's input; of an empty micro-batch too,
+// since other replicas have gradients to sum.
 template <class Stream>
-template <class AfterLayer>
+template <class OfLayer>
 Tensor StageOf<Stream>::run_backward(int64_t micro_batch, SavedState& saved, const Tensor& doutput,
-                                     AfterLayer after_layer) const {
+                                     OfLayer of_layer) const {
   const MicroBatch& batch = this->batch(micro_batch);
-  if (batch.sequences == 0) {
-    // Other replicas have gradients to sum.
-    for (size_t i = layers_.size(); i-- > 0;) {
-      pass_values(layers_[i]->number);
-      store_->open_gradients(layers_[i]->number);
-      after_layer(i);
-    }
-    return empty_boundary(micro_batch, !part().first);
-  }
-  Placed<Stream> dx = part().last ? finish_backward(saved) : Placed<Stream>(doutput);
+  const bool is_empty = batch.sequences == 0;
+  Placed<Stream> dx;
+  if (!is_empty) dx = part().last ? finish_backward(saved) : Placed<Stream>(doutput);
   for (size_t i = layers_.size(); i-- > 0;) {
-    const OpenValues open(*store_, layers_[i]->number);
+    const OpenLayer open(*store_, layers_, i, -1);
     store_->open_gradients(layers_[i]->number);
-    if (layers_[i]->is_computed_anew) compute_anew(batch, *layers_[i], saved.layers[i]);
-    dx = layers_[i]->feed_forward.backward_input(saved.layers[i].feed_forward, dx);
-    dx = layers_[i]->attention.backward_input(saved.layers[i].attention, dx);
-    after_layer(i);
+    if (!is_empty && layers_[i]->is_computed_anew) compute_anew(batch, *layers_[i], saved.layers[i]);
+    dx = of_layer(i, dx);
   }
+  if (is_empty) return empty_boundary(micro_batch, !part().first);
   if (!part().first) return dx.tensor();
   embed_backward(batch, saved, dx);
   return {};
 }
 
+// A micro-batch's gradients of a layer's weights are added.
+template <class Stream>
+void StageOf<Stream>::finish_weights(size_t layer) {
+  store_->reduce_gradients(layers_[layer]->number);
+  if (++backwards_[layer] == num_micro_batches()) store_->finish_gradients(layers_[layer]->number);
+}
+
 template <class Stream>
 Tensor StageOf<Stream>::backward(int64_t micro_batch, Stage::Saved& saved, const Tensor& doutput) {
   auto& state = static_cast<SavedState&>(saved);
-  return run_backward(micro_batch, state, doutput, [&](size_t layer) {
-    if (!state.layers.empty()) layers_[layer]->backward_weight(state.layers[layer]);
-    store_->reduce_gradients(layers_[layer]->number);
+  return run_backward(micro_batch, state, doutput, [&](size_t i, const Placed<Stream>& dout) {
+    const Placed<Stream> dx = dout.defined() ? layers_[i]->backward(state.layers[i], dout) : dout;
+    finish_weights(i);
+    return dx;
   });
 }
 
 template <class Stream>
 Tensor StageOf<Stream>::backward_input(int64_t micro_batch, Stage::Saved& saved, const Tensor& doutput) {
-  return run_backward(micro_batch, static_cast<SavedState&>(saved), doutput, [](size_t) {});
+  auto& state = static_cast<SavedState&>(saved);
+  return run_backward(micro_batch, state, doutput, [&](size_t i, const Placed<Stream>& dout) {
+    return dout.defined() ? layers_[i]->backward_input(state.layers[i], dout) : dout;
+  });
 }
 
 template <class Stream>
 void StageOf<Stream>::backward_weight(int64_t, Stage::Saved& saved) {
   auto& state = static_cast<SavedState&>(saved);
   for (size_t i = layers_.size(); i-- > 0;) {
-    const OpenValues open(*store_, layers_[i]->number);
+    const OpenLayer open(*store_, layers_, i, -1);
     if (!state.layers.empty()) layers_[i]->backward_weight(state.layers[i]);
-    store_->reduce_gradients(layers_[i]->number);
+    finish_weights(i);
   }
 }
 

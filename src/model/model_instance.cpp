@@ -30,19 +30,27 @@ ModelInstance::ModelInstance(Context& context, const Mesh& mesh, const RunConfig
       mesh_(mesh),
       store_(context, model_dtype(config.train.precision)),
       placement_(make_schedule(config.parallel, mesh.pipeline().size(), 0).placement) {
-  const ModelEnvironment environment{.context = &context,
-                                     .config = config.model,
-                                     .dtype = store_.dtype(),
-                                     .tensor = mesh.tensor(),
-                                     .seed = config.train.seed,
-                                     .sequence = config.parallel.sequence && mesh.tensor().size() > 1,
-                                     .recompute = config.train.recompute,
-                                     .recompute_layers = config.train.recompute_layers};
+  // What is captured for a GPU as a graph neither waits for other queues nor has others wait for it.
+  const bool graphs = config.device.cuda_graphs;
+  const ModelEnvironment environment{
+      .context = &context,
+      .config = config.model,
+      .dtype = store_.dtype(),
+      .tensor = mesh.tensor(),
+      .seed = config.train.seed,
+      .sequence = config.parallel.sequence && mesh.tensor().size() > 1,
+      .recompute = config.train.recompute,
+      .recompute_layers = config.train.recompute_layers,
+      .overlap_tensor = config.parallel.overlap_tensor && mesh.tensor().size() > 1};
   for (const StagePart& part : parts_of_stage(config, mesh.pipeline().size(), mesh.pipeline().rank()))
     parts_.push_back(make_language_model_stage(environment, part, store_));
-  store_.allocate(mesh.replicas(), {.bucket_bytes = config.parallel.bucket_mib << 20,
-                                    .with_gradients = with_gradients,
-                                    .sharding = config.parallel.sharding});
+  store_.allocate(
+      mesh.replicas(),
+      {.bucket_bytes = static_cast<int64_t>(config.parallel.bucket_mib * 0x1p20),
+       .with_gradients = with_gradients,
+       .sharding = config.parallel.sharding,
+       .overlap_gradients = config.parallel.overlap_gradients && !graphs && mesh.replicas().size() > 1,
+       .overlap_values = config.parallel.overlap_parameters && !graphs && mesh.replicas().size() > 1});
 }
 
 bool ModelInstance::has_first_part() const { return parts_.front()->part().first; }

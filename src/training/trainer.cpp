@@ -132,7 +132,8 @@ StepReport Trainer::compute_gradients() {
 
   model_.store().zero_gradients();
   model_.set_micro_batches(batches);
-  run_schedule(model_.context(), model_.mesh().pipeline(), schedule_, pipeline_parts());
+  run_schedule(model_.context(), model_.mesh().pipeline(), schedule_, pipeline_parts(),
+               config_.parallel.overlap_pipeline);
   optimizer_.reduce_gradients();
 
   const double loss_sum =

@@ -52,16 +52,51 @@ constexpr std::array<Sharding, 3> kSharding{Sharding::optimizer, Sharding::gradi
 constexpr std::array<std::pair<Recompute, int64_t>, 4> kRecompute{
     {{Recompute::none, 0}, {Recompute::selective, 0}, {Recompute::full, 0}, {Recompute::full, 1}}};
 constexpr std::array<int64_t, 3> kMicroBatch{1, 2, 3};
+constexpr double kSmallBuckets = 0.004;  // MiB: about one for each layer
+
+/// What of communication goes on beside computing.
+struct Overlap {
+  bool gradients;
+  bool parameters;
+  bool pipeline;
+  bool tensor;
+};
+constexpr std::array<Overlap, 6> kOverlap{{{false, false, false, false},
+                                           {true, true, true, true},
+                                           {true, false, false, false},
+                                           {false, true, false, false},
+                                           {false, false, true, false},
+                                           {false, false, false, true}}};
+
+void set_overlap(ParallelConfig& config, const Overlap& overlap) {
+  config.overlap_gradients = overlap.gradients;
+  config.overlap_parameters = overlap.parameters;
+  config.overlap_pipeline = overlap.pipeline;
+  config.overlap_tensor = overlap.tensor;
+}
 constexpr std::array<FfnNormForm, 2> kForm{FfnNormForm::folded, FfnNormForm::plain};
 
 /// A choice of each factor, by its place in the lists above.
-enum Factor : size_t { tensor, sequence, pipeline, data, sharding, recompute, micro_batch, form, kFactors };
+enum Factor : size_t {
+  tensor,
+  sequence,
+  pipeline,
+  data,
+  sharding,
+  recompute,
+  micro_batch,
+  form,
+  overlap,
+  kFactors
+};
 using Choice = std::array<size_t, kFactors>;
 
 std::array<size_t, kFactors> levels() {
-  return {
-      kTensor.size(),     2,           pipelines().size(), kData.size(), kSharding.size(), kRecompute.size(),
-      kMicroBatch.size(), kForm.size()};
+  return {kTensor.size(),     2,
+          pipelines().size(), kData.size(),
+          kSharding.size(),   kRecompute.size(),
+          kMicroBatch.size(), kForm.size(),
+          kOverlap.size()};
 }
 
 MeshDegrees degrees_of(const Choice& c) {
@@ -93,6 +128,8 @@ RunConfig config_of(const Choice& c) {
   config.parallel.interleave_group = p.interleave_group;
   config.parallel.split = p.split;
   config.parallel.sharding = kSharding[c[sharding]];
+  config.parallel.bucket_mib = kSmallBuckets;
+  set_overlap(config.parallel, kOverlap[c[overlap]]);
   return config;
 }
 
@@ -223,7 +260,8 @@ TEST(LayoutMatrix, AllPairsOfChoicesEqualOneProcess) {
 }
 
 // What only moves work elsewhere in time changes no bit, in the types that are trained in.
-TEST(LayoutMatrix, BucketsAndRecomputationChangeNoBit) {
+TEST(LayoutMatrix, BucketsRecomputationAndOverlapChangeNoBit) {
+  std::mt19937 random(1);
   for (const Precision precision : {Precision::fp32, Precision::bf16, Precision::fp16_memory_efficient}) {
     for (const Sharding sharding : kSharding) {
       Choice c{};
@@ -235,10 +273,11 @@ TEST(LayoutMatrix, BucketsAndRecomputationChangeNoBit) {
       config.parallel.sharding = sharding;
       const Outcome expected = outcome_of(config, degrees_of(c), false);
       for (const auto& [kind, layers] : kRecompute) {
-        for (const int64_t bucket_mib : {1, 64}) {
+        for (const Overlap& overlap : kOverlap) {
           config.train.recompute = kind;
           config.train.recompute_layers = layers;
-          config.parallel.bucket_mib = bucket_mib;
+          config.parallel.bucket_mib = random() % 2 == 0 ? kSmallBuckets : 64.0;
+          set_overlap(config.parallel, overlap);
           const Outcome got = outcome_of(config, degrees_of(c), false);
           EXPECT_EQ(got.losses, expected.losses);
           EXPECT_EQ(got.gradient_norms, expected.gradient_norms);

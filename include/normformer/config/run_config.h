@@ -117,7 +117,11 @@ struct ParallelConfig {
   int64_t interleave_group = 0;     ///< micro-batches that pass a part in a row; 0 means as many as stages
   std::vector<int64_t> split = {};  ///< layers of each part, in their order; empty: by what the parts cost
   Sharding sharding = Sharding::optimizer;
-  int64_t bucket_mib = 32;  ///< gradients are reduced over data-parallel ranks in pieces of about this size
+  double bucket_mib = 32.0;  ///< gradients are reduced over data-parallel ranks in pieces of about this size
+  bool overlap_gradients = true;   ///< reduced beside the rest of the backward
+  bool overlap_parameters = true;  ///< gathered beside what comes before their use
+  bool overlap_pipeline = true;    ///< received while computing
+  bool overlap_tensor = true;      ///< gradients of inputs reduced beside the computing of those of weights
 
   /// Parts of the model on each rank: `zb_v` always has two.
   int64_t parts_of_rank() const { return schedule == PipelineSchedule::zb_v ? 2 : virtual_stages; }

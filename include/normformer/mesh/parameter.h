@@ -39,6 +39,7 @@ struct ParameterSpec {
       false;          ///< stored right behind the parameter declared before, so that both form one matrix
   int64_t unit = -1;  ///< the layer that it belongs to, which is gathered and reduced as one where replicas
                       ///< split more than optimizer state; -1: of none, always whole
+  int64_t finished_with = -1;  ///< the layer whose backward adds the last of its gradient; -1: none's
 };
 
 /// A parameter's tensors on this rank: views into the flat buffers of a ParameterStore, which outlives them.

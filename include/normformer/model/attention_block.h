@@ -58,7 +58,12 @@ class AttentionBlock {
   /// tensor group where the stream is split.
   void backward_weight(Saved& saved) const;
 
+  /// Both of the above with the same bits; where overlap_tensor is set, the gradient of x is reduced beside
+  /// the computing of those of weights. Collective over the tensor group.
+  Placed<Stream> backward(Saved& saved, const Placed<Stream>& dout) const;
+
  private:
+  StartedGradient<Stream> start_backward_input(Saved& saved, const Placed<Stream>& dout, bool overlap) const;
   bool is_pre() const { return environment_.config.norm_position == NormPosition::pre; }
   // Whether the products' input is made again from the stream; in the Post-LN model it is the stream.
   bool normalises_again() const { return is_pre() && environment_.recompute == Recompute::selective; }

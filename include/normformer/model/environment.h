@@ -13,6 +13,7 @@
 #include "normformer/sharding/parameter_store.h"
 #include "normformer/tensor/context.h"
 #include "normformer/tensor_parallel/placed.h"
+#include "normformer/tensor_parallel/stream.h"
 
 namespace normformer {
 
@@ -27,6 +28,7 @@ struct ModelEnvironment {
   bool sequence = false;  ///< the residual stream's tokens are dealt out to the tensor-parallel group
   Recompute recompute = Recompute::none;
   int64_t recompute_layers = 0;  ///< of a part, its first ones; 0 means all
+  bool overlap_tensor = false;   ///< reduce gradients of inputs beside the computing of those of weights
 
   /// This rank's heads, feed-forward features, channels of its heads, and rows of the vocabulary.
   Range heads() const { return head_shard(config.heads, tensor.size(), tensor.rank()); }
@@ -84,10 +86,14 @@ ops::Dropout make_stream_dropout(const ModelEnvironment& environment, const Micr
 /// Declares parameters of one module under a common prefix.
 class ParameterDeclarer {
  public:
-  /// `unit` is that of ParameterSpec.
+  /// `unit` and `finished_with` are those of ParameterSpec.
   ParameterDeclarer(const ModelEnvironment& environment, ParameterStore& store, std::string prefix,
-                    int64_t unit = -1)
-      : environment_(&environment), store_(&store), prefix_(std::move(prefix)), unit_(unit) {}
+                    int64_t unit, int64_t finished_with)
+      : environment_(&environment),
+        store_(&store),
+        prefix_(std::move(prefix)),
+        unit_(unit),
+        finished_with_(finished_with) {}
 
   /// A vector that every rank of the tensor group holds whole and whose gradient every rank makes whole; its
   /// first rank owns it.
@@ -120,6 +126,7 @@ class ParameterDeclarer {
   ParameterStore* store_;
   std::string prefix_;
   int64_t unit_;
+  int64_t finished_with_;
 };
 
 /// A module's span in traces: "decoder.layers.3.self_attn forward".
@@ -165,6 +172,20 @@ template <class Stream>
 NormedStream<Stream> sublayer_forward(const ModelEnvironment& environment, const ops::SublayerOutput& parts,
                                       const Placed<Stream>& branch, const Placed<Stream>& residual,
                                       const Tensor& mean, const Tensor& rstd, const NormParameters& next);
+
+/// The gradient of a sub-layer's input x while what came through its products is still being reduced.
+template <class Stream>
+struct StartedGradient {
+  Arriving<Stream> dnormed;  ///< of what the products read
+  Tensor dresidual;          ///< [n, D]: of x itself
+  NormSaved norm;            ///< Pre-LN: of the LayerNorm between the two
+};
+
+/// The gradient of x: once dnormed has come, goes back through the LayerNorm (Pre-LN) and adds. Adds to the
+/// norm's gradients.
+template <class Stream>
+Placed<Stream> finish_gradient(const ModelEnvironment& environment, const NormParameters& norm,
+                               StartedGradient<Stream> started);
 
 /// What the norm gave, computed anew with the same bits.
 Tensor stream_norm_again(const ModelEnvironment& environment, const NormParameters& norm,

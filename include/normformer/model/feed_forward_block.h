@@ -62,6 +62,10 @@ class FeedForwardBlock {
   /// tensor group where the stream is split.
   void backward_weight(Saved& saved) const;
 
+  /// Both of the above with the same bits; where overlap_tensor is set, the gradient of x is reduced beside
+  /// the computing of those of weights. Collective over the tensor group.
+  Placed<Stream> backward(Saved& saved, const Placed<Stream>& dout) const;
+
  private:
   // The gradient of fc2's output, and LN_ffn as the activation's backward takes it, for all tokens.
   struct FoldedGradient {
@@ -69,6 +73,7 @@ class FeedForwardBlock {
     ops::NormOfActivation norm;
   };
 
+  StartedGradient<Stream> start_backward_input(Saved& saved, const Placed<Stream>& dout, bool overlap) const;
   bool is_pre() const { return environment_.config.norm_position == NormPosition::pre; }
   bool is_plain() const;
   // What backward makes again instead of keeping it; in the Post-LN model fc1's input is the stream.

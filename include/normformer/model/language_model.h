@@ -24,13 +24,14 @@ struct StagePart {
 class LanguageModelStage : public Stage {
  public:
   /// To be called whenever weights have changed and before the next forward: folds FFN LayerNorms into their
-  /// products, in one reduction for all layers. Collective over the tensor group.
+  /// products, in one reduction for all layers; where values come only for use, each in its next forward.
+  /// Collective over the tensor group.
   virtual void prepare() = 0;
 
   /// Sets the micro-batches that the following calls refer to by number, and forgets what the last ones left.
   /// Every rank gets the same sizes; tokens are read on the first stage, targets and weights on the last,
   /// document_start on all.
-  void set_micro_batches(std::vector<MicroBatch> batches);
+  virtual void set_micro_batches(std::vector<MicroBatch> batches);
 
   /// Sum of the negative log-likelihoods of all targets that count in the micro-batches forwarded since
   /// set_micro_batches; 0 on other stages than the last.
@@ -50,6 +51,7 @@ class LanguageModelStage : public Stage {
   LanguageModelStage(ModelEnvironment environment, StagePart part)
       : environment_(std::move(environment)), part_(part) {}
 
+  size_t num_micro_batches() const { return batches_.size(); }
   const MicroBatch& batch(int64_t index) const { return batches_[static_cast<size_t>(index)]; }
   void set_result(int64_t index, Tensor result) { results_[static_cast<size_t>(index)] = std::move(result); }
 

@@ -18,11 +18,14 @@ namespace normformer {
 /// ones are waited for), so completing never stalls and 1F1B keeps at most about `stages` of them, however
 /// many micro-batches there are; none outlives the call.
 ///
+/// With `receive_ahead` what the next action of the list takes is received while one is computed, which needs
+/// memory for one tensor more.
+///
 /// The schedule must be the same on all ranks. LogicError, before anything is sent, where check_schedule
 /// refuses it or the group or the parts do not fit it; later where a part breaks its contract. An exception
 /// of a part leaves the neighbours waiting; whoever runs the ranks ends them. Collective over `pipeline`.
 void run_schedule(Context& context, const Group& pipeline, const Schedule& schedule,
-                  std::span<Stage* const> parts);
+                  std::span<Stage* const> parts, bool receive_ahead = false);
 
 /// As above, for schedules of one chunk.
 void run_schedule(Context& context, const Group& pipeline, const Schedule& schedule, Stage& stage);

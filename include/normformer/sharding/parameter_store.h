@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <string_view>
 #include <vector>
 
@@ -33,6 +34,8 @@ struct StoreOptions {
   int64_t bucket_bytes = 32 << 20;  ///< about so many of main gradients make a bucket
   bool with_gradients = true;       ///< false for evaluation
   Sharding sharding = Sharding::optimizer;
+  bool overlap_gradients = false;  ///< reduce gradients beside the rest of the backward
+  bool overlap_values = false;     ///< gather values beside what comes before their use
 };
 
 /// One rank's parameters, values and main gradients, cut into buckets. Parameters are declared first, in the
@@ -43,6 +46,9 @@ struct StoreOptions {
 /// Under Sharding::gradients the main gradients of units, and under Sharding::parameters their values too,
 /// are held in pieces, a rank's share of each bucket; they are whole only between open_* and close_values or
 /// reduce_gradients. A parameter's tensors are undefined while they are not whole.
+///
+/// With the options to overlap, what is reduced and gathered is started as early and waited for as late as
+/// can be, in an order that depends on the calls alone; every bit is as without.
 class ParameterStore {
  public:
   /// Values are of `dtype`, main gradients of its accumulator type.
@@ -60,18 +66,44 @@ class ParameterStore {
   /// sum. `replicas` is the group that splits what is split.
   void allocate(const Group& replicas, const StoreOptions& options);
 
-  /// Makes the values of a unit whole, for use. Does nothing where they are. Collective over
-  /// `replicas`, where they are split.
+  /// Makes the values of a unit whole, for use, and of what stands before it and right behind it in the order
+  /// of the forward pass. Does nothing where they are. Collective over `replicas`, where they are split.
   void open_values(int64_t unit);
   void close_values(int64_t unit);
+
+  /// Says that the unit will be opened next. Collective over `replicas`, where values are split.
+  void prefetch_values(int64_t unit);
+
+  /// Gathers the values of a bucket that is held whole, from everyone's pieces; they may be there only when
+  /// opened, or after await_values. Collective over `replicas`.
+  void gather_values(size_t bucket);
+
+  /// Waits for what gather_values has begun: all, or what a unit needs (see open_values).
+  void await_values();
+  void await_values(int64_t unit);
+
+  /// Whether a unit's values are to be expected only when it is opened for use.
+  bool gathers_for_use() const {
+    return options_.overlap_values || options_.sharding == Sharding::parameters;
+  }
 
   /// Makes room for a micro-batch's gradients of a unit. Does nothing where they are held whole.
   void open_gradients(int64_t unit);
 
-  /// Adds the sums over replicas of the gradients gathered since a unit was opened to the pieces; the room is
-  /// given up once this has been called as often as open_gradients. Does nothing where they are held whole.
-  /// Collective over `replicas`, where they are split.
+  /// Adds the sums over replicas of the gradients gathered since a unit was opened to the pieces, at once or
+  /// until await_gradients; the room is given up once this has been called as often as open_gradients. Does
+  /// nothing where they are held whole. Collective over `replicas`, where they are split.
   void reduce_gradients(int64_t unit);
+
+  /// Says that this step adds nothing more to the gradients that are finished with this unit's backward: a
+  /// bucket of nothing else may be reduced from now on. Collective over `replicas`, where gradients overlap.
+  void finish_gradients(int64_t unit);
+
+  /// Waits until the pieces have all that reduce_gradients was called for.
+  void await_gradients();
+
+  /// Sums a bucket that is held whole over `replicas`, into the pieces. Collective over `replicas`.
+  void reduce_bucket(size_t bucket);
 
   /// Whether a bucket's gradients, or values, are held in pieces.
   bool splits_gradients(const Bucket& bucket) const;
@@ -107,6 +139,25 @@ class ParameterStore {
   template <class Body>
   void for_each_split(int64_t unit, bool (ParameterStore::*splits)(const Bucket&) const, Body&& body);
   void show(const Bucket& bucket);
+  void find_order_of_use();
+  void count_unfinished();
+  void start_arrival(const Bucket& bucket);
+  CommRequest gather(const Bucket& bucket, const Tensor& whole) const;
+  CommRequest reduce(const Bucket& bucket, const Tensor& whole, const Tensor& piece) const;
+  void end_oldest_reduction();
+
+  // Values that are being gathered.
+  struct Arrival {
+    Tensor values;
+    CommRequest request;
+  };
+  // A unit's gradients that are being summed.
+  struct Reduction {
+    const Bucket* bucket;
+    Tensor whole;
+    Tensor sum;
+    CommRequest request;
+  };
 
   Context* context_;
   DType dtype_;
@@ -114,7 +165,13 @@ class ParameterStore {
   Group replicas_;
   std::deque<Parameter> parameters_;
   std::vector<Bucket> buckets_;
-  std::vector<int> open_gradients_;  // of each bucket: open_gradients that wait for their reduce_gradients
+  std::vector<int> open_gradients_;    // of each bucket: open_gradients that wait for their reduce_gradients
+  std::vector<Arrival> arrivals_;      // of each bucket
+  std::vector<CommRequest> finished_;  // of each bucket that is held whole: its reduction
+  std::vector<std::vector<int64_t>> units_;  // of each bucket: with which units its gradients are finished
+  std::vector<size_t> unfinished_;           // of each bucket: how many of these are not yet
+  std::map<int64_t, int64_t> needed_;        // of each unit: where what it needs ends, in elements
+  std::deque<Reduction> reductions_;         // the oldest first
   int64_t flat_size_ = 0;
   Tensor values_;           // of whole buckets
   Tensor gradients_;        // of whole buckets

@@ -50,7 +50,8 @@ class ShardedOptimizer {
   /// world.
   double gradient_norm(double largest);
 
-  /// Updates this rank's pieces and gathers everyone's. Collective over the replicas.
+  /// Updates this rank's pieces and gathers everyone's, until the store's await_values. Collective over the
+  /// replicas.
   void step(const ops::AdamW& update);
 
   /// Puts values that were written to the masters (by a checkpoint's reader) into the parameters of all
@@ -68,11 +69,9 @@ class ShardedOptimizer {
   void for_each_run(Visit&& visit) const;
   std::vector<Tensor> owned_runs() const;
   Tensor master(size_t bucket) const;
-  void gather_values();
 
   ParameterStore* store_;
   Group tensor_;
-  Group replicas_;
   Group embedding_;
   Group world_;
   std::vector<int64_t> state_offsets_;  // of each bucket's piece in the buffers below

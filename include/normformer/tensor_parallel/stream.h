@@ -20,6 +20,25 @@ struct WithStatistics {
   Placed<Stream> statistics;
 };
 
+/// A value on the stream whose reduction has begun.
+template <class Stream>
+class Arriving {
+ public:
+  Arriving() = default;
+  Arriving(Placed<Stream> value, CommRequest request)
+      : value_(std::move(value)), request_(std::move(request)) {}
+
+  /// The value, once it is there.
+  Placed<Stream> wait() {
+    request_.wait();
+    return std::move(value_);
+  }
+
+ private:
+  Placed<Stream> value_;
+  CommRequest request_;
+};
+
 /// The stream is replicated: entering costs nothing forward and a sum backward, leaving the opposite (Shoeybi
 /// et al. 2019, operators f and g).
 template <>
@@ -37,6 +56,7 @@ class StreamBoundary<Replicated> {
 
   /// The gradient that column-parallel products return, on the stream. Collective over the tensor group.
   Placed<Replicated> enter_backward(const Placed<Partial>& dx) const { return reduce(dx); }
+  Arriving<Replicated> start_enter_backward(const Placed<Partial>& dx) const;
 
   /// The output of a row-parallel product, on the stream. Collective over the tensor group.
   Placed<Replicated> leave(const Placed<Partial>& y) const { return reduce(y); }
@@ -74,6 +94,7 @@ class StreamBoundary<SequenceSharded> {
   /// The gradient that column-parallel products return, for this rank's tokens. Collective over the tensor
   /// group.
   Placed<SequenceSharded> enter_backward(const Placed<Partial>& dx) const { return leave(dx); }
+  Arriving<SequenceSharded> start_enter_backward(const Placed<Partial>& dx) const;
 
   /// The output of a row-parallel product, for this rank's tokens. Collective over the tensor group.
   Placed<SequenceSharded> leave(const Placed<Partial>& y) const;
@@ -99,6 +120,15 @@ class StreamBoundary<SequenceSharded> {
   Context* context_;
   Group tensor_;
 };
+
+/// StreamBoundary::start_enter_backward, or without `overlap` enter_backward, after which nothing is waited
+/// for. Collective over the tensor group.
+template <class Stream>
+Arriving<Stream> start_enter_backward(const StreamBoundary<Stream>& boundary, const Placed<Partial>& dx,
+                                      bool overlap) {
+  if (overlap) return boundary.start_enter_backward(dx);
+  return {boundary.enter_backward(dx), {}};
+}
 
 /// The sum over the group of a partial value, in place. Collective over the group.
 Placed<Replicated> reduce_partial(Context& context, const Group& group, const Placed<Partial>& value);
