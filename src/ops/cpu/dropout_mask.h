@@ -18,7 +18,7 @@ template <class A>
 void dropout_row(const Dropout& dropout, int64_t row, int64_t columns, A* multipliers) {
   const int64_t whole_row = dropout.first_row + row;
   const int64_t sample = dropout.first_sample + whole_row / dropout.rows_per_sample;
-  const int64_t token = dropout.first_token + whole_row % dropout.rows_per_sample;
+  const int64_t token = dropout.token_of(whole_row % dropout.rows_per_sample);
   dropout_multipliers(dropout.stream, sample, token * dropout.row_elements + dropout.first_column, columns,
                       dropout.probability, multipliers);
 }

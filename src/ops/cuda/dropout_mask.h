@@ -19,6 +19,8 @@ struct DropoutMask {
         first_row(dropout.first_row),
         rows_per_sample(dropout.rows_per_sample),
         first_token(dropout.first_token),
+        split(dropout.split),
+        second_token(dropout.second_token),
         row_elements(dropout.row_elements),
         first_column(dropout.first_column),
         threshold(dropout.active() ? keep_threshold(dropout.probability) : 0),
@@ -30,11 +32,18 @@ struct DropoutMask {
   int64_t first_row;
   int64_t rows_per_sample;
   int64_t first_token;
+  int64_t split;
+  int64_t second_token;
   int64_t row_elements;
   int64_t first_column;
   uint32_t threshold;
   A kept;
   bool active;
+
+  /// Dropout::token_of.
+  __device__ int64_t token_of(int64_t t) const {
+    return t < split ? first_token + t : second_token + (t - split);
+  }
 
   /// What elements `column` ... `column + N - 1` of a local row are multiplied by. One call of the generator
   /// gives up to four neighbours.
@@ -46,7 +55,7 @@ struct DropoutMask {
       return;
     }
     const int64_t whole_row = first_row + row;
-    const int64_t token = first_token + whole_row % rows_per_sample;
+    const int64_t token = token_of(whole_row % rows_per_sample);
     const auto sample = static_cast<uint64_t>(first_sample + whole_row / rows_per_sample);
     const auto first = static_cast<uint64_t>(token * row_elements + first_column + column);
     multipliers_of<N>(sample, first, to);

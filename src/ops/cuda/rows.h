@@ -75,7 +75,7 @@ __device__ uint32_t kept_bits(const DropoutMask<A>& mask, int64_t row, int64_t c
   const auto rows_per_sample = static_cast<uint32_t>(std::min<int64_t>(mask.rows_per_sample, INT32_MAX));
   const auto whole_row = static_cast<uint32_t>(mask.first_row + row);
   const uint32_t samples = whole_row / rows_per_sample;
-  const int64_t token = mask.first_token + (whole_row - samples * rows_per_sample);
+  const int64_t token = mask.token_of(whole_row - samples * rows_per_sample);
   const auto sample = static_cast<uint64_t>(mask.first_sample + samples);
   const auto first = static_cast<uint64_t>(token * mask.row_elements + mask.first_column + column);
   const int before = static_cast<int>(first % 4);

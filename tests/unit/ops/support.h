@@ -140,7 +140,9 @@ inline Real dot(const Reals& a, const Reals& b) {
 inline Real dropout_multiplier(const Dropout& dropout, int64_t row, int64_t column) {
   if (!dropout.active()) return 1;
   const int64_t whole_row = dropout.first_row + row;
-  const int64_t token = dropout.first_token + whole_row % dropout.rows_per_sample;
+  const int64_t t = whole_row % dropout.rows_per_sample;
+  const int64_t token =
+      t < dropout.split ? dropout.first_token + t : dropout.second_token + (t - dropout.split);
   const int64_t sample = dropout.first_sample + whole_row / dropout.rows_per_sample;
   const int64_t i = token * dropout.row_elements + dropout.first_column + column;
   const uint32_t word = dropout.stream.words(static_cast<uint64_t>(i / 4),
@@ -148,7 +150,8 @@ inline Real dropout_multiplier(const Dropout& dropout, int64_t row, int64_t colu
   return static_cast<double>(word) >= dropout.probability * 0x1p32 ? 1 / (1 - Real(dropout.probability)) : 0;
 }
 
-/// A dropout whose rows begin inside a sample and whose columns are not aligned to the generator's blocks.
+/// A dropout whose rows begin inside a sample, whose samples are in two runs of tokens and whose columns are
+/// not aligned to the generator's blocks.
 inline Dropout odd_dropout(double probability, int64_t columns) {
   return Dropout{.probability = probability,
                  .stream = RandomStream{}.with(11).with("site"),
@@ -156,6 +159,8 @@ inline Dropout odd_dropout(double probability, int64_t columns) {
                  .first_row = 4,
                  .rows_per_sample = 3,
                  .first_token = 7,
+                 .split = 2,
+                 .second_token = 21,
                  .row_elements = columns + 6,
                  .first_column = 3};
 }
