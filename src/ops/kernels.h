@@ -3,6 +3,7 @@
 #include "normformer/ops/activation.h"
 #include "normformer/ops/attention.h"
 #include "normformer/ops/optimizer.h"
+#include "normformer/ops/partial_attention.h"
 #include "normformer/ops/sublayer.h"
 #include "normformer/tensor/context.h"
 #include "normformer/tensor/rectangle.h"

@@ -35,54 +35,72 @@ class Head {
   using A = Accumulator<T>;
 
   Head(const AttentionInput<T>& input, int64_t pair)
-      : shape_(input.shape),
-        dropout_(input.dropout),
-        sample_(pair / shape_.heads),
-        head_(pair % shape_.heads),
-        starts_(input.document_start == nullptr ? nullptr : input.document_start + sample_ * shape_.length) {}
+      : input_(input),
+        sample_(pair / input.heads),
+        head_(pair % input.heads),
+        starts_(input.document_start == nullptr ? nullptr : input.document_start + sample_ * queries()) {}
 
-  int64_t length() const { return shape_.length; }
-  int64_t size() const { return shape_.head_size; }
-  int64_t out_stride() const { return shape_.heads * size(); }
-  int64_t qkv_stride() const { return 3 * out_stride(); }
+  int64_t queries() const { return input_.queries.size(); }
+  int64_t keys() const { return input_.keys.size(); }
+  int64_t size() const { return input_.head_size; }
   A scale() const { return A{1} / std::sqrt(static_cast<A>(size())); }
 
-  /// The first channel of a token's query (part 0), key (1) or value (2) in qkv.
-  int64_t qkv_at(int part, int64_t token) const {
-    return (sample_ * length() + token) * qkv_stride() + part * out_stride() + head_ * size();
+  /// The first channel of a row of a tensor that has rows of the queries, or of the keys.
+  int64_t query_at(int64_t query, int64_t stride) const {
+    return (sample_ * queries() + query) * stride + head_ * size();
   }
-  int64_t out_at(int64_t token) const { return (sample_ * length() + token) * out_stride() + head_ * size(); }
-  int64_t lse_at(int64_t token) const { return (sample_ * shape_.heads + head_) * length() + token; }
+  int64_t key_at(int64_t key, int64_t stride) const {
+    return (sample_ * keys() + key) * stride + head_ * size();
+  }
+  int64_t out_stride() const { return input_.heads * size(); }
+  int64_t lse_at(int64_t query) const { return (sample_ * input_.heads + head_) * queries() + query; }
+
+  const T* q() const { return input_.q + query_at(0, input_.q_stride); }
+  const T* k() const { return input_.k + key_at(0, input_.kv_stride); }
+  const T* v() const { return input_.v + key_at(0, input_.kv_stride); }
 
   /// The keys that a query attends to.
   Range keys_of(int64_t query) const {
-    return {starts_ == nullptr ? 0 : starts_[query], shape_.causal ? query + 1 : length()};
+    return {starts_ == nullptr ? 0 : input_.keys.rows_before(starts_[query]), end_of_keys(query)};
   }
 
   /// The least range of keys in which lies what any of the queries attends to.
   Range keys_of(Range queries) const {
-    Range keys = keys_of(queries.end - 1);
-    if (starts_ == nullptr) return keys;
-    for (int64_t q = queries.begin; q < queries.end; ++q) {
-      keys.begin = std::min<int64_t>(keys.begin, starts_[q]);
-    }
+    Range keys{0, end_of_keys(queries.end - 1)};
+    if (starts_ != nullptr)
+      keys.begin = input_.keys.rows_before(*std::min_element(starts_ + queries.begin, starts_ + queries.end));
     return keys;
   }
 
   /// The first query that may attend to a key.
-  int64_t first_query_of(int64_t key) const { return shape_.causal ? key : 0; }
+  int64_t first_query_of(int64_t key) const {
+    return input_.causal ? input_.queries.rows_before(input_.keys.position_of(key)) : 0;
+  }
 
-  bool drops() const { return dropout_.active(); }
+  bool drops() const { return input_.dropout.active(); }
 
   void dropout_multipliers(int64_t query, Range keys, A* multipliers) const {
-    const int64_t row = (shape_.first_head + head_) * length() + query;
-    cpu::dropout_multipliers(dropout_.stream, dropout_.first_sample + sample_, row * length() + keys.begin,
-                             keys.size(), dropout_.probability, multipliers);
+    const int64_t split = std::clamp(input_.keys.first.size(), keys.begin, keys.end);
+    fill_multipliers(query, {keys.begin, split}, multipliers);
+    fill_multipliers(query, {split, keys.end}, multipliers + (split - keys.begin));
   }
 
  private:
-  const AttentionShape& shape_;
-  const Dropout& dropout_;
+  int64_t end_of_keys(int64_t query) const {
+    return input_.causal ? input_.keys.rows_before(input_.queries.position_of(query) + 1) : keys();
+  }
+
+  // Of keys that follow each other in the sequence.
+  void fill_multipliers(int64_t query, Range keys, A* multipliers) const {
+    if (keys.empty()) return;
+    const Dropout& dropout = input_.dropout;
+    const int64_t row = (input_.first_head + head_) * input_.length + input_.queries.position_of(query);
+    cpu::dropout_multipliers(dropout.stream, dropout.first_sample + sample_,
+                             row * input_.length + input_.keys.position_of(keys.begin), keys.size(),
+                             dropout.probability, multipliers);
+  }
+
+  const AttentionInput<T>& input_;
   int64_t sample_;
   int64_t head_;
   const int32_t* starts_;
@@ -210,6 +228,21 @@ HWY_INLINE void write_row(const A* from, int64_t count, A factor, T* to) {
                             HWY_ATTR { store(hn::Mul(load(from + j, use), set<A>(factor)), to + j, use); });
 }
 
+template <class A>
+HWY_INLINE void add_scaled_row(const A* from, int64_t count, A factor, A* to) {
+  for_columns<A>(count, [&](int64_t j, auto use)
+                            HWY_ATTR { add_to(to + j, hn::Mul(load(from + j, use), set<A>(factor)), use); });
+}
+
+/// A row of a result, times `factor`.
+template <class T, class A>
+HWY_INLINE void give_row(const A* from, int64_t count, A factor, const ResultRows<T>& to, int64_t at) {
+  if (to.written != nullptr)
+    write_row(from, count, factor, to.written + at);
+  else
+    add_scaled_row(from, count, factor, to.added + at);
+}
+
 /// The forward of some blocks of queries of one head. After Dao, Fu, Ermon, Rudra, Re, "FlashAttention",
 /// 2022, algorithm 1, with softmax kept relative to the largest score so far (Milakov, Gimelshein, 2018).
 template <class Steps>
@@ -222,12 +255,15 @@ class ForwardHead {
       : head_(input, pair),
         group_(group),
         groups_(groups),
-        blocks_(ceil_div(head_.length(), kForwardQueries)),
-        queries_(rows(input, 0).with_whole_steps(head_.length(), workspace().queries)) {
+        blocks_(ceil_div(head_.queries(), kForwardQueries)),
+        queries_(Rows<T>(head_.q(), input.q_stride, head_.size())
+                     .with_whole_steps(head_.queries(), workspace().queries)) {
     const int64_t last_block = group + (blocks_ - 1 - group) / groups * groups;
     tokens_ = head_.keys_of(block_at(last_block)).end;
-    keys_ = rows(input, 1).pack_by_channel({0, tokens_}, workspace().keys_by_channel);
-    values_ = rows(input, 2).pack_by_token({0, tokens_}, workspace().values);
+    keys_ = Rows<T>(head_.k(), input.kv_stride, head_.size())
+                .pack_by_channel({0, tokens_}, workspace().keys_by_channel);
+    values_ =
+        Rows<T>(head_.v(), input.kv_stride, head_.size()).pack_by_token({0, tokens_}, workspace().values);
     scores_ = workspace().scores.template take<A>(kForwardQueries * kForwardKeys);
     probabilities_ = workspace().probabilities.template take<T>(kForwardQueries * kForwardKeys);
     multipliers_ = workspace().multipliers.template take<A>(kForwardKeys);
@@ -236,7 +272,7 @@ class ForwardHead {
     total_ = largest_ + kForwardQueries;
   }
 
-  void run(T* out, A* lse) {
+  void run(const ResultRows<T>& out, A* lse) {
     for (int64_t b = group_; b < blocks_; b += groups_) {
       const Range queries = block_at(b);
       fill_zero(sums_, sums_ + kForwardQueries * queries_.padded_size());
@@ -246,7 +282,10 @@ class ForwardHead {
       for (int64_t k = seen.begin / kForwardKeys * kForwardKeys; k < seen.end; k += kForwardKeys) {
         add_keys(queries, {k, std::min(seen.end, k + kForwardKeys)});
       }
-      write(queries, out, lse);
+      if (out.written != nullptr)
+        write(queries, out, lse);
+      else
+        merge(queries, out, lse);
     }
   }
 
@@ -256,12 +295,8 @@ class ForwardHead {
     return mine;
   }
 
-  Rows<T> rows(const AttentionInput<T>& input, int part) const {
-    return Rows<T>(input.qkv + head_.qkv_at(part, 0), head_.qkv_stride(), head_.size());
-  }
-
   Range block_at(int64_t block) const {
-    return {block * kForwardQueries, std::min(head_.length(), (block + 1) * kForwardQueries)};
+    return {block * kForwardQueries, std::min(head_.queries(), (block + 1) * kForwardQueries)};
   }
 
   void add_keys(Range queries, Range keys) {
@@ -332,11 +367,31 @@ class ForwardHead {
     });
   }
 
-  void write(Range queries, T* out, A* lse) const {
+  A lse_of(int64_t i) const { return largest_[i] * head_.scale() + std::log(total_[i]); }
+
+  void write(Range queries, const ResultRows<T>& out, A* lse) const {
     for (int64_t q = queries.begin; q < queries.end; ++q) {
       const int64_t i = q - queries.begin;
-      write_row(sums_ + i * queries_.padded_size(), head_.size(), A{1} / total_[i], out + head_.out_at(q));
-      lse[head_.lse_at(q)] = largest_[i] * head_.scale() + std::log(total_[i]);
+      write_row(sums_ + i * queries_.padded_size(), head_.size(), A{1} / total_[i],
+                out.written + head_.query_at(q, out.stride));
+      lse[head_.lse_at(q)] = lse_of(i);
+    }
+  }
+
+  // As write(), into what earlier blocks of keys gave; a query that sees none of these keys is left alone.
+  void merge(Range queries, const ResultRows<T>& out, A* lse) const {
+    for (int64_t q = queries.begin; q < queries.end; ++q) {
+      const int64_t i = q - queries.begin;
+      if (total_[i] == A{0}) continue;
+      A& merged = lse[head_.lse_at(q)];
+      const A before = merged;
+      const A here = lse_of(i);
+      const A larger = std::max(before, here);
+      merged = larger + std::log(std::exp(before - larger) + std::exp(here - larger));
+      A* to = out.added + head_.query_at(q, out.stride);
+      multiply_row(to, head_.size(), std::exp(before - merged));
+      add_scaled_row(sums_ + i * queries_.padded_size(), head_.size(), std::exp(here - merged) / total_[i],
+                     to);
     }
   }
 
@@ -366,18 +421,18 @@ class BackwardHead {
   BackwardHead(const AttentionInput<T>& input, const AttentionSaved<T>& saved, int64_t pair)
       : head_(input, pair),
         lse_(saved.lse + head_.lse_at(0)),
-        keys_(input.qkv + head_.qkv_at(1, 0), head_.qkv_stride(), head_.size()),
-        values_(input.qkv + head_.qkv_at(2, 0), head_.qkv_stride(), head_.size()),
-        queries_(Rows<T>(input.qkv + head_.qkv_at(0, 0), head_.qkv_stride(), head_.size())
-                     .with_whole_steps(head_.length(), workspace().query_rows)),
-        douts_(Rows<T>(saved.dout + head_.out_at(0), head_.out_stride(), head_.size())
-                   .with_whole_steps(head_.length(), workspace().dout_rows)),
+        keys_(head_.k(), input.kv_stride, head_.size()),
+        values_(head_.v(), input.kv_stride, head_.size()),
+        queries_(Rows<T>(head_.q(), input.q_stride, head_.size())
+                     .with_whole_steps(head_.queries(), workspace().query_rows)),
+        douts_(Rows<T>(saved.dout + head_.query_at(0, head_.out_stride()), head_.out_stride(), head_.size())
+                   .with_whole_steps(head_.queries(), workspace().dout_rows)),
         padded_(queries_.padded_size()),
         dq_stride_(round_up(head_.size(), kGemmPanel)) {
     constexpr int64_t kScores = kBackwardQueries * kBackwardKeys;
     Workspace& mine = workspace();
-    packed_queries_ = queries_.pack_by_token({0, head_.length()}, mine.queries);
-    packed_douts_ = douts_.pack_by_token({0, head_.length()}, mine.douts);
+    packed_queries_ = queries_.pack_by_token({0, head_.queries()}, mine.queries);
+    packed_douts_ = douts_.pack_by_token({0, head_.queries()}, mine.douts);
     scores_ = mine.scores.template take<A>(kScores);
     dprobabilities_ = mine.dscores.template take<A>(kScores);
     probabilities_ = mine.probabilities.template take<T>(kScores);
@@ -385,20 +440,21 @@ class BackwardHead {
     multipliers_ = mine.multipliers.template take<A>(kBackwardKeys);
     dk_ = mine.dk.template take<A>(kBackwardKeys * padded_);
     dv_ = mine.dv.template take<A>(kBackwardKeys * padded_);
-    delta_ = mine.statistics.template take<A>(head_.length());
-    for (int64_t q = 0; q < head_.length(); ++q) {
-      const T* dout = saved.dout + head_.out_at(q);
-      const T* out = saved.out + head_.out_at(q);
+    delta_ = mine.statistics.template take<A>(head_.queries());
+    for (int64_t q = 0; q < head_.queries(); ++q) {
+      const T* dout = saved.dout + head_.query_at(q, head_.out_stride());
+      const T* out = saved.out + head_.query_at(q, head_.out_stride());
       delta_[q] = sum_columns<A>(head_.size(), [&](int64_t j, auto use) HWY_ATTR {
         return hn::Mul(load(dout + j, use), load(out + j, use));
       });
     }
   }
 
-  // Blocks group, group + groups, ...; adds to dq[length, size in whole kGemmPanel], whose scale is left out.
-  void run(int64_t group, int64_t groups, A* dq, T* dqkv) {
-    for (int64_t k = group * kBackwardKeys; k < head_.length(); k += groups * kBackwardKeys) {
-      run_block({k, std::min(head_.length(), k + kBackwardKeys)}, dq, dqkv);
+  // Blocks group, group + groups, ...; adds to dq[queries, size in whole kGemmPanel], whose scale is left
+  // out.
+  void run(int64_t group, int64_t groups, A* dq, const ResultRows<T>& dk, const ResultRows<T>& dv) {
+    for (int64_t k = group * kBackwardKeys; k < head_.keys(); k += groups * kBackwardKeys) {
+      run_block({k, std::min(head_.keys(), k + kBackwardKeys)}, dq, dk, dv);
     }
   }
 
@@ -408,7 +464,7 @@ class BackwardHead {
     return mine;
   }
 
-  void run_block(Range keys, A* dq, T* dqkv) {
+  void run_block(Range keys, A* dq, const ResultRows<T>& dk, const ResultRows<T>& dv) {
     Workspace& mine = workspace();
     block_keys_ = keys_.pack_by_token(keys, mine.keys);
     block_keys_by_channel_ = keys_.pack_by_channel(keys, mine.keys_by_channel);
@@ -416,13 +472,14 @@ class BackwardHead {
     fill_zero(dk_, dk_ + kBackwardKeys * padded_);
     fill_zero(dv_, dv_ + kBackwardKeys * padded_);
     const int64_t first = head_.first_query_of(keys.begin) / kBackwardQueries * kBackwardQueries;
-    for (int64_t q = first; q < head_.length(); q += kBackwardQueries) {
-      const Range queries{q, std::min(head_.length(), q + kBackwardQueries)};
+    for (int64_t q = first; q < head_.queries(); q += kBackwardQueries) {
+      const Range queries{q, std::min(head_.queries(), q + kBackwardQueries)};
       if (!intersect(head_.keys_of(queries), keys).empty()) add_queries(queries, keys, dq);
     }
     for (int64_t j = 0; j < keys.size(); ++j) {
-      write_row(dk_ + j * padded_, head_.size(), head_.scale(), dqkv + head_.qkv_at(1, keys.begin + j));
-      write_row(dv_ + j * padded_, head_.size(), A{1}, dqkv + head_.qkv_at(2, keys.begin + j));
+      const int64_t key = keys.begin + j;
+      give_row(dk_ + j * padded_, head_.size(), head_.scale(), dk, head_.key_at(key, dk.stride));
+      give_row(dv_ + j * padded_, head_.size(), A{1}, dv, head_.key_at(key, dv.stride));
     }
   }
 
@@ -454,7 +511,7 @@ class BackwardHead {
       if (steps <= 0) continue;
       const int64_t at = (step * kBackwardKeys + first) * kPerStep<T>;
       const int64_t stride = kBackwardKeys * kPerStep<T>;
-      const int64_t total_steps = ceil_div(head_.length(), kPerStep<T>);
+      const int64_t total_steps = ceil_div(head_.queries(), kPerStep<T>);
       const int64_t first_step = queries.begin / kPerStep<T> + step;
       add_products<Steps>(strip, steps, {p + at, kPerStep<T>, stride}, packed_douts_, total_steps, first_step,
                           padded_, dv_ + first * padded_, padded_);
@@ -529,20 +586,20 @@ class BackwardHead {
   A* delta_;
 };
 
-/// Adds up the groups' gradients of queries, in order, and writes them.
+/// Adds up the groups' gradients of queries, in order, and gives them.
 template <class T>
 void write_dq(const AttentionInput<T>& input, int64_t pair, int64_t groups, int64_t group_stride,
-              Accumulator<T>* parts, T* dqkv) {
+              Accumulator<T>* parts, const ResultRows<T>& dq) {
   using A = Accumulator<T>;
   const Head<T> head(input, pair);
-  for (int64_t q = 0; q < head.length(); ++q) {
+  for (int64_t q = 0; q < head.queries(); ++q) {
     A* row = parts + q * round_up(head.size(), kGemmPanel);
     for (int64_t g = 1; g < groups; ++g) {
       for_columns<A>(head.size(), [&](int64_t j, auto use) HWY_ATTR {
         add_to(row + j, load(row + g * group_stride + j, use), use);
       });
     }
-    write_row(row, head.size(), head.scale(), dqkv + head.qkv_at(0, q));
+    give_row(row, head.size(), head.scale(), dq, head.query_at(q, dq.stride));
   }
 }
 
@@ -571,15 +628,17 @@ void with_steps(Body&& body) {
 }
 
 template <class T>
-void forward_task(const AttentionInput<T>& input, int64_t pair, int64_t group, int64_t groups, T* out,
-                  Accumulator<T>* lse) {
+void forward_task(const AttentionInput<T>& input, int64_t pair, int64_t group, int64_t groups,
+                  const ResultRows<T>& out, Accumulator<T>* lse) {
   with_steps<T>([&]<class Steps>() { ForwardHead<Steps>(input, pair, group, groups).run(out, lse); });
 }
 
 template <class T>
 void backward_task(const AttentionInput<T>& input, const AttentionSaved<T>& saved, int64_t pair,
-                   int64_t group, int64_t groups, Accumulator<T>* dq, T* dqkv) {
-  with_steps<T>([&]<class Steps>() { BackwardHead<Steps>(input, saved, pair).run(group, groups, dq, dqkv); });
+                   int64_t group, int64_t groups, Accumulator<T>* dq, const ResultRows<T>& dk,
+                   const ResultRows<T>& dv) {
+  with_steps<T>(
+      [&]<class Steps>() { BackwardHead<Steps>(input, saved, pair).run(group, groups, dq, dk, dv); });
 }
 
 /// The tasks of one element type, behind plain functions for the dispatch.
@@ -593,9 +652,9 @@ AttentionTasks<float> tasks_f32() { return tasks<float>(); }
 AttentionTasks<bf16> tasks_bf16() { return tasks<bf16>(); }
 AttentionTasks<f16> tasks_f16() { return tasks<f16>(); }
 
-int64_t backward_blocks(int64_t length) { return ceil_div(length, kBackwardKeys); }
+int64_t backward_blocks(int64_t keys) { return ceil_div(keys, kBackwardKeys); }
 
-int64_t forward_blocks(int64_t length) { return ceil_div(length, kForwardQueries); }
+int64_t forward_blocks(int64_t queries) { return ceil_div(queries, kForwardQueries); }
 
 }  // namespace normformer::ops::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
@@ -633,10 +692,91 @@ int64_t groups_of(int64_t pairs, int64_t wanted, int64_t blocks) {
 template <class T>
 AttentionInput<T> input_of(const AttentionShape& shape, const Tensor& qkv, const Tensor& document_start,
                            const Dropout& dropout) {
-  return {.shape = shape,
+  const int64_t channels = shape.heads * shape.head_size;
+  const T* first = qkv.data<T>();
+  return {.heads = shape.heads,
+          .head_size = shape.head_size,
+          .first_head = shape.first_head,
+          .length = shape.length,
+          .causal = shape.causal,
+          .queries = SequencePart::whole(shape.length),
+          .keys = SequencePart::whole(shape.length),
           .dropout = dropout,
           .document_start = document_start ? document_start.data<int32_t>() : nullptr,
-          .qkv = qkv.data<T>()};
+          .q = first,
+          .q_stride = 3 * channels,
+          .k = first + channels,
+          .v = first + 2 * channels,
+          .kv_stride = 3 * channels};
+}
+
+template <class T>
+AttentionInput<T> input_of(const PartialAttentionShape& shape, const Tensor& qkv, const Tensor& kv,
+                           const Tensor& document_start, const Dropout& dropout) {
+  const int64_t channels = shape.heads * shape.head_size;
+  return {.heads = shape.heads,
+          .head_size = shape.head_size,
+          .first_head = shape.first_head,
+          .length = shape.length,
+          .causal = true,
+          .queries = shape.queries,
+          .keys = shape.keys,
+          .dropout = dropout,
+          .document_start = document_start ? document_start.data<int32_t>() : nullptr,
+          .q = qkv.data<T>(),
+          .q_stride = 3 * channels,
+          .k = kv.data<T>(),
+          .v = kv.data<T>() + channels,
+          .kv_stride = 2 * channels};
+}
+
+template <class T>
+void forward_heads(ThreadPool& threads, const AttentionInput<T>& input, int64_t pairs,
+                   const ResultRows<T>& out, Accumulator<T>* lse) {
+  const AttentionTasks<T> tasks = chosen_tasks<T>();
+  const int64_t blocks = HWY_DYNAMIC_DISPATCH(forward_blocks)(input.queries.size());
+  // A row's bits do not depend on the other rows, so this cut may follow the number of threads.
+  const int64_t groups = threads.size() == 1 ? 1 : groups_of(pairs, 4 * threads.size(), blocks);
+  threads.parallel_for(groups * pairs, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task)
+      tasks.forward(input, task / groups, task % groups, groups, out, lse);
+  });
+}
+
+/// Where the gradients go.
+template <class T>
+struct Gradients {
+  ResultRows<T> dq, dk, dv;
+};
+
+template <class T>
+void backward_heads(ThreadPool& threads, const AttentionInput<T>& input, const AttentionSaved<T>& saved,
+                    const Gradients<T>& gradients, const Tensor& workspace) {
+  using A = Accumulator<T>;
+  const AttentionTasks<T> tasks = chosen_tasks<T>();
+  const int64_t groups = workspace.dim(0);
+  const int64_t pairs = workspace.dim(1);
+  const int64_t head_elements = workspace.dim(2) * workspace.dim(3);
+  A* dq_parts = workspace.data<A>();
+  threads.parallel_for(groups * pairs, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      A* dq = dq_parts + task * head_elements;
+      std::fill(dq, dq + head_elements, A{});
+      tasks.backward(input, saved, task % pairs, task / pairs, groups, dq, gradients.dk, gradients.dv);
+    }
+  });
+  threads.parallel_for(pairs, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t pair = begin; pair < end; ++pair) {
+      A* parts = dq_parts + pair * head_elements;
+      tasks.write_dq(input, pair, groups, pairs * head_elements, parts, gradients.dq);
+    }
+  });
+}
+
+// Gradients of queries are summed in it: [groups of key blocks, pairs, queries, head_size in whole panels].
+Shape workspace_shape(int64_t pairs, int64_t queries, int64_t keys, int64_t head_size) {
+  const int64_t groups = groups_of(pairs, kLeastTasks, HWY_DYNAMIC_DISPATCH(backward_blocks)(keys));
+  return {groups, pairs, queries, round_up(head_size, kGemmPanel)};
 }
 
 }  // namespace
@@ -644,57 +784,61 @@ AttentionInput<T> input_of(const AttentionShape& shape, const Tensor& qkv, const
 void attention_forward(Context& context, const AttentionShape& shape, const Tensor& qkv,
                        const Tensor& document_start, const Dropout& dropout, const Tensor& out,
                        const Tensor& lse) {
-  ThreadPool& threads = context.threads();
-  const int64_t pairs = shape.batch * shape.heads;
-  const int64_t blocks = HWY_DYNAMIC_DISPATCH(forward_blocks)(shape.length);
-  // A row's bits do not depend on the other rows, so this cut may follow the number of threads.
-  const int64_t groups = threads.size() == 1 ? 1 : groups_of(pairs, 4 * threads.size(), blocks);
   dispatch_floating(qkv.dtype(), [&]<class T>() {
-    const AttentionTasks<T> tasks = chosen_tasks<T>();
     const AttentionInput<T> input = input_of<T>(shape, qkv, document_start, dropout);
-    threads.parallel_for(groups * pairs, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        tasks.forward(input, task / groups, task % groups, groups, out.data<T>(), lse.data<Accumulator<T>>());
-      }
-    });
+    const ResultRows<T> rows{out.data<T>(), nullptr, shape.heads * shape.head_size};
+    forward_heads(context.threads(), input, shape.batch * shape.heads, rows, lse.data<Accumulator<T>>());
   });
 }
 
-// Gradients of queries are summed in it: [groups of key blocks, batch * heads, length, head_size in whole
-// panels].
 Shape attention_backward_workspace(Context&, const AttentionShape& s) {
-  const int64_t pairs = s.batch * s.heads;
-  const int64_t groups = groups_of(pairs, kLeastTasks, HWY_DYNAMIC_DISPATCH(backward_blocks)(s.length));
-  return {groups, pairs, s.length, round_up(s.head_size, kGemmPanel)};
+  return workspace_shape(s.batch * s.heads, s.length, s.length, s.head_size);
 }
 
 void attention_backward(Context& context, const AttentionShape& shape, const Tensor& dout, const Tensor& qkv,
                         const Tensor& document_start, const Dropout& dropout, const Tensor& out,
                         const Tensor& lse, const Tensor& dqkv, const Tensor& workspace) {
-  ThreadPool& threads = context.threads();
-  const int64_t groups = workspace.dim(0);
-  const int64_t pairs = workspace.dim(1);
-  const int64_t head_elements = workspace.dim(2) * workspace.dim(3);
+  dispatch_floating(qkv.dtype(), [&]<class T>() {
+    const int64_t channels = shape.heads * shape.head_size;
+    const AttentionInput<T> input = input_of<T>(shape, qkv, document_start, dropout);
+    const AttentionSaved<T> saved{
+        .dout = dout.data<T>(), .out = out.data<T>(), .lse = lse.data<Accumulator<T>>()};
+    const auto part = [&](int64_t i) {
+      return ResultRows<T>{dqkv.data<T>() + i * channels, nullptr, 3 * channels};
+    };
+    backward_heads<T>(context.threads(), input, saved, {part(0), part(1), part(2)}, workspace);
+  });
+}
+
+void partial_attention_forward(Context& context, const PartialAttentionShape& shape, const Tensor& qkv,
+                               const Tensor& kv, const Tensor& document_start, const Dropout& dropout,
+                               const Tensor& out, const Tensor& lse) {
   dispatch_floating(qkv.dtype(), [&]<class T>() {
     using A = Accumulator<T>;
-    const AttentionTasks<T> tasks = chosen_tasks<T>();
-    const AttentionInput<T> input = input_of<T>(shape, qkv, document_start, dropout);
+    const AttentionInput<T> input = input_of<T>(shape, qkv, kv, document_start, dropout);
+    const ResultRows<T> rows{nullptr, out.data<A>(), shape.heads * shape.head_size};
+    forward_heads(context.threads(), input, shape.batch * shape.heads, rows, lse.data<A>());
+  });
+}
+
+Shape partial_attention_backward_workspace(Context&, const PartialAttentionShape& s) {
+  return workspace_shape(s.batch * s.heads, s.queries.size(), s.keys.size(), s.head_size);
+}
+
+void partial_attention_backward(Context& context, const PartialAttentionShape& shape, const Tensor& dout,
+                                const Tensor& qkv, const Tensor& kv, const Tensor& document_start,
+                                const Dropout& dropout, const Tensor& out, const Tensor& lse,
+                                const Tensor& dq, const Tensor& dkv, const Tensor& workspace) {
+  dispatch_floating(qkv.dtype(), [&]<class T>() {
+    using A = Accumulator<T>;
+    const int64_t channels = shape.heads * shape.head_size;
+    const AttentionInput<T> input = input_of<T>(shape, qkv, kv, document_start, dropout);
     const AttentionSaved<T> saved{.dout = dout.data<T>(), .out = out.data<T>(), .lse = lse.data<A>()};
-    T* gradient = dqkv.data<T>();
-    A* dq_parts = workspace.data<A>();
-    threads.parallel_for(groups * pairs, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        A* dq = dq_parts + task * head_elements;
-        std::fill(dq, dq + head_elements, A{});
-        tasks.backward(input, saved, task % pairs, task / pairs, groups, dq, gradient);
-      }
-    });
-    threads.parallel_for(pairs, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t pair = begin; pair < end; ++pair) {
-        A* parts = dq_parts + pair * head_elements;
-        tasks.write_dq(input, pair, groups, pairs * head_elements, parts, gradient);
-      }
-    });
+    backward_heads<T>(context.threads(), input, saved,
+                      {.dq = {nullptr, dq.data<A>(), channels},
+                       .dk = {nullptr, dkv.data<A>(), 2 * channels},
+                       .dv = {nullptr, dkv.data<A>() + channels, 2 * channels}},
+                      workspace);
   });
 }
 

@@ -43,15 +43,14 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-/// delta[batch, heads, length] = the dot products of rows of dout and out.
-template <class T>
-void find_delta(Context& context, const AttentionInput<T>& input, const T* dout, const T* out,
-                Accumulator<T>* delta) {
-  const int64_t rows = input.pairs * input.length;
+/// delta[batch, heads, queries] = the dot products of rows of dout and out.
+template <class T, class Input>
+void find_delta(Context& context, const Input& input, const T* dout, const T* out, Accumulator<T>* delta) {
+  const int64_t rows = input.pairs * input.num_queries();
   const LaunchShape shape{.blocks = ceil_div(rows * kLanes, int64_t{kThreads}), .threads = kThreads};
   const bool packs = can_pack<kPack<T>>(input.head_size, dout, out);
   launch(context, shape, packs ? delta_kernel<kPack<T>, T> : delta_kernel<1, T>, dout, out, rows,
-         input.length, input.heads, input.head_size, delta);
+         static_cast<int>(input.num_queries()), input.heads, input.head_size, delta);
 }
 
 void own_forward(Context& context, const AttentionShape& shape, const Tensor& qkv,
@@ -127,6 +126,38 @@ void attention_backward(Context& context, const AttentionShape& shape, const Ten
     own_backward(context, shape, dout, qkv, document_start, dropout, out, lse, dqkv, workspace);
   };
   run_faster(context, "attention backward ", shape, qkv.dtype(), by_cudnn, by_own);
+}
+
+void partial_attention_forward(Context& context, const PartialAttentionShape& shape, const Tensor& qkv,
+                               const Tensor& kv, const Tensor& document_start, const Dropout& dropout,
+                               const Tensor& out, const Tensor& lse) {
+  // Blocks that share a head's channels all read lse, so that none may write it.
+  const Tensor merged_lse = context.empty(lse.shape(), lse.dtype(), MemoryUse::workspace);
+  dispatch_floating(qkv.dtype(), [&]<class T>() {
+    using A = Accumulator<T>;
+    const PartialInput<T> input(shape, qkv, kv, document_start, dropout);
+    plain_partial_attention_forward(context, input, out.data<A>(), lse.data<A>(), merged_lse.data<A>());
+  });
+  copy(context, merged_lse, lse);
+}
+
+// What find_delta finds: [batch, heads, queries].
+Shape partial_attention_backward_workspace(Context&, const PartialAttentionShape& shape) {
+  return {shape.batch, shape.heads, shape.queries.size()};
+}
+
+void partial_attention_backward(Context& context, const PartialAttentionShape& shape, const Tensor& dout,
+                                const Tensor& qkv, const Tensor& kv, const Tensor& document_start,
+                                const Dropout& dropout, const Tensor& out, const Tensor& lse,
+                                const Tensor& dq, const Tensor& dkv, const Tensor& workspace) {
+  dispatch_floating(qkv.dtype(), [&]<class T>() {
+    using A = Accumulator<T>;
+    const PartialInput<T> input(shape, qkv, kv, document_start, dropout);
+    const AttentionSaved<T> saved{
+        .dout = dout.data<T>(), .out = out.data<T>(), .lse = lse.data<A>(), .delta = workspace.data<A>()};
+    find_delta(context, input, saved.dout, saved.out, workspace.data<A>());
+    plain_partial_attention_backward(context, input, saved, dq.data<A>(), dkv.data<A>());
+  });
 }
 
 }  // namespace normformer::ops::cuda

@@ -33,18 +33,9 @@ __device__ int column(int j) {
 __device__ int warp() { return static_cast<int>(threadIdx.x) / kWarp; }
 __device__ int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
 
-/// Rows of a matrix, of one head's channels.
-template <class T>
-struct Rows {
-  const T* data;
-  int64_t stride;
-  int count;
-  int size;
-};
-
 /// to = kTile rows from `row`, kTile channels from `channel`; zeros beyond the matrix.
 template <class T, class A>
-__device__ void stage(const Rows<T>& rows, int row, int channel, SharedTile<A>& to) {
+__device__ void stage(const HeadRows<T>& rows, int row, int channel, SharedTile<A>& to) {
   const int c = channel + lane();
   for (int r = warp(); r < kTile; r += kWarps) {
     const bool there = row + r < rows.count && c < rows.size;
@@ -54,8 +45,8 @@ __device__ void stage(const Rows<T>& rows, int row, int channel, SharedTile<A>& 
 
 /// The dot products of kTile rows of x with kTile rows of y. `left` and `right` are workspace.
 template <class T, class A>
-__device__ void multiply_rows(const Rows<T>& x, int x_row, const Rows<T>& y, int y_row, SharedTile<A>& left,
-                              SharedTile<A>& right, Part<A>& products) {
+__device__ void multiply_rows(const HeadRows<T>& x, int x_row, const HeadRows<T>& y, int y_row,
+                              SharedTile<A>& left, SharedTile<A>& right, Part<A>& products) {
   for (auto& row : products) {
     for (A& p : row) p = A{0};
   }
@@ -102,7 +93,7 @@ class SliceSums {
 
   /// Adds weights [row][k] times rows k of x, from `row` on. `staged` is workspace.
   template <class T>
-  __device__ void add(const SharedTile<A>& weights, const Rows<T>& x, int row, SharedTile<A>& staged) {
+  __device__ void add(const SharedTile<A>& weights, const HeadRows<T>& x, int row, SharedTile<A>& staged) {
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       const int channel = first_channel_ + chunk * kTile;
@@ -122,9 +113,11 @@ class SliceSums {
     }
   }
 
-  /// Rows below `count` times `factor` to rows of a head of `size` channels.
+  /// Rows below `count` times `factor` to rows from `at` on, of a head of `size` channels. Of rows that are
+  /// added to, each was to be multiplied by `kept` first, where that is not null.
   template <class T>
-  __device__ void write(A factor, int row, int count, int size, T* to, int64_t stride) const {
+  __device__ void give(A factor, int row, int count, int size, const ResultRows<T>& to, int64_t at,
+                       const A* kept = nullptr) const {
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
 #pragma unroll
@@ -133,7 +126,14 @@ class SliceSums {
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
           const int r = row + first_row() + i;
-          if (r < count && c < size) to[r * stride + c] = narrow<T>(sums_[chunk][i][j] * factor);
+          if (r >= count || c >= size) continue;
+          const A value = sums_[chunk][i][j] * factor;
+          if (to.added == nullptr) {
+            to.written[at + r * to.stride + c] = narrow<T>(value);
+          } else {
+            A& sum = to.added[at + r * to.stride + c];
+            sum = (kept != nullptr ? sum * kept[first_row() + i] : sum) + value;
+          }
         }
       }
     }
@@ -144,22 +144,22 @@ class SliceSums {
   A sums_[kChunks][kRows][kColumns];
 };
 
-template <class T>
-__device__ Rows<T> rows_of(const Head<T>& head, int part) {
-  return {head.rows(part), head.qkv_stride(), head.length(), head.size()};
-}
+__device__ int blocks_of(int64_t rows) { return static_cast<int>(ceil_div(rows, kTile)); }
+
+template <class Input>
+using HeadOf = typename Input::HeadType;
 
 /// Whether a query, which may be beyond the last one, attends to a key.
-template <class T>
-__device__ bool sees(const Head<T>& head, int query, int key) {
-  if (query >= head.length()) return false;
+template <class H>
+__device__ bool sees(const H& head, int query, int key) {
+  if (query >= head.queries()) return false;
   const Positions keys = head.keys_of(query);
   return key >= keys.begin && key < keys.end;
 }
 
-template <class T>
-__device__ Accumulator<T> multiplier(const Head<T>& head, int query, int key) {
-  Accumulator<T> of_one[1];
+template <class H>
+__device__ typename H::A multiplier(const H& head, int query, int key) {
+  typename H::A of_one[1];
   head.dropout().template multipliers_of<1>(head.dropout_sample(), head.element(query, key), of_one);
   return of_one[0];
 }
@@ -167,13 +167,13 @@ __device__ Accumulator<T> multiplier(const Head<T>& head, int query, int key) {
 template <class A>
 struct ForwardShared {
   SharedTile<A> left, right, scores;
-  A largest[kTile], total[kTile], factors[kTile];
+  A largest[kTile], total[kTile], factors[kTile], kept[kTile];
 };
 
 /// Of scores [query][key], which become probabilities relative to the largest score so far: what was summed
 /// before is to be multiplied by `factors`. Softmax after Milakov, Gimelshein, 2018.
-template <class T, class A>
-__device__ void soften(const Head<T>& head, int query, int key, ForwardShared<A>& shared) {
+template <class H, class A>
+__device__ void soften(const H& head, int query, int key, ForwardShared<A>& shared) {
   for (int r = warp(); r < kTile; r += kWarps) {
     const bool seen = sees(head, query + r, key + lane());
     const A score = seen ? shared.scores[r][lane()] * head.scale() : -std::numeric_limits<A>::infinity();
@@ -194,13 +194,33 @@ __device__ void soften(const Head<T>& head, int query, int key, ForwardShared<A>
   }
 }
 
-template <class T>
+/// A row's log-sum-exp; its `factors`, by which what was summed is to be multiplied; and, where `before` has
+/// a row's of earlier keys, `kept`, by which the earlier result is.
+template <class A>
+__device__ A finish_row(const A* before, int r, ForwardShared<A>& shared) {
+  const A here = shared.largest[r] + log(shared.total[r]);
+  shared.factors[r] = A{1} / shared.total[r];
+  if (before == nullptr) return here;
+  shared.kept[r] = A{1};
+  if (shared.total[r] == A{0}) {
+    shared.factors[r] = A{0};
+    return *before;
+  }
+  const A larger = *before < here ? here : *before;
+  const A merged = larger + log(exp(*before - larger) + exp(here - larger));
+  shared.kept[r] = exp(*before - merged);
+  shared.factors[r] *= exp(here - merged);
+  return merged;
+}
+
+/// `before`, null where `out` is overwritten, has earlier keys' log-sum-exps.
+template <class Input, class T = typename Input::Element>
 __global__ void __launch_bounds__(kThreads)
-    plain_forward_kernel(AttentionInput<T> input, T* out, Accumulator<T>* lse) {
+    plain_forward_kernel(Input input, ResultRows<T> out, const Accumulator<T>* before, Accumulator<T>* lse) {
   using A = Accumulator<T>;
   __shared__ ForwardShared<A> shared;
-  const auto blocks = static_cast<int>(ceil_div(input.length, kTile));
-  const Head<T> head(input, blockIdx.x / blocks);
+  const auto blocks = blocks_of(input.num_queries());
+  const HeadOf<Input> head(input, blockIdx.x / blocks);
   const int query = (blocks - 1 - static_cast<int>(blockIdx.x % blocks)) * kTile;
   for (int r = static_cast<int>(threadIdx.x); r < kTile; r += kThreads) {
     shared.largest[r] = -std::numeric_limits<A>::infinity();
@@ -210,7 +230,7 @@ __global__ void __launch_bounds__(kThreads)
   const Positions seen = head.keys_of(Positions{query, query + kTile});
   for (int key = seen.begin / kTile * kTile; key < seen.end; key += kTile) {
     Part<A> scores;
-    multiply_rows(rows_of(head, 0), query, rows_of(head, 1), key, shared.left, shared.right, scores);
+    multiply_rows(head.query_rows(), query, head.key_rows(), key, shared.left, shared.right, scores);
     for (int i = 0; i < kRows; ++i) {
       for (int j = 0; j < kColumns; ++j) shared.scores[first_row() + i][column(j)] = scores[i][j];
     }
@@ -218,18 +238,18 @@ __global__ void __launch_bounds__(kThreads)
     soften(head, query, key, shared);
     __syncthreads();
     sums.scale(shared.factors);
-    sums.add(shared.scores, rows_of(head, 2), key, shared.left);
+    sums.add(shared.scores, head.value_rows(), key, shared.left);
   }
   __syncthreads();
   for (int r = static_cast<int>(threadIdx.x); r < kTile; r += kThreads) {
-    if (blockIdx.y == 0 && query + r < head.length()) {
-      lse[head.lse_at() + query + r] = shared.largest[r] + log(shared.total[r]);
-    }
-    shared.factors[r] = A{1} / shared.total[r];
+    if (query + r >= head.queries()) continue;
+    const int64_t at = head.lse_at() + query + r;
+    const A whole = finish_row(before == nullptr ? nullptr : before + at, r, shared);
+    if (blockIdx.y == 0) lse[at] = whole;
   }
   __syncthreads();
   sums.scale(shared.factors);
-  sums.write(A{1}, query, head.length(), head.size(), out + head.out_at(), head.out_stride());
+  sums.give(A{1}, query, head.queries(), head.size(), out, head.query_at(out.stride), shared.kept);
 }
 
 /// What the backward finds out about a pair of query and key.
@@ -239,9 +259,9 @@ struct Differential {
   A dscore;       ///< but for the scale
 };
 
-template <class T, class A>
-__device__ Differential<A> differentiate(const Head<T>& head, const AttentionSaved<T>& saved, int query,
-                                         int key, A score, A dprobability) {
+template <class H, class T, class A>
+__device__ Differential<A> differentiate(const H& head, const AttentionSaved<T>& saved, int query, int key,
+                                         A score, A dprobability) {
   if (!sees(head, query, key)) return {A{0}, A{0}};
   const int64_t at = head.lse_at() + query;
   const A p = exp(score * head.scale() - saved.lse[at]);
@@ -249,21 +269,26 @@ __device__ Differential<A> differentiate(const Head<T>& head, const AttentionSav
   return {p * m, p * (dprobability * m - saved.delta[at])};
 }
 
-template <class T>
+template <class T, class H>
+__device__ HeadRows<T> douts_of(const H& head, const AttentionSaved<T>& saved) {
+  return {saved.dout + head.query_at(head.out_stride()), head.out_stride(), head.queries(), head.size()};
+}
+
+template <class Input, class T = typename Input::Element>
 __global__ void __launch_bounds__(kThreads)
-    plain_dq_kernel(AttentionInput<T> input, AttentionSaved<T> saved, T* dqkv) {
+    plain_dq_kernel(Input input, AttentionSaved<T> saved, ResultRows<T> to) {
   using A = Accumulator<T>;
   __shared__ SharedTile<A> left, right, dscores;
-  const auto blocks = static_cast<int>(ceil_div(input.length, kTile));
-  const Head<T> head(input, blockIdx.x / blocks);
+  const auto blocks = blocks_of(input.num_queries());
+  const HeadOf<Input> head(input, blockIdx.x / blocks);
   const int query = (blocks - 1 - static_cast<int>(blockIdx.x % blocks)) * kTile;
-  const Rows<T> douts{saved.dout + head.out_at(), head.out_stride(), head.length(), head.size()};
+  const HeadRows<T> douts = douts_of(head, saved);
   SliceSums<A> dq(static_cast<int>(blockIdx.y) * kSlice);
   const Positions seen = head.keys_of(Positions{query, query + kTile});
   for (int key = seen.begin / kTile * kTile; key < seen.end; key += kTile) {
     Part<A> scores, dprobabilities;
-    multiply_rows(rows_of(head, 0), query, rows_of(head, 1), key, left, right, scores);
-    multiply_rows(douts, query, rows_of(head, 2), key, left, right, dprobabilities);
+    multiply_rows(head.query_rows(), query, head.key_rows(), key, left, right, scores);
+    multiply_rows(douts, query, head.value_rows(), key, left, right, dprobabilities);
     for (int i = 0; i < kRows; ++i) {
       for (int j = 0; j < kColumns; ++j) {
         dscores[first_row() + i][column(j)] =
@@ -272,27 +297,27 @@ __global__ void __launch_bounds__(kThreads)
                 .dscore;
       }
     }
-    dq.add(dscores, rows_of(head, 1), key, left);
+    dq.add(dscores, head.key_rows(), key, left);
   }
-  dq.write(head.scale(), query, head.length(), head.size(), dqkv + head.qkv_at(0), head.qkv_stride());
+  dq.give(head.scale(), query, head.queries(), head.size(), to, head.query_at(to.stride));
 }
 
-template <class T>
+template <class Input, class T = typename Input::Element>
 __global__ void __launch_bounds__(kThreads)
-    plain_dkv_kernel(AttentionInput<T> input, AttentionSaved<T> saved, T* dqkv) {
+    plain_dkv_kernel(Input input, AttentionSaved<T> saved, ResultRows<T> to_dk, ResultRows<T> to_dv) {
   using A = Accumulator<T>;
   __shared__ SharedTile<A> left, right, probabilities, dscores;
-  const auto blocks = static_cast<int>(ceil_div(input.length, kTile));
-  const Head<T> head(input, blockIdx.x / blocks);
+  const auto blocks = blocks_of(input.num_keys());
+  const HeadOf<Input> head(input, blockIdx.x / blocks);
   const int key = static_cast<int>(blockIdx.x % blocks) * kTile;
-  const Rows<T> douts{saved.dout + head.out_at(), head.out_stride(), head.length(), head.size()};
+  const HeadRows<T> douts = douts_of(head, saved);
   SliceSums<A> dk(static_cast<int>(blockIdx.y) * kSlice);
   SliceSums<A> dv(static_cast<int>(blockIdx.y) * kSlice);
-  for (int query = head.causal() ? key : 0; query < head.length(); query += kTile) {
+  for (int query = head.first_query_of(key) / kTile * kTile; query < head.queries(); query += kTile) {
     if (head.keys_of(Positions{query, query + kTile}).begin >= key + kTile) continue;
     Part<A> scores, dprobabilities;
-    multiply_rows(rows_of(head, 1), key, rows_of(head, 0), query, left, right, scores);
-    multiply_rows(rows_of(head, 2), key, douts, query, left, right, dprobabilities);
+    multiply_rows(head.key_rows(), key, head.query_rows(), query, left, right, scores);
+    multiply_rows(head.value_rows(), key, douts, query, left, right, dprobabilities);
     for (int i = 0; i < kRows; ++i) {
       for (int j = 0; j < kColumns; ++j) {
         const Differential<A> d = differentiate(head, saved, query + column(j), key + first_row() + i,
@@ -302,15 +327,15 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     dv.add(probabilities, douts, query, left);
-    dk.add(dscores, rows_of(head, 0), query, left);
+    dk.add(dscores, head.query_rows(), query, left);
   }
-  dk.write(head.scale(), key, head.length(), head.size(), dqkv + head.qkv_at(1), head.qkv_stride());
-  dv.write(A{1}, key, head.length(), head.size(), dqkv + head.qkv_at(2), head.qkv_stride());
+  dk.give(head.scale(), key, head.keys(), head.size(), to_dk, head.key_at(to_dk.stride));
+  dv.give(A{1}, key, head.keys(), head.size(), to_dv, head.key_at(to_dv.stride));
 }
 
-template <class T>
-LaunchShape shape_of(const AttentionInput<T>& input) {
-  return {.blocks = input.pairs * ceil_div(input.length, kTile),
+template <class Input>
+LaunchShape shape_of(const Input& input, int64_t rows) {
+  return {.blocks = input.pairs * ceil_div(rows, kTile),
           .threads = kThreads,
           .blocks_y = ceil_div(input.head_size, kSlice)};
 }
@@ -319,14 +344,38 @@ LaunchShape shape_of(const AttentionInput<T>& input) {
 
 template <class T>
 void plain_attention_forward(Context& context, const AttentionInput<T>& input, T* out, Accumulator<T>* lse) {
-  launch(context, shape_of(input), plain_forward_kernel<T>, input, out, lse);
+  const ResultRows<T> rows{out, nullptr, input.heads * input.head_size};
+  launch(context, shape_of(input, input.length), plain_forward_kernel<AttentionInput<T>>, input, rows,
+         nullptr, lse);
 }
 
 template <class T>
 void plain_attention_backward(Context& context, const AttentionInput<T>& input,
                               const AttentionSaved<T>& saved, T* dqkv) {
-  launch(context, shape_of(input), plain_dq_kernel<T>, input, saved, dqkv);
-  launch(context, shape_of(input), plain_dkv_kernel<T>, input, saved, dqkv);
+  const int64_t channels = input.heads * input.head_size;
+  const auto part = [&](int64_t i) { return ResultRows<T>{dqkv + i * channels, nullptr, 3 * channels}; };
+  const LaunchShape shape = shape_of(input, input.length);
+  launch(context, shape, plain_dq_kernel<AttentionInput<T>>, input, saved, part(0));
+  launch(context, shape, plain_dkv_kernel<AttentionInput<T>>, input, saved, part(1), part(2));
+}
+
+template <class T>
+void plain_partial_attention_forward(Context& context, const PartialInput<T>& input, Accumulator<T>* out,
+                                     const Accumulator<T>* lse, Accumulator<T>* merged_lse) {
+  const ResultRows<T> rows{nullptr, out, input.heads * input.head_size};
+  launch(context, shape_of(input, input.queries.size()), plain_forward_kernel<PartialInput<T>>, input, rows,
+         lse, merged_lse);
+}
+
+template <class T>
+void plain_partial_attention_backward(Context& context, const PartialInput<T>& input,
+                                      const AttentionSaved<T>& saved, Accumulator<T>* dq,
+                                      Accumulator<T>* dkv) {
+  const int64_t channels = input.heads * input.head_size;
+  launch(context, shape_of(input, input.queries.size()), plain_dq_kernel<PartialInput<T>>, input, saved,
+         ResultRows<T>{nullptr, dq, channels});
+  launch(context, shape_of(input, input.keys.size()), plain_dkv_kernel<PartialInput<T>>, input, saved,
+         ResultRows<T>{nullptr, dkv, 2 * channels}, ResultRows<T>{nullptr, dkv + channels, 2 * channels});
 }
 
 template void plain_attention_forward(Context&, const AttentionInput<double>&, double*, double*);
@@ -341,5 +390,21 @@ template void plain_attention_backward(Context&, const AttentionInput<bf16>&, co
                                        bf16*);
 template void plain_attention_backward(Context&, const AttentionInput<f16>&, const AttentionSaved<f16>&,
                                        f16*);
+template void plain_partial_attention_forward(Context&, const PartialInput<double>&, double*, const double*,
+                                              double*);
+template void plain_partial_attention_forward(Context&, const PartialInput<float>&, float*, const float*,
+                                              float*);
+template void plain_partial_attention_forward(Context&, const PartialInput<bf16>&, float*, const float*,
+                                              float*);
+template void plain_partial_attention_forward(Context&, const PartialInput<f16>&, float*, const float*,
+                                              float*);
+template void plain_partial_attention_backward(Context&, const PartialInput<double>&,
+                                               const AttentionSaved<double>&, double*, double*);
+template void plain_partial_attention_backward(Context&, const PartialInput<float>&,
+                                               const AttentionSaved<float>&, float*, float*);
+template void plain_partial_attention_backward(Context&, const PartialInput<bf16>&,
+                                               const AttentionSaved<bf16>&, float*, float*);
+template void plain_partial_attention_backward(Context&, const PartialInput<f16>&, const AttentionSaved<f16>&,
+                                               float*, float*);
 
 }  // namespace normformer::ops::cuda

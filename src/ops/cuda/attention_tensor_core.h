@@ -37,15 +37,6 @@ __device__ inline int warp_of_block() { return static_cast<int>(threadIdx.x) / k
 __device__ inline int row_in_tiles(int tile, int i) { return tile * 16 + lane_of_warp() / 4 + i / 2 * 8; }
 __device__ inline int column_in_sums(int n, int i) { return n * 8 + lane_of_warp() % 4 * 2 + i % 2; }
 
-/// Rows of one head's channels in global memory.
-template <class E>
-struct HeadRows {
-  const E* data;
-  int64_t stride;
-  int count;
-  int size;
-};
-
 template <class E>
 __device__ HeadRows<E> rows_of(const Head<E>& head, int part) {
   return {head.rows(part), head.qkv_stride(), head.length(), head.size()};
