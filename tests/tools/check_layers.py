@@ -14,7 +14,7 @@ FLOORS = [
     ["config", "tensor"],
     ["ops", "comm"],
     ["mesh"],
-    ["tensor_parallel", "context", "pipeline", "sharding"],
+    ["tensor_parallel", "context_parallel", "pipeline", "sharding"],
     ["model", "data", "checkpoints"],
     ["training"],
     ["evaluation", "planning"],
@@ -24,7 +24,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # Folders of parallel/ and the rooms that they are.
 PARALLEL = {"tensor": "tensor_parallel", "comm": "comm", "mesh": "mesh", "pipeline": "pipeline",
-            "sharding": "sharding", "context": "context"}
+            "sharding": "sharding", "context": "context_parallel"}
 
 # A vendor's headers, and the beginnings of the paths that may include them.
 VENDORS = [

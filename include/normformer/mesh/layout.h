@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "normformer/core/checked.h"
+#include "normformer/core/sequence_part.h"
 
 // Who holds what: pure arithmetic on even_part, so that whoever asks for any rank gets the answer which that
 // rank gives itself. Ranges are in global indices, cover [0, total) in the order of ranks, and differ in size
@@ -40,6 +41,16 @@ constexpr Range bucket_shard(int64_t elements, int64_t replicas, int64_t replica
 /// The size of every rank's piece under even_part, in rank order: the counts of Group::reduce_scatter_sum and
 /// Group::all_gather.
 std::vector<int64_t> shard_sizes(int64_t total, int64_t degree);
+
+/// The tokens of every sequence of `length` that context rank `context_rank` of `context_degree` has: cut
+/// into twice as many chunks as there are ranks, the chunk of its own number and the one as far from the end,
+/// so that every rank has as much to attend to under a causal mask. In order of ranks and rows they do not
+/// cover [0, length), but together.
+constexpr SequencePart context_part(int64_t length, int64_t context_degree, int64_t context_rank) {
+  if (context_degree == 1) return SequencePart::whole(length);
+  return {even_part(length, 2 * context_degree, context_rank),
+          even_part(length, 2 * context_degree, 2 * context_degree - 1 - context_rank)};
+}
 
 /// The samples of a global batch that data rank `data_rank` of `data_degree` takes.
 constexpr Range replica_samples(int64_t samples, int64_t data_degree, int64_t data_rank) {

@@ -30,6 +30,32 @@ void expect_even_cover(Shard shard) {
   }
 }
 
+TEST(Layout, ContextPartsCoverASequenceAndAscend) {
+  for (int64_t length = 0; length <= 29; ++length) {
+    for (int64_t degree = 1; degree <= 5; ++degree) {
+      std::vector<int> held(static_cast<size_t>(length));
+      for (int64_t rank = 0; rank < degree; ++rank) {
+        const SequencePart part = context_part(length, degree, rank);
+        int64_t before = -1;
+        for (int64_t row = 0; row < part.size(); ++row) {
+          const int64_t position = part.position_of(row);
+          ASSERT_GT(position, before);
+          ASSERT_EQ(part.rows_before(position), row);
+          ASSERT_EQ(part.rows_before(position + 1), row + 1);
+          before = position;
+          held[static_cast<size_t>(position)] += 1;
+        }
+        EXPECT_EQ(part.rows_before(0), 0);
+        EXPECT_EQ(part.rows_before(length), part.size());
+        EXPECT_GE(part.size(), length >= 2 * degree ? 2 : 0);
+      }
+      EXPECT_EQ(held, std::vector<int>(static_cast<size_t>(length), 1)) << length << " over " << degree;
+    }
+  }
+  EXPECT_EQ(context_part(9, 1, 0), SequencePart::whole(9));
+  EXPECT_EQ(context_part(16, 2, 1), (SequencePart{{4, 8}, {8, 12}}));
+}
+
 TEST(Layout, ShardsCoverEvenlyInRankOrder) {
   expect_even_cover(head_shard);
   expect_even_cover(feature_shard);
