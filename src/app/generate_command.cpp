@@ -46,6 +46,7 @@ int generate_text(const GenerateOptions& options, const RankProcess& process, co
 int load_and_generate(GenerateOptions options, const RankProcess& process) {
   // Every token makes products of new shapes: to time a GPU's algorithms for each would take far longer.
   options.model.overrides.insert(options.model.overrides.begin(), "device.tune_products=false");
+  options.model.whole_sequences = true;
   const TrainedModel loaded = load_trained_model(options.model, process);
   return run_on_device(process, [&] { return generate_text(options, process, loaded); });
 }

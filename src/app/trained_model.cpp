@@ -15,6 +15,20 @@ bool is_checkpoint(const std::filesystem::path& folder) {
   return folder.filename().string().starts_with("step-");
 }
 
+// Whoever generates needs the last token's logits of a text that grows from nothing: there is little to
+// split.
+void keep_sequences_whole(RunConfig& config, const std::vector<std::string>& overrides) {
+  const bool asks = std::any_of(overrides.begin(), overrides.end(), [](const std::string& override) {
+    return override.starts_with("parallel.context=");
+  });
+  if (asks && config.parallel.context > 1) {
+    throw ConfigError(
+        fmt::format("--set parallel.context={}: texts are generated with parallel.context = 1 only",
+                    config.parallel.context));
+  }
+  config.parallel.context = 1;
+}
+
 bool asks_for_layout(const std::vector<std::string>& overrides) {
   return std::any_of(overrides.begin(), overrides.end(),
                      [](const std::string& override) { return override.starts_with("parallel."); });
@@ -63,6 +77,7 @@ TrainedModel load_trained_model(const TrainedModelOptions& options, const RankPr
   run_agreed(process.world, [&] {
     const std::string path = folder.config().string();
     loaded.config = load_run_config(path, options.overrides);
+    if (options.whole_sequences) keep_sequences_whole(loaded.config, options.overrides);
     // A model is used on any number of ranks, unless the user asks for a layout.
     loaded.config = asks_for_layout(options.overrides) ? resolve_layout(loaded.config, process.world.size())
                                                        : nearest_layout(loaded.config, process.world.size());
@@ -72,10 +87,7 @@ TrainedModel load_trained_model(const TrainedModelOptions& options, const RankPr
   loaded.config.parallel.sharding = Sharding::optimizer;  // which leaves weights whole
   RankDevice device = make_rank_device(loaded.config, process);
   loaded.context = std::move(device.context);
-  const Mesh mesh(device.world, {.tensor = loaded.config.parallel.tensor,
-                                 .context = 1,
-                                 .data = loaded.config.parallel.data,
-                                 .pipeline = loaded.config.parallel.pipeline});
+  const Mesh mesh(device.world, mesh_degrees(loaded.config.parallel));
   loaded.model = std::make_unique<ModelInstance>(*loaded.context, mesh, loaded.config, false);
   const auto use = [&](const CheckpointReader& reader) {
     read_weights(reader, *loaded.model, master_dtype(loaded.config.train.precision), *loaded.context);

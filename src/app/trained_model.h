@@ -19,6 +19,7 @@ namespace normformer {
 struct TrainedModelOptions {
   std::filesystem::path run;           ///< a run's folder: its newest checkpoint; or one "step-..." folder
   std::vector<std::string> overrides;  ///< of the configuration that it was trained with
+  bool whole_sequences = false;        ///< each on one rank of its replica, whatever the configuration has
 
   void add_to(CLI::App& command);
 };

@@ -84,6 +84,13 @@ void check_parallel(const RunConfig& c, std::vector<Conflict>& found) {
                                  "would wait for each other",
                                  p.interleave_group, p.pipeline)});
   }
+  if (p.context > 1 && c.model.length / 2 < p.context) {
+    found.push_back(
+        {{"parallel.context", "model.length"},
+         fmt::format("parallel.context = {} needs sequences of at least two tokens for each of its "
+                     "ranks, not model.length = {}",
+                     p.context, c.model.length)});
+  }
   if (p.split.empty()) return;
   const int64_t layers = std::accumulate(p.split.begin(), p.split.end(), int64_t{0});
   if (static_cast<int64_t>(p.split.size()) != p.parts()) {
@@ -98,13 +105,13 @@ void check_parallel(const RunConfig& c, std::vector<Conflict>& found) {
 }
 
 void check_device(const RunConfig& c, std::vector<Conflict>& found) {
-  if (c.device.cuda_graphs && (c.parallel.tensor > 1 || c.parallel.pipeline > 1)) {
+  if (c.device.cuda_graphs && (c.parallel.tensor > 1 || c.parallel.context > 1 || c.parallel.pipeline > 1)) {
     found.push_back(
-        {{"device.cuda_graphs", "parallel.tensor", "parallel.pipeline"},
+        {{"device.cuda_graphs", "parallel.tensor", "parallel.context", "parallel.pipeline"},
          fmt::format(
              "device.cuda_graphs = true needs micro-batches that stay on one GPU, not parallel.tensor "
-             "= {} and parallel.pipeline = {}",
-             c.parallel.tensor, c.parallel.pipeline)});
+             "= {}, parallel.context = {} and parallel.pipeline = {}",
+             c.parallel.tensor, c.parallel.context, c.parallel.pipeline)});
   }
   if (c.device.cuda_graphs && c.parallel.sharding != Sharding::optimizer) {
     found.push_back({{"device.cuda_graphs", "parallel.sharding"},

@@ -184,6 +184,9 @@ void add_parallel(std::vector<Field>& all) {
   s.boolean(
       "sequence", &P::sequence,
       "the ranks that share a layer also share its tokens, wherever they are not multiplied: less memory");
+  s.integer(
+      "context", &P::context, {1, largest_degree},
+      "ranks that share every sequence's tokens, at least two each: for long sequences; docs/context.md");
   s.integer("pipeline", &P::pipeline, {1, largest_degree}, "stages that the layers are cut into");
   s.integer("data", &P::data, {0, largest_degree},
             "replicas that share the batch; 0 means the ranks left over");

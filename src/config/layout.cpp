@@ -17,13 +17,16 @@ namespace {
 /// Degrees of parallelism, or the largest that a model and its batch allow.
 struct Degrees {
   int64_t tensor;
+  int64_t context;
   int64_t pipeline;
   int64_t data;
 };
 
 Degrees largest_degrees(const RunConfig& c) {
   const int64_t vocab = c.model.vocab > 0 ? c.model.vocab : std::numeric_limits<int64_t>::max();
-  return {std::min({c.model.heads, c.model.ffn, vocab}), c.model.layers / c.parallel.parts_of_rank(),
+  // Sequences are split where that was asked for, and never more: it is for what does not fit otherwise.
+  const int64_t context = std::clamp<int64_t>(c.model.length / 2, 1, c.parallel.context);
+  return {std::min({c.model.heads, c.model.ffn, vocab}), context, c.model.layers / c.parallel.parts_of_rank(),
           c.train.global_batch};
 }
 
@@ -42,9 +45,13 @@ std::vector<Degrees> fitting_layouts(const Degrees& largest, int64_t world) {
   std::vector<Degrees> layouts;
   for (const int64_t tensor : divisors_of(world)) {
     if (tensor > largest.tensor) continue;
-    for (const int64_t pipeline : divisors_of(world / tensor)) {
-      const int64_t data = world / tensor / pipeline;
-      if (pipeline <= largest.pipeline && data <= largest.data) layouts.push_back({tensor, pipeline, data});
+    for (const int64_t context : divisors_of(world / tensor)) {
+      if (context > largest.context) continue;
+      const int64_t rest = world / tensor / context;
+      for (const int64_t pipeline : divisors_of(rest)) {
+        if (pipeline <= largest.pipeline && rest / pipeline <= largest.data)
+          layouts.push_back({tensor, context, pipeline, rest / pipeline});
+      }
     }
   }
   return layouts;
@@ -56,13 +63,14 @@ double distance(const ParallelConfig& asked, const Degrees& layout) {
     return std::abs(std::log2(static_cast<double>(a)) - std::log2(static_cast<double>(b)));
   };
   const double data = asked.data > 0 ? factors(asked.data, layout.data) : 0.0;
-  return factors(asked.tensor, layout.tensor) + factors(asked.pipeline, layout.pipeline) + data;
+  return factors(asked.tensor, layout.tensor) + factors(asked.context, layout.context) +
+         factors(asked.pipeline, layout.pipeline) + data;
 }
 
 /// The product of the largest degrees, or `world` where that is less.
 int64_t most_ranks(const Degrees& largest, int64_t world) {
   int64_t ranks = 1;
-  for (const int64_t degree : {largest.tensor, largest.pipeline, largest.data}) {
+  for (const int64_t degree : {largest.tensor, largest.context, largest.pipeline, largest.data}) {
     ranks = std::min(world, checked_mul(ranks, std::min(degree, world)));
   }
   return ranks;
@@ -89,9 +97,10 @@ std::string nearest_layouts(const RunConfig& config, int64_t world) {
   }
   layouts.resize(std::min(layouts.size(), shown));
   std::vector<std::string> words;
-  for (const Degrees& l : layouts) words.push_back(fmt::format("{} x {} x {}", l.tensor, l.pipeline, l.data));
-  return fmt::format("layouts of this model that fit {} {} (parallel.tensor x pipeline x data): {}", world,
-                     world == 1 ? "rank" : "ranks", join(words));
+  for (const Degrees& l : layouts)
+    words.push_back(fmt::format("{} x {} x {} x {}", l.tensor, l.context, l.pipeline, l.data));
+  return fmt::format("layouts of this model that fit {} {} (parallel.tensor x context x pipeline x data): {}",
+                     world, world == 1 ? "rank" : "ranks", join(words));
 }
 
 /// Why the degrees cannot be, as one sentence; "" where they can. `data` is the degree after the left-over
@@ -114,14 +123,16 @@ std::string misfit(const RunConfig& c, int64_t world) {
     return fmt::format("model.layers = {} are too few layers for the stages of parallel.pipeline = {}{}",
                        c.model.layers, p.pipeline, of_rank);
   }
-  const int64_t shared = checked_mul(p.tensor, p.pipeline);
+  const int64_t shared = checked_mul(checked_mul(p.tensor, p.context), p.pipeline);
   if (p.data == 0 && world % shared != 0) {
-    return fmt::format("parallel.tensor x pipeline = {} x {} = {} does not divide the number of ranks, {}",
-                       p.tensor, p.pipeline, shared, world);
+    return fmt::format(
+        "parallel.tensor x context x pipeline = {} x {} x {} = {} does not divide the number of ranks, {}",
+        p.tensor, p.context, p.pipeline, shared, world);
   }
   if (p.data > 0 && (shared > world || shared * p.data != world)) {
-    return fmt::format("parallel.tensor x pipeline x data = {} x {} x {} is not the number of ranks, {}",
-                       p.tensor, p.pipeline, p.data, world);
+    return fmt::format(
+        "parallel.tensor x context x pipeline x data = {} x {} x {} x {} is not the number of ranks, {}",
+        p.tensor, p.context, p.pipeline, p.data, world);
   }
   const int64_t data = world / shared;
   if (data > c.train.global_batch) {
@@ -134,14 +145,13 @@ std::string misfit(const RunConfig& c, int64_t world) {
 }  // namespace
 
 RunConfig resolve_layout(RunConfig config, int64_t world) {
-  NF_CHECK(
-      world >= 1 && config.parallel.tensor >= 1 && config.parallel.pipeline >= 1 && config.parallel.data >= 0,
-      "degrees {} x {} x {} on {} ranks", config.parallel.tensor, config.parallel.pipeline,
-      config.parallel.data, world);
+  const ParallelConfig& p = config.parallel;
+  NF_CHECK(world >= 1 && p.tensor >= 1 && p.context >= 1 && p.pipeline >= 1 && p.data >= 0,
+           "degrees {} x {} x {} x {} on {} ranks", p.tensor, p.context, p.pipeline, p.data, world);
   if (config.model.ffn == 0) config.model.ffn = checked_mul(4, config.model.width);
   const std::string reason = misfit(config, world);
   if (!reason.empty()) throw ConfigError(fmt::format("{}; {}", reason, nearest_layouts(config, world)));
-  config.parallel.data = world / (config.parallel.tensor * config.parallel.pipeline);
+  config.parallel.data = world / (p.tensor * p.context * p.pipeline);
   return config;
 }
 
@@ -155,6 +165,7 @@ RunConfig nearest_layout(RunConfig config, int64_t world) {
     const std::vector<Degrees> layouts = nearest_first(config, world);
     if (!layouts.empty()) {
       config.parallel.tensor = layouts.front().tensor;
+      config.parallel.context = layouts.front().context;
       config.parallel.pipeline = layouts.front().pipeline;
       config.parallel.data = layouts.front().data;
     }

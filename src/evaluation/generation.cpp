@@ -35,6 +35,7 @@ MicroBatch context_batch(ModelInstance& model, std::span<const int32_t> tokens) 
   MicroBatch batch;
   batch.sequences = 1;
   batch.length = length;
+  batch.part = SequencePart::whole(length);
   batch.purpose = Purpose::generation;
   if (model.has_first_part()) batch.tokens = from_host<int32_t>(model.context(), tokens, {length});
   return batch;
@@ -72,6 +73,7 @@ std::vector<int32_t> generate(ModelInstance& model, std::span<const int32_t> pro
                               const GenerationOptions& options,
                               const std::function<void(int32_t token)>& visit) {
   NF_CHECK(!prompt.empty(), "an empty prompt");
+  NF_CHECK(model.mesh().context().size() == 1, "generation on a mesh that splits sequences");
   const auto window = static_cast<size_t>(model.environment().config.length);
   const RandomStream stream = RandomStream{options.seed}.with("generation");
   std::vector<int32_t> text(prompt.begin(), prompt.end());

@@ -35,18 +35,17 @@ TextScore score_tokens(ModelInstance& model, const RunConfig& config, std::span<
     const auto source = [&](int64_t first, int64_t count) {
       return read_blocks(tokens, before, begin, block_length, first, count);
     };
-    const auto keep = [&](int64_t first, const Batch& batch, const Tensor& nll) {
-      if (keep_nll)
-        copy(context, nll, all.flat(begin + first * block_length, batch.sequences * block_length));
+    const NllVisitor keep = [&](int64_t first, const Batch& batch, const Tensor& nll) {
+      copy(context, nll, all.flat(begin + first * block_length, batch.sequences * block_length));
     };
-    const EvaluationResult result = evaluate(model, config, source, blocks, keep);
+    const EvaluationResult result = evaluate(model, config, source, blocks, keep_nll ? keep : NllVisitor());
     score.nll_sum += result.nll_sum;
     score.tokens += result.tokens;
   };
   if (whole_blocks > 0) add(0, length, whole_blocks);
   if (total > whole_blocks * length) add(whole_blocks * length, total - whole_blocks * length, 1);
   if (keep_nll) {
-    // Each token was scored by one replica; the others hold zeros.
+    // Each token was visited by one rank; the others hold zeros.
     model.mesh().world().all_reduce(context, all, ReduceOp::sum);
     if (model.mesh().world().rank() == 0) score.nll = to_host(all);
   }

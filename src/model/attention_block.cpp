@@ -36,7 +36,8 @@ AttentionBlock<Stream>::AttentionBlock(const ModelEnvironment& environment, int6
       layer_(layer),
       name_(layer_prefix(layer) + "self_attn"),
       store_(&store),
-      boundary_(*environment.context, environment.tensor) {
+      boundary_(*environment.context, environment.tensor),
+      ring_(*environment.context, environment.sequences) {
   const ModelConfig& config = environment.config;
   const int64_t width = config.width;
   const Range channels = environment.head_channels();
@@ -113,6 +114,26 @@ Placed<FeatureSharded> AttentionBlock<Stream>::scaled_heads(const Tensor& heads)
 }
 
 template <class Stream>
+void AttentionBlock<Stream>::attend(const Saved& saved, const Tensor& qkv) const {
+  if (splits_sequences()) {
+    return ring_.forward(saved.shape, qkv, saved.document_start, saved.probabilities_dropout, saved.heads,
+                         saved.lse);
+  }
+  ops::attention_forward(*environment_.context, saved.shape, qkv, saved.document_start,
+                         saved.probabilities_dropout, saved.heads, saved.lse);
+}
+
+template <class Stream>
+void AttentionBlock<Stream>::attend_backward(const Saved& saved, const Tensor& dheads) const {
+  if (splits_sequences()) {
+    return ring_.backward(saved.shape, dheads, saved.qkv, saved.document_start, saved.probabilities_dropout,
+                          saved.heads, saved.lse, saved.dqkv);
+  }
+  ops::attention_backward(*environment_.context, saved.shape, dheads, saved.qkv, saved.document_start,
+                          saved.probabilities_dropout, saved.heads, saved.lse, saved.dqkv);
+}
+
+template <class Stream>
 NormedStream<Stream> AttentionBlock<Stream>::forward(const MicroBatch& batch,
                                                      const NormedStream<Stream>& stream, Saved& saved) const {
   const TraceScope scope = trace_module(environment_, name_, "forward");
@@ -126,13 +147,13 @@ NormedStream<Stream> AttentionBlock<Stream>::forward(const MicroBatch& batch,
   const Placed<FeatureSharded> qkv = qkv_linear().forward(input);
 
   saved.shape = {batch.sequences, batch.length, heads.size(), config.head_size(), heads.begin, true};
+  saved.part = batch.part;
   saved.probabilities_dropout = make_dropout(environment_, batch, DropoutSite::attention, layer_,
                                              config.attention_dropout, batch.length);
   saved.document_start = batch.document_start;
   saved.heads = context.empty({tokens, environment_.head_channels().size()}, environment_.dtype);
-  saved.lse = context.empty({batch.sequences, heads.size(), batch.length}, accumulator);
-  ops::attention_forward(context, saved.shape, qkv.tensor(), saved.document_start,
-                         saved.probabilities_dropout, saved.heads, saved.lse);
+  saved.lse = context.empty({batch.sequences, heads.size(), batch.part.size()}, accumulator);
+  attend(saved, qkv.tensor());
 
   const Placed<Stream> projected = boundary_.leave(output_linear().forward(scaled_heads(saved.heads)));
   saved.output_dropout = make_stream_dropout(environment_, batch, DropoutSite::attention_output, layer_,
@@ -178,8 +199,7 @@ StartedGradient<Stream> AttentionBlock<Stream>::start_backward_input(Saved& save
     ops::head_scale_backward(context, dheads, saved.heads, head_scale_->value, dheads, head_scale_->gradient);
   }
   saved.dqkv = context.empty(saved.qkv.shape(), environment_.dtype);
-  ops::attention_backward(context, saved.shape, dheads, saved.qkv, saved.document_start,
-                          saved.probabilities_dropout, saved.heads, saved.lse, saved.dqkv);
+  attend_backward(saved, dheads);
   saved.qkv = {};
   saved.lse = {};
   return {start_enter_backward(boundary_, qkv_linear().backward_input(Placed<FeatureSharded>(saved.dqkv)),

@@ -33,7 +33,10 @@ ops::Dropout make_dropout(const ModelEnvironment& environment, const MicroBatch&
                        .with(static_cast<uint64_t>(layer))
                        .with(static_cast<uint64_t>(site));
   dropout.first_sample = batch.first_sample;
-  dropout.rows_per_sample = batch.length;
+  dropout.rows_per_sample = batch.part.size();
+  dropout.first_token = batch.part.first.begin;
+  dropout.split = batch.part.first.size();
+  dropout.second_token = batch.part.second.begin;
   dropout.row_elements = row_elements;
   dropout.first_column = first_column;
   return dropout;

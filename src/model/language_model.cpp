@@ -118,6 +118,10 @@ class StageOf final : public LanguageModelStage {
   void compute_anew(const MicroBatch& batch, const Layer<Stream>& layer, LayerSaved<Stream>& saved) const;
   VocabularyRows vocabulary_rows() const;
   double embedding_factor() const;
+  static bool is_whole(const MicroBatch& batch) { return batch.part == SequencePart::whole(batch.length); }
+  Tensor positions_of(const MicroBatch& batch) const;
+  Tensor position_gradients(const MicroBatch& batch) const;
+  void add_position_gradients(const MicroBatch& batch, const Tensor& of_part) const;
   Placed<Stream> embed(const MicroBatch& batch, SavedState& saved) const;
   void embed_backward(const MicroBatch& batch, const SavedState& saved, const Placed<Stream>& dx) const;
   void finish(int64_t micro_batch, const NormedStream<Stream>& stream, SavedState& saved);
@@ -247,18 +251,44 @@ double StageOf<Stream>::embedding_factor() const {
                                               : 1.0;
 }
 
+// The rows of the table for the tokens that are here.
+template <class Stream>
+Tensor StageOf<Stream>::positions_of(const MicroBatch& batch) const {
+  const Tensor table = positions_ != nullptr ? positions_->value : sinusoidal_;
+  if (is_whole(batch)) return table.rows(0, batch.length);
+  const auto& [first, second] = batch.part;
+  const Tensor rows = context().empty({batch.part.size(), table.dim(1)}, table.dtype());
+  copy(context(), table.rows(first.begin, first.end), rows.rows(0, first.size()));
+  copy(context(), table.rows(second.begin, second.end), rows.rows(first.size(), batch.part.size()));
+  return rows;
+}
+
+// Where the gradients of these rows add up: in the table's own, or beside them until they go there.
+template <class Stream>
+Tensor StageOf<Stream>::position_gradients(const MicroBatch& batch) const {
+  const Tensor& table = positions_->gradient;
+  if (is_whole(batch)) return table.rows(0, batch.length);
+  return context().zeros({batch.part.size(), table.dim(1)}, table.dtype());
+}
+
+template <class Stream>
+void StageOf<Stream>::add_position_gradients(const MicroBatch& batch, const Tensor& of_part) const {
+  const Tensor& table = positions_->gradient;
+  const auto& [first, second] = batch.part;
+  add(context(), of_part.rows(0, first.size()), table.rows(first.begin, first.end));
+  add(context(), of_part.rows(first.size(), batch.part.size()), table.rows(second.begin, second.end));
+}
+
 template <class Stream>
 Placed<Stream> StageOf<Stream>::embed(const MicroBatch& batch, SavedState& saved) const {
   const ModelConfig& config = environment().config;
   const TraceScope scope = trace_module(environment(), "decoder.embed_tokens", "forward");
   const Placed<Stream> embedded = boundary_.leave(embed_tokens(context(), vocabulary_rows(), batch.tokens));
-  const Tensor positions = positions_ != nullptr ? positions_->value : sinusoidal_;
   const int64_t first_row = boundary_.rows(batch.num_tokens()).begin;
   saved.embedding_dropout = make_stream_dropout(environment(), batch, DropoutSite::embedding, 0,
                                                 config.embedding_dropout, first_row);
-  ops::add_positions_forward(context(), embedded.tensor(), embedding_factor(),
-                             positions.rows(0, batch.length), first_row, saved.embedding_dropout,
-                             embedded.tensor());
+  ops::add_positions_forward(context(), embedded.tensor(), embedding_factor(), positions_of(batch), first_row,
+                             saved.embedding_dropout, embedded.tensor());
   return embedded;
 }
 
@@ -266,9 +296,11 @@ template <class Stream>
 void StageOf<Stream>::embed_backward(const MicroBatch& batch, const SavedState& saved,
                                      const Placed<Stream>& dx) const {
   const TraceScope scope = trace_module(environment(), "decoder.embed_tokens", "backward");
-  const Tensor dpositions = positions_ != nullptr ? positions_->gradient.rows(0, batch.length) : Tensor();
-  ops::add_positions_backward(context(), dx.tensor(), batch.length, boundary_.rows(batch.num_tokens()).begin,
-                              saved.embedding_dropout, dx.tensor(), dpositions);
+  const Tensor dpositions = positions_ != nullptr ? position_gradients(batch) : Tensor();
+  ops::add_positions_backward(context(), dx.tensor(), batch.part.size(),
+                              boundary_.rows(batch.num_tokens()).begin, saved.embedding_dropout, dx.tensor(),
+                              dpositions);
+  if (dpositions && !is_whole(batch)) add_position_gradients(batch, dpositions);
   embed_tokens_backward(context(), vocabulary_rows(), batch.tokens,
                         boundary_.leave_backward(dx, batch.num_tokens()), embedding_factor());
 }
@@ -277,7 +309,7 @@ template <class Stream>
 Tensor StageOf<Stream>::last_tokens(const MicroBatch& batch, const Tensor& x) const {
   Tensor picked = context().empty({batch.sequences, x.dim(1)}, x.dtype());
   for (int64_t s = 0; s < batch.sequences; ++s) {
-    const int64_t row = (s + 1) * batch.length - 1;
+    const int64_t row = (s + 1) * batch.part.size() - 1;
     copy(context(), x.rows(row, row + 1), picked.rows(s, s + 1));
   }
   return picked;

@@ -25,6 +25,13 @@ DType master_dtype(Precision precision) {
   return precision == Precision::fp16_memory_efficient ? type : accumulator_of(type);
 }
 
+MeshDegrees mesh_degrees(const ParallelConfig& parallel) {
+  return {.tensor = parallel.tensor,
+          .context = parallel.context,
+          .data = parallel.data,
+          .pipeline = parallel.pipeline};
+}
+
 ModelInstance::ModelInstance(Context& context, const Mesh& mesh, const RunConfig& config, bool with_gradients)
     : context_(&context),
       mesh_(mesh),
@@ -37,6 +44,7 @@ ModelInstance::ModelInstance(Context& context, const Mesh& mesh, const RunConfig
       .config = config.model,
       .dtype = store_.dtype(),
       .tensor = mesh.tensor(),
+      .sequences = mesh.context(),
       .seed = config.train.seed,
       .sequence = config.parallel.sequence && mesh.tensor().size() > 1,
       .recompute = config.train.recompute,

@@ -112,11 +112,12 @@ void TrainingRun::print_banner() {
   const Mesh& mesh = model_->mesh();
   if (!is_root()) return;
   say(to_toml(config_));
-  say(fmt::format("{} parameters, {} ranks = tensor {} x pipeline {} x data {}, {} threads each, {} in {}",
-                  with_prefix(static_cast<double>(parameters)), world_.size(), mesh.tensor().size(),
-                  mesh.pipeline().size(), mesh.data().size(), context_.threads().size(),
-                  context_.is_cuda() ? context_.gpu().description().name : ops::describe_matmul(),
-                  name_of(model_->store().dtype())));
+  say(fmt::format(
+      "{} parameters, {} ranks = tensor {} x context {} x pipeline {} x data {}, {} threads each, {} in {}",
+      with_prefix(static_cast<double>(parameters)), world_.size(), mesh.tensor().size(),
+      mesh.context().size(), mesh.pipeline().size(), mesh.data().size(), context_.threads().size(),
+      context_.is_cuda() ? context_.gpu().description().name : ops::describe_matmul(),
+      name_of(model_->store().dtype())));
   say(fmt::format("{} tokens to train on, {} to validate on; the run's folder is {}",
                   with_prefix(static_cast<double>(train_data_->num_tokens())),
                   with_prefix(valid_data_ ? static_cast<double>(valid_data_->num_tokens()) : 0.0),
@@ -233,10 +234,7 @@ ExitCode TrainingRun::run() {
   open_data();
   checkpoints_.emplace(folder_.checkpoints(), config_, fmt::format("tokenizer {:016x}", tokenizer_->hash()));
   prepare_folder();
-  const Mesh mesh(world_, {.tensor = config_.parallel.tensor,
-                           .context = 1,
-                           .data = config_.parallel.data,
-                           .pipeline = config_.parallel.pipeline});
+  const Mesh mesh(world_, mesh_degrees(config_.parallel));
   model_.emplace(context_, mesh, config_, true);
   trainer_.emplace(*model_, config_, [&](int64_t f, int64_t n) { return train_data_->read_batch(f, n); });
   print_banner();

@@ -119,6 +119,7 @@ std::string RunCheckpoints::save(Trainer& trainer) {
                             .tokenizer_hash = tokenizer_hash_,
                             .metrics = {},
                             .layout = {{"tensor", mesh.tensor().size()},
+                                       {"context", mesh.context().size()},
                                        {"pipeline", mesh.pipeline().size()},
                                        {"data", mesh.data().size()}},
                             .loss_scale = counters.loss_scale.value,

@@ -34,6 +34,17 @@ int64_t counted_targets(const ModelInstance& model, const std::vector<MicroBatch
   return count;
 }
 
+// Of values [sequences, length], those of `part` of every sequence, in its order.
+template <class T>
+std::vector<T> values_of(const std::vector<T>& values, int64_t length, const SequencePart& part) {
+  std::vector<T> chosen;
+  for (auto row = values.begin(); row != values.end(); row += length) {
+    for (const Range& run : {part.first, part.second})
+      chosen.insert(chosen.end(), row + run.begin, row + run.end);
+  }
+  return chosen;
+}
+
 template <class T>
 Tensor to_device(Context& context, const std::vector<T>& values) {
   return from_host<T>(context, values, {static_cast<int64_t>(values.size())});
@@ -46,8 +57,13 @@ MicroBatch make_micro_batch(ModelInstance& model, const Batch& batch, int64_t fi
   Context& context = model.context();
   const bool first = model.has_first_part();
   const bool last = model.has_last_part();
+  const SequencePart part =
+      context_part(batch.seq_len, model.mesh().context().size(), model.mesh().context().rank());
+  const auto held = [&](const auto& values) { return values_of(values, batch.seq_len, part); };
+  const std::vector<uint8_t> counts = held(batch.loss_mask);
   MicroBatch made{.sequences = batch.sequences,
                   .length = batch.seq_len,
+                  .part = part,
                   .first_sample = first_sample,
                   .batch_index = batch_index,
                   .purpose = purpose,
@@ -55,13 +71,12 @@ MicroBatch make_micro_batch(ModelInstance& model, const Batch& batch, int64_t fi
                   .targets = {},
                   .weights = {},
                   .document_start = {},
-                  .counted = batch.loss_mask.empty()
-                                 ? static_cast<int64_t>(batch.targets.size())
-                                 : std::count(batch.loss_mask.begin(), batch.loss_mask.end(), uint8_t{1})};
-  if (first) made.tokens = to_device(context, batch.inputs);
-  if (last) made.targets = to_device(context, batch.targets);
-  if (last && !batch.loss_mask.empty()) made.weights = to_device(context, batch.loss_mask);
-  if (!batch.document_start.empty()) made.document_start = to_device(context, batch.document_start);
+                  .counted = batch.loss_mask.empty() ? batch.sequences * part.size()
+                                                     : std::count(counts.begin(), counts.end(), uint8_t{1})};
+  if (first) made.tokens = to_device(context, held(batch.inputs));
+  if (last) made.targets = to_device(context, held(batch.targets));
+  if (last && !batch.loss_mask.empty()) made.weights = to_device(context, counts);
+  if (!batch.document_start.empty()) made.document_start = to_device(context, held(batch.document_start));
   return made;
 }
 
@@ -181,6 +196,36 @@ void Trainer::update_weights(StepReport& report) {
   model_.prepare();
 }
 
+namespace {
+
+// A micro-batch's negative log-likelihoods in the order of its tokens, [sequences * length], from those of
+// this rank's part of every sequence. Collective over the context group.
+Tensor of_whole_sequences(ModelInstance& model, const MicroBatch& batch, const Tensor& mine) {
+  Context& context = model.context();
+  const Group& group = model.mesh().context();
+  if (group.size() == 1) return mine;
+  std::vector<int64_t> counts;
+  for (int r = 0; r < group.size(); ++r)
+    counts.push_back(batch.sequences * context_part(batch.length, group.size(), r).size());
+  const Shape all{batch.sequences * batch.length};
+  const Tensor by_rank = context.empty(all, mine.dtype());
+  group.all_gather(context, mine, by_rank, counts);
+  const Tensor whole = context.empty(all, mine.dtype());
+  int64_t at = 0;
+  for (int r = 0; r < group.size(); ++r) {
+    const SequencePart part = context_part(batch.length, group.size(), r);
+    for (int64_t s = 0; s < batch.sequences; ++s) {
+      for (const Range& run : {part.first, part.second}) {
+        copy(context, by_rank.flat(at, run.size()), whole.flat(s * batch.length + run.begin, run.size()));
+        at += run.size();
+      }
+    }
+  }
+  return whole;
+}
+
+}  // namespace
+
 EvaluationResult evaluate(ModelInstance& model, const RunConfig& config, const BatchSource& source,
                           int64_t sequences, const NllVisitor& visit) {
   const std::vector<Range> samples = micro_batch_samples(model, sequences, config.train.micro_batch);
@@ -205,7 +250,9 @@ EvaluationResult evaluate(ModelInstance& model, const RunConfig& config, const B
     mine.tokens += targets;
     for (size_t i = begin; visit && i < end; ++i) {
       if (samples[i].empty()) continue;
-      visit(samples[i].begin, read[i - begin], model.result(static_cast<int64_t>(i - begin)));
+      const Tensor nll =
+          of_whole_sequences(model, batches[i - begin], model.result(static_cast<int64_t>(i - begin)));
+      if (model.mesh().context().rank() == 0) visit(samples[i].begin, read[i - begin], nll);
     }
   }
   const Group& world = model.mesh().world();

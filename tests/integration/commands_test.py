@@ -15,7 +15,8 @@ ORACLE_MODEL = {
     "model__length": 32, "model__residual_scale": "false", "model__residual_dropout": 0.0,
     "model__attention_dropout": 0.0, "model__embedding_dropout": 0.0,
 }
-LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 3, 1), (2, 1, 2), (3, 1, 1)]
+# tensor x context x pipeline x data
+LAYOUTS = [(1, 1, 1, 1), (2, 1, 1, 1), (1, 1, 3, 1), (2, 1, 1, 2), (3, 1, 1, 1), (1, 3, 1, 1), (2, 2, 1, 1)]
 
 
 def read_safetensors(path):
@@ -35,7 +36,7 @@ def numbers(tensor):
 
 def layout_flags(degrees):
     flags = []
-    for key, value in zip(("tensor", "pipeline", "data"), degrees):
+    for key, value in zip(("tensor", "context", "pipeline", "data"), degrees):
         flags += ["--set", f"parallel.{key}={value}"]
     if degrees[0] == 3:
         flags += ["--set", "parallel.sequence=true"]
@@ -53,9 +54,9 @@ class Commands(unittest.TestCase):
     def tearDownClass(cls):
         cls.folder.__exit__()
 
-    def over_layouts(self, arguments):
+    def over_layouts(self, arguments, layouts=LAYOUTS):
         """The command's output under every layout of the trained run."""
-        for degrees in LAYOUTS:
+        for degrees in layouts:
             ranks = math.prod(degrees)
             yield degrees, run([*arguments, *layout_flags(degrees)], ranks, expect=0).out
 
@@ -130,8 +131,8 @@ class Commands(unittest.TestCase):
 
     def test_dumped_gradients_agree_between_layouts(self):
         expected = None
-        for degrees in [(1, 1, 1), (2, 2, 1), (1, 1, 3)]:
-            config = self.folder.config("gradients", train__precision='"fp64"')
+        for degrees in [(1, 1, 1, 1), (2, 1, 2, 1), (1, 1, 1, 3), (1, 2, 1, 1), (3, 2, 1, 1)]:
+            config = self.folder.config("gradients", train__precision='"fp64"', data__document_mask="true")
             out = self.folder.path / "gradients.safetensors"
             run(["train", config, "--dump-gradients", out, *layout_flags(degrees)], math.prod(degrees), expect=0)
             found = read_safetensors(out)
@@ -168,13 +169,26 @@ class Commands(unittest.TestCase):
         run(["train", config], 2, expect=0)
         arguments = ["eval", self.folder.path / "of_two", self.folder.path / "text.txt"]
         self.assertIn("perplexity", run(arguments, expect=0).out)
-        refused = run([*arguments, *layout_flags((2, 1, 1))], expect=64)
+        refused = run([*arguments, *layout_flags((2, 1, 1, 1))], expect=64)
         self.assertIn("is not the number of ranks, 1", refused.err)
 
+    def test_a_run_with_split_sequences_is_used_with_whole_ones(self):
+        config = self.folder.config("split", parallel__context=2, train__updates=2)
+        run(["train", config], 2, expect=0)
+        split, text = self.folder.path / "split", self.folder.path / "text.txt"
+        scores = {run(["eval", split, text], ranks, expect=0).out.split("loss ")[1][:6] for ranks in (1, 2, 3)}
+        self.assertEqual(len(scores), 1, scores)
+        generate = ["generate", split, "--prompt", "The ", "--max-tokens", 5, "--temperature", 0]
+        texts = {run(generate, ranks, expect=0).out for ranks in (1, 2)}
+        self.assertEqual(len(texts), 1, texts)
+        refused = run([*generate, "--set", "parallel.context=2"], 2, expect=64)
+        self.assertIn("texts are generated with parallel.context = 1 only", refused.err)
+
     def test_generation_is_the_same_under_every_layout(self):
+        whole = [degrees for degrees in LAYOUTS if degrees[1] == 1]
         for options in (["--temperature", 0], ["--temperature", 0.8, "--top-p", 0.9, "--seed", 5]):
             texts = {out for _, out in self.over_layouts(
-                ["generate", self.run_folder, "--prompt", "The ", "--max-tokens", 30, *options])}
+                ["generate", self.run_folder, "--prompt", "The ", "--max-tokens", 30, *options], whole)}
             self.assertEqual(len(texts), 1, texts)
             self.assertTrue(texts.pop().startswith("The "))
 

@@ -48,6 +48,7 @@ const std::vector<Pipeline>& pipelines() {
 
 constexpr std::array<int64_t, 4> kTensor{1, 2, 3, 4};
 constexpr std::array<int64_t, 3> kData{1, 2, 3};
+constexpr std::array<int64_t, 2> kContext{1, 2};
 constexpr std::array<Sharding, 3> kSharding{Sharding::optimizer, Sharding::gradients, Sharding::parameters};
 constexpr std::array<std::pair<Recompute, int64_t>, 4> kRecompute{
     {{Recompute::none, 0}, {Recompute::selective, 0}, {Recompute::full, 0}, {Recompute::full, 1}}};
@@ -87,6 +88,7 @@ enum Factor : size_t {
   micro_batch,
   form,
   overlap,
+  context,
   kFactors
 };
 using Choice = std::array<size_t, kFactors>;
@@ -96,12 +98,12 @@ std::array<size_t, kFactors> levels() {
           pipelines().size(), kData.size(),
           kSharding.size(),   kRecompute.size(),
           kMicroBatch.size(), kForm.size(),
-          kOverlap.size()};
+          kOverlap.size(),    kContext.size()};
 }
 
 MeshDegrees degrees_of(const Choice& c) {
   return {.tensor = kTensor[c[tensor]],
-          .context = 1,
+          .context = kContext[c[context]],
           .data = kData[c[data]],
           .pipeline = pipelines()[c[pipeline]].stages};
 }
@@ -121,6 +123,7 @@ RunConfig config_of(const Choice& c) {
   config.train.recompute_layers = kRecompute[c[recompute]].second;
   config.parallel.tensor = kTensor[c[tensor]];
   config.parallel.sequence = c[sequence] == 1;
+  config.parallel.context = kContext[c[context]];
   config.parallel.pipeline = p.stages;
   config.parallel.data = kData[c[data]];
   config.parallel.schedule = p.schedule;

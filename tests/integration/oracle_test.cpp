@@ -71,8 +71,8 @@ TEST_P(Oracle, Fp16) {
   const double bound = 4.0 * std::pow(1.03, fixture.config.model.layers) * 0x1p-10;
   const OracleErrors of_weights = errors_on(fixture, {.degrees = {}, .weights = DType::f16});
   for (const Precision precision : {Precision::fp16, Precision::fp16_memory_efficient}) {
-    for (const MeshDegrees& degrees :
-         {MeshDegrees{}, MeshDegrees{.tensor = 2}, MeshDegrees{.pipeline = 2}, MeshDegrees{.data = 2}}) {
+    for (const MeshDegrees& degrees : {MeshDegrees{}, MeshDegrees{.tensor = 2}, MeshDegrees{.pipeline = 2},
+                                       MeshDegrees{.data = 2}, MeshDegrees{.context = 2}}) {
       const OracleLayout layout{.degrees = degrees, .precision = precision};
       const OracleErrors errors = errors_on(fixture, layout);
       ASSERT_EQ(errors.size(), of_weights.size());
@@ -201,6 +201,49 @@ TEST_P(Oracle, SequenceParallelFp32) {
   }
 }
 
+// Sequences split, beside every other axis and what it can do; the fixtures' lengths fall into parts of
+// several sizes.
+std::vector<OracleLayout> context_layouts() {
+  using S = PipelineSchedule;
+  std::vector<OracleLayout> layouts{
+      {.degrees = {.context = 2}, .recompute = Recompute::selective, .micro_batch = 3},
+      {.degrees = {.context = 4}, .recompute = Recompute::full},
+      {.degrees = {.context = 2, .data = 3}, .sharding = Sharding::parameters},  // and empty micro-batches
+      {.degrees = {.context = 3, .data = 2}, .sharding = Sharding::gradients},
+      {.degrees = {.context = 2, .pipeline = 2}, .schedule = S::zb_v},
+      {.degrees = {.context = 2, .pipeline = 2}, .schedule = S::zb_h1, .sharding = Sharding::parameters},
+      {.degrees = {.context = 2, .pipeline = 2}, .schedule = S::interleaved, .virtual_stages = 2},
+      {.degrees = {.tensor = 2, .context = 2, .data = 2},
+       .sequence = true,
+       .recompute = Recompute::full,
+       .sharding = Sharding::parameters}};
+  for (const MeshDegrees& degrees :
+       {MeshDegrees{.tensor = 2, .context = 2}, MeshDegrees{.tensor = 3, .context = 2},
+        MeshDegrees{.tensor = 2, .context = 2, .pipeline = 2}}) {
+    layouts.push_back({.degrees = degrees, .sequence = true, .micro_batch = 3});
+  }
+  return layouts;
+}
+
+TEST_P(Oracle, ContextParallelFp64) {
+  const OracleFixture fixture = load_oracle_fixture(GetParam());
+  for (OracleLayout layout : context_layouts()) {
+    for (const FfnNormForm form : {FfnNormForm::folded, FfnNormForm::plain}) {
+      if (form == FfnNormForm::plain && !fixture.config.model.ffn_norm) continue;
+      layout.form = form;
+      EXPECT_EQ(run_on(fixture, layout, 1e-9), std::vector<std::string>{}) << to_string(layout);
+    }
+  }
+}
+
+TEST_P(Oracle, ContextParallelFp32) {
+  const OracleFixture fixture = load_oracle_fixture(GetParam());
+  for (OracleLayout layout : context_layouts()) {
+    layout.precision = Precision::fp32;
+    EXPECT_EQ(run_on(fixture, layout, 1e-5), std::vector<std::string>{}) << to_string(layout);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Fixtures, Oracle, testing::ValuesIn(oracle_fixture_names()),
                          [](const auto& fixture) {
                            std::string name = fixture.param;
@@ -220,6 +263,8 @@ TEST(Recomputation, ChangesNoBit) {
             OracleLayout{
                 .degrees = {.tensor = 2, .pipeline = 2}, .sequence = true, .precision = Precision::bf16},
             OracleLayout{.degrees = {.tensor = 3}, .sequence = true, .micro_batch = 3},
+            OracleLayout{
+                .degrees = {.tensor = 2, .context = 2}, .sequence = true, .precision = Precision::bf16},
             OracleLayout{.degrees = {.data = 2, .pipeline = 2},
             .precision = Precision::bf16,
             .schedule = PipelineSchedule::zb_v}}) {
@@ -271,6 +316,11 @@ TEST(DropoutAcrossSharding, LossesEqualOneProcess) {
 TEST(DropoutUnderSequenceParallelism, LossesEqualOneProcess) {
   for (const std::string name : {"normformer-resscale", "normformer-fairseq", "post-ln"})
     expect_losses_of_one_process(name, sequence_layouts());
+}
+
+TEST(DropoutUnderContextParallelism, LossesEqualOneProcess) {
+  for (const std::string name : {"normformer-resscale", "normformer-fairseq", "post-ln"})
+    expect_losses_of_one_process(name, context_layouts());
 }
 
 TEST(DropoutAcrossLayouts, LossesEqualOneProcess) {

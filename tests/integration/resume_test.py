@@ -12,7 +12,8 @@ from program import Folder, command, environment, losses, metrics, run
 
 LAYOUTS = [(1, 1, 1, {}), (2, 2, 1, {}), (1, 1, 3, {"parallel__sharding": '"gradients"'}), (2, 1, 2, {}), (3, 1, 1, {}),
            (1, 2, 2, {"parallel__sharding": '"parameters"', "parallel__schedule": '"zb_v"', "model__layers": 5,
-                      "train__recompute": '"full"', "train__recompute_layers": 1})]
+                      "train__recompute": '"full"', "train__recompute_layers": 1}),
+           (2, 1, 1, {"parallel__context": 2, "parallel__sharding": '"parameters"'})]
 
 
 def layout(tensor, pipeline, data):
@@ -36,7 +37,7 @@ def stop_at(config, ranks, folder, update):
 class Resume(unittest.TestCase):
     def check(self, folder, degrees, precision, updates, rng):
         tensor, pipeline, data, more = degrees
-        ranks = tensor * pipeline * data
+        ranks = tensor * pipeline * data * more.get("parallel__context", 1)
         settings = dict(layout(tensor, pipeline, data), **more, train__precision=f'"{precision}"', train__updates=updates)
         if precision.startswith("fp16"):  # falls, and rises until it overflows again
             settings.update(train__loss_scale_init=2.0**24, train__loss_scale_window=4)

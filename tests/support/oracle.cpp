@@ -42,6 +42,7 @@ struct Run {
     RunConfig c = f.config;
     c.parallel.tensor = layout.degrees.tensor;
     c.parallel.sequence = layout.sequence;
+    c.parallel.context = layout.degrees.context;
     c.parallel.pipeline = layout.degrees.pipeline;
     c.parallel.data = layout.degrees.data;
     c.parallel.schedule = layout.schedule;
@@ -208,16 +209,29 @@ std::vector<MeshDegrees> oracle_degrees() {
   const auto degrees = [](int64_t tp, int64_t pp, int64_t dp) {
     return MeshDegrees{.tensor = tp, .context = 1, .data = dp, .pipeline = pp};
   };
-  return {degrees(1, 1, 1), degrees(2, 1, 1), degrees(1, 2, 1), degrees(1, 1, 2),
-          degrees(2, 2, 1), degrees(2, 1, 2), degrees(1, 2, 2), degrees(2, 2, 2),
-          degrees(3, 1, 1), degrees(1, 3, 1), degrees(1, 1, 3)};
+  return {degrees(1, 1, 1),
+          degrees(2, 1, 1),
+          degrees(1, 2, 1),
+          degrees(1, 1, 2),
+          degrees(2, 2, 1),
+          degrees(2, 1, 2),
+          degrees(1, 2, 2),
+          degrees(2, 2, 2),
+          degrees(3, 1, 1),
+          degrees(1, 3, 1),
+          degrees(1, 1, 3),
+          {.context = 2},
+          {.context = 3},
+          {.tensor = 2, .context = 2},
+          {.context = 2, .data = 2},
+          {.tensor = 2, .context = 2, .pipeline = 2}};
 }
 
 std::string to_string(const OracleLayout& layout) {
   return fmt::format(
-      "tp{}{} pp{} dp{} {} micro-batch {} schedule {} virtual stages {} recompute {} sharding {}",
-      layout.degrees.tensor, layout.sequence ? "+sp" : "", layout.degrees.pipeline, layout.degrees.data,
-      layout.form == FfnNormForm::plain ? "plain" : "folded", layout.micro_batch,
+      "tp{}{} cp{} pp{} dp{} {} micro-batch {} schedule {} virtual stages {} recompute {} sharding {}",
+      layout.degrees.tensor, layout.sequence ? "+sp" : "", layout.degrees.context, layout.degrees.pipeline,
+      layout.degrees.data, layout.form == FfnNormForm::plain ? "plain" : "folded", layout.micro_batch,
       static_cast<int>(layout.schedule), layout.virtual_stages, static_cast<int>(layout.recompute),
       static_cast<int>(layout.sharding));
 }

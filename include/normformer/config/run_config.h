@@ -110,6 +110,7 @@ struct ParallelConfig {
   int64_t tensor = 1;
   bool sequence =
       false;  ///< ranks of a tensor group share the residual stream's tokens too; 1 rank has them all
+  int64_t context = 1;  ///< ranks that share every sequence's tokens
   int64_t pipeline = 1;
   int64_t data = 0;
   PipelineSchedule schedule = PipelineSchedule::one_f_one_b;

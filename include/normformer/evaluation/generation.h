@@ -25,7 +25,8 @@ struct GenerationOptions {
 int32_t sample_token(std::span<const double> logits, const GenerationOptions& options, RandomStream stream,
                      int64_t position);
 
-/// Continues `prompt` (not empty) token by token; the model sees the last `length` tokens. `visit` is called
+/// Continues `prompt` (not empty) token by token; the model sees the last `length` tokens, whole: the
+/// mesh's context degree is 1. `visit` is called
 /// on every rank with each new token. Returns the new tokens, the same on every rank. Collective over the
 /// world.
 std::vector<int32_t> generate(ModelInstance& model, std::span<const int32_t> prompt,

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "normformer/context_parallel/ring_attention.h"
 #include "normformer/model/environment.h"
 #include "normformer/ops/attention.h"
 #include "normformer/ops/sublayer.h"
@@ -19,7 +20,8 @@ class AttentionBlock {
   /// What a micro-batch's backward needs; pieces go as they are used up. Of N tokens n are on this rank's
   /// stream.
   struct Saved {
-    ops::AttentionShape shape;
+    ops::AttentionShape shape;  // of whole sequences
+    SequencePart part;
     ops::Dropout probabilities_dropout;
     ops::Dropout output_dropout;
     Tensor document_start;
@@ -27,14 +29,14 @@ class AttentionBlock {
     Tensor input;        // [n, D]: what the projections read; not kept where it is made again
     Tensor qkv;          // [N, 3 * channels of this rank]
     Tensor heads;        // [N, channels of this rank]: attention's output, before head scale
-    Tensor lse;          // [B, heads of this rank, T]
+    Tensor lse;          // [B, heads of this rank, tokens of a sequence here]
     Tensor projected;    // [n, D]: the reduced output of W_o, without bias
     Tensor output_mean;  // of LN_post
     Tensor output_rstd;
     Tensor dqkv;  // left by backward_input for backward_weight
     Tensor dprojected;
 
-    int64_t num_tokens() const { return shape.batch * shape.length; }
+    int64_t num_tokens() const { return shape.batch * part.size(); }
   };
 
   /// Declares its parameters in the store; `layer` is global.
@@ -46,12 +48,13 @@ class AttentionBlock {
   /// Pre-LN: the LayerNorm that reads this block's output and is made with it; none until this is called.
   void set_next_norm(const NormParameters& norm) { next_norm_ = norm; }
 
-  /// The stream before the block to the stream behind its residual. Collective over the tensor group.
+  /// The stream before the block to the stream behind its residual. Collective over the tensor and the
+  /// context group.
   NormedStream<Stream> forward(const MicroBatch& batch, const NormedStream<Stream>& stream,
                                Saved& saved) const;
 
   /// The gradient of x; gradients of vectors are added here, those of products in backward_weight.
-  /// Collective over the tensor group.
+  /// Collective over the tensor and the context group.
   Placed<Stream> backward_input(Saved& saved, const Placed<Stream>& dout) const;
 
   /// Adds the gradients of the products' weights and frees what backward_input left. Collective over the
@@ -72,12 +75,16 @@ class AttentionBlock {
   ops::SublayerOutput output_parts(const ops::Dropout& dropout) const;
   ops::SublayerOutputGradients output_gradients() const;
   Placed<FeatureSharded> scaled_heads(const Tensor& heads) const;
+  bool splits_sequences() const { return environment_.sequences.size() > 1; }
+  void attend(const Saved& saved, const Tensor& qkv) const;
+  void attend_backward(const Saved& saved, const Tensor& dheads) const;
 
   ModelEnvironment environment_;
   int64_t layer_;
   std::string name_;  // in traces
   const ParameterStore* store_;
   StreamBoundary<Stream> boundary_;
+  RingAttention ring_;  // where sequences are split
   NormParameters norm_;
   NormParameters next_norm_;       // made of the output: in the Post-LN model norm_
   Parameter* q_weight_ = nullptr;  // followed by k's and v's: one matrix [3 * channels, D]

@@ -24,6 +24,7 @@ struct ModelEnvironment {
   ModelConfig config;  ///< with ffn and vocab filled in
   DType dtype;         ///< of weights and activations
   Group tensor;        ///< the tensor-parallel group
+  Group sequences;     ///< the context-parallel group, which shares every sequence's tokens
   uint64_t seed;
   bool sequence = false;  ///< the residual stream's tokens are dealt out to the tensor-parallel group
   Recompute recompute = Recompute::none;
@@ -46,22 +47,23 @@ enum class Purpose {
   generation,  ///< the logits behind each sequence's last token are wanted
 };
 
-/// The tokens of one micro-batch and what is asked of them. Undefined tensors mean: not needed here, or no
-/// mask.
+/// The tokens of one micro-batch and what is asked of them, as far as this rank has them: of every sequence
+/// the same part. Undefined tensors mean: not needed here, or no mask.
 struct MicroBatch {
   int64_t sequences = 0;     ///< may be 0: a replica with fewer micro-batches than others runs empty ones
-  int64_t length = 0;        ///< tokens of a sequence; at most the model's
+  int64_t length = 0;        ///< tokens of a whole sequence; at most the model's
+  SequencePart part;         ///< those of them that are here, which may be none
   int64_t first_sample = 0;  ///< position of its first sequence in the global batch
   uint64_t batch_index = 0;  ///< which global batch; keys dropout
   Purpose purpose = Purpose::evaluation;
-  Tensor tokens;            ///< i32 [sequences * length]
+  Tensor tokens;            ///< i32 [num_tokens()]: the sequences' parts one behind the other
   Tensor targets;           ///< i32, as many
   Tensor weights;           ///< u8, as many: 1 where a target counts
-  Tensor document_start;    ///< i32, as many: see ops/attention.h
-  int64_t counted = 0;      ///< how many targets count
+  Tensor document_start;    ///< i32, as many, of whole sequences: see ops/attention.h
+  int64_t counted = 0;      ///< how many of these targets count
   double loss_scale = 1.0;  ///< what the gradient of its loss is multiplied by
 
-  int64_t num_tokens() const { return sequences * length; }
+  int64_t num_tokens() const { return sequences * part.size(); }
 };
 
 /// Where in the model a dropout acts. The values are part of what a seed means: they never change.

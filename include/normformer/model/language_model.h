@@ -33,7 +33,7 @@ class LanguageModelStage : public Stage {
   /// document_start on all.
   virtual void set_micro_batches(std::vector<MicroBatch> batches);
 
-  /// Sum of the negative log-likelihoods of all targets that count in the micro-batches forwarded since
+  /// Sum of the negative log-likelihoods of all targets here that count in the micro-batches forwarded since
   /// set_micro_batches; 0 on other stages than the last.
   double loss_sum() const;
 

@@ -17,6 +17,9 @@ DType model_dtype(Precision precision);
 /// The type of the weights that the optimizer updates.
 DType master_dtype(Precision precision);
 
+/// The mesh that a resolved configuration asks for.
+MeshDegrees mesh_degrees(const ParallelConfig& parallel);
+
 /// What one rank holds of a model, with its memory: parameters declared and allocated, values not yet set.
 class ModelInstance {
  public:
@@ -54,8 +57,8 @@ class ModelInstance {
   /// Scalars of the whole model. Collective over the world.
   int64_t count_parameters() const;
 
-  /// True on the one rank of each data-parallel replica that answers for its losses: the first of the tensor
-  /// group that holds the last part.
+  /// True on the rank that answers for the losses of the tokens that it has: of those with the same tokens,
+  /// the first of the tensor group that holds the last part.
   bool answers_for_loss() const;
 
  private:

@@ -42,8 +42,9 @@ struct StepReport {
 /// Where batches come from: global samples [first, first + count) as rows.
 using BatchSource = std::function<Batch(int64_t first, int64_t count)>;
 
-/// Cuts `batch` into this replica's micro-batches. Tensors are made on the context's device, and only those
-/// that this stage reads. `first_sample` is the batch's first sequence's place in the global batch.
+/// `batch` as a micro-batch, as far as this rank has its tokens. Tensors are made on the context's device,
+/// and only those that this stage reads. `first_sample` is the batch's first sequence's place in the global
+/// batch.
 MicroBatch make_micro_batch(ModelInstance& model, const Batch& batch, int64_t first_sample,
                             uint64_t batch_index, Purpose purpose);
 
@@ -103,10 +104,11 @@ struct EvaluationResult {
   double mean() const { return tokens == 0 ? 0.0 : nll_sum / static_cast<double>(tokens); }
 };
 
-/// Called on ranks that answer for losses with each micro-batch's first sample, its batch and its [N] nlls.
+/// Called with each micro-batch's first sample, its batch and the [sequences * seq_len] nlls of all its
+/// tokens, on one of the ranks that answer for them.
 using NllVisitor = std::function<void(int64_t first_sample, const Batch& batch, const Tensor& nll)>;
 
-/// Evaluates without dropout. `visit` may be empty. Collective over the world.
+/// Evaluates without dropout. `visit` may be empty, on every rank alike. Collective over the world.
 EvaluationResult evaluate(ModelInstance& model, const RunConfig& config, const BatchSource& source,
                           int64_t sequences, const NllVisitor& visit = {});
 

@@ -58,19 +58,34 @@ TEST(ResolveLayout, NeitherTheBatchNorTheHeadsNeedDivide) {
 TEST(ResolveLayout, LeftOverMustBeWhole) {
   EXPECT_EQ(
       refusal(with_degrees(3, 1, 0), 8),
-      "parallel.tensor x pipeline = 3 x 1 = 3 does not divide the number of ranks, 8; layouts of this model "
-      "that fit 8 ranks (parallel.tensor x pipeline x data): 4 x 1 x 2, 2 x 1 x 4, 4 x 2 x 1, 1 x 1 x 8");
+      "parallel.tensor x context x pipeline = 3 x 1 x 1 = 3 does not divide the number of ranks, 8; layouts "
+      "of this model that fit 8 ranks (parallel.tensor x context x pipeline x data): 4 x 1 x 1 x 2, "
+      "2 x 1 x 1 x 4, 4 x 1 x 2 x 1, 1 x 1 x 1 x 8");
 }
 
 TEST(ResolveLayout, ProductMustBeTheNumberOfRanks) {
   const std::string message = refusal(with_degrees(2, 2, 3), 8);
+  EXPECT_THAT(
+      message,
+      StartsWith(
+          "parallel.tensor x context x pipeline x data = 2 x 1 x 2 x 3 is not the number of ranks, 8; "));
   EXPECT_THAT(message,
-              StartsWith("parallel.tensor x pipeline x data = 2 x 2 x 3 is not the number of ranks, 8; "));
-  EXPECT_THAT(message, HasSubstr("(parallel.tensor x pipeline x data): 2 x 2 x 2, 1 x 2 x 4"));
+              HasSubstr("(parallel.tensor x context x pipeline x data): 2 x 1 x 2 x 2, 1 x 1 x 2 x 4"));
   EXPECT_THAT(refusal(with_degrees(1, 1, 1), 2),
-              StartsWith("parallel.tensor x pipeline x data = 1 x 1 x 1 is not"));
+              StartsWith("parallel.tensor x context x pipeline x data = 1 x 1 x 1 x 1 is not"));
   EXPECT_THAT(refusal(with_degrees(4, 4, 1 << 20), 2),
-              StartsWith("parallel.tensor x pipeline x data = 4 x 4 x"));
+              StartsWith("parallel.tensor x context x pipeline x data = 4 x 1 x 4 x"));
+}
+
+TEST(ResolveLayout, SequencesAreSplitNoFurtherThanWasAskedFor) {
+  RunConfig config = with_degrees(1, 1, 0);
+  config.parallel.context = 4;
+  EXPECT_EQ(resolve_layout(config, 8).parallel.data, 2);
+  EXPECT_THAT(refusal(config, 6),
+              StartsWith("parallel.tensor x context x pipeline = 1 x 4 x 1 = 4 does not"));
+  EXPECT_EQ(nearest_layout(config, 6).parallel.context, 3);
+  EXPECT_EQ(nearest_layout(config, 2).parallel.context, 2);
+  EXPECT_EQ(nearest_layout(with_degrees(1, 1, 1), 8).parallel.context, 1);
 }
 
 TEST(ResolveLayout, EachRankNeedsAHeadAFeatureAndAWord) {
@@ -92,7 +107,9 @@ TEST(ResolveLayout, EachStageNeedsALayer) {
 TEST(ResolveLayout, EachReplicaNeedsASequence) {
   const std::string message = refusal(with_degrees(1, 1, 0), 16);
   EXPECT_THAT(message, StartsWith("train.global_batch = 8 is too small for 16 data-parallel replicas; "));
-  EXPECT_THAT(message, HasSubstr("fit 16 ranks (parallel.tensor x pipeline x data): 1 x 2 x 8, 2 x 1 x 8"));
+  EXPECT_THAT(
+      message,
+      HasSubstr("fit 16 ranks (parallel.tensor x context x pipeline x data): 1 x 1 x 2 x 8, 2 x 1 x 1 x 8"));
 }
 
 TEST(ResolveLayout, SaysHowManyRanksWouldDo) {
@@ -107,14 +124,18 @@ TEST(ResolveLayout, SaysHowManyRanksWouldDo) {
 
 TEST(ResolveLayout, EveryLayoutThatIsOfferedFits) {
   for (int64_t world = 1; world <= 48; ++world) {
-    const std::string message = refusal(with_degrees(7, 1, 0), world);
+    RunConfig asked = with_degrees(7, 1, 0);
+    asked.parallel.context = 1 + world % 5;
+    const std::string message = refusal(asked, world);
     const size_t list = message.find("data): ");
     if (list == std::string::npos) continue;
     std::string rest = message.substr(list + 7);
-    int64_t t = 0, p = 0, d = 0;
+    int64_t t = 0, c = 0, p = 0, d = 0;
     int read = 0;
-    while (std::sscanf(rest.c_str(), "%ld x %ld x %ld%n", &t, &p, &d, &read) == 3) {
-      EXPECT_EQ(resolve_layout(with_degrees(t, p, d), world).parallel.data, d) << world << ": " << message;
+    while (std::sscanf(rest.c_str(), "%ld x %ld x %ld x %ld%n", &t, &c, &p, &d, &read) == 4) {
+      RunConfig offered = with_degrees(t, p, d);
+      offered.parallel.context = c;
+      EXPECT_EQ(resolve_layout(offered, world).parallel.data, d) << world << ": " << message;
       rest = rest.size() > static_cast<size_t>(read) + 2 ? rest.substr(static_cast<size_t>(read) + 2) : "";
     }
     EXPECT_TRUE(rest.empty()) << message;

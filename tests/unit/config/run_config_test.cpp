@@ -161,6 +161,7 @@ TEST(RunConfig, RangesAreChecked) {
       {"model.attention_dropout", "1"},
       {"model.activation_dropout", "1.5"},
       {"parallel.tensor", "0"},
+      {"parallel.context", "0"},
       {"parallel.pipeline", "0"},
       {"parallel.data", "-1"},
       {"parallel.virtual_stages", "0"},
@@ -227,9 +228,14 @@ TEST(RunConfig, CombinationsThatCannotRunAreRefused) {
   EXPECT_EQ(refusal("[train]\nmicro_batch = 9"),
             "x.toml:2:15: train.micro_batch = 9 is more than train.global_batch = 8");
   EXPECT_EQ(refusal("[train]\nmicro_batch = 9\nglobal_batch = 9"), "accepted");
+  EXPECT_EQ(
+      refusal("[model]\nlength = 5\n[parallel]\ncontext = 3"),
+      "x.toml:4:11: parallel.context = 3 needs sequences of at least two tokens for each of its ranks, not "
+      "model.length = 5");
+  EXPECT_EQ(refusal("[model]\nlength = 6\n[parallel]\ncontext = 3"), "accepted");
   EXPECT_EQ(refusal("[parallel]\ntensor = 2\n[device]\ncuda_graphs = true"),
             "x.toml:4:15: device.cuda_graphs = true needs micro-batches that stay on one GPU, not "
-            "parallel.tensor = 2 and parallel.pipeline = 1");
+            "parallel.tensor = 2, parallel.context = 1 and parallel.pipeline = 1");
   EXPECT_EQ(
       refusal("[parallel]\nsharding = 'gradients'\n[device]\ncuda_graphs = true"),
       "x.toml:4:15: device.cuda_graphs = true needs parallel.sharding = \"optimizer\": the others reduce "
@@ -382,6 +388,7 @@ const std::map<std::string, std::string>& other_values() {
       {"model.activation_dropout", "0.4"},
       {"parallel.tensor", "2"},
       {"parallel.sequence", "true"},
+      {"parallel.context", "5"},
       {"parallel.pipeline", "3"},
       {"parallel.data", "4"},
       {"parallel.schedule", "\"interleaved\""},

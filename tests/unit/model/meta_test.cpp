@@ -155,6 +155,57 @@ TEST(Meta, ForetellsSequenceParallelism) {
   }
 }
 
+TEST(Meta, ForetellsContextParallelism) {
+  for (const Precision precision : {Precision::fp32, Precision::bf16}) {
+    RunConfig config = small_config(precision);
+    config.model.positions = Positions::learned;
+    config.model.length = 13;
+    expect_foretold(config, {.context = 2});
+    config.train.recompute = Recompute::full;
+    expect_foretold(config, {.context = 2, .pipeline = 2});
+    config.parallel.sequence = true;
+    config.parallel.sharding = Sharding::parameters;
+    expect_foretold(config, {.tensor = 2, .context = 3, .data = 2});
+  }
+}
+
+// What the ring of a layer moves (docs/context.md), micro-batch by micro-batch; nothing else is new but that
+// gradients are summed over more ranks.
+TEST(Meta, SplitSequencesMoveKeysAndValuesAndTheirGradients) {
+  constexpr int64_t kRanks = 4;
+  RunConfig config = small_config(Precision::bf16);
+  config.model.length = 16 * kRanks;
+  SmallModel small(config, DeviceKind::meta, make_meta_world(1, kRanks), {.context = kRanks});
+  TrafficLedger& ledger = small.model.mesh().world().ledger();
+  ledger.clear();
+  small.trainer.compute_gradients();
+  std::map<std::string, TrafficRecord> records;
+  for (const TrafficRecord& r : ledger.records()) records[r.group + " " + r.kind] = r;
+  const int64_t block = config.train.global_batch * 16 * 2 * config.model.width;  // elements of a step
+  const int64_t micro_batches = 3;
+  for (const char* kind : {"context send", "context receive"}) {
+    EXPECT_EQ(records.at(kind).bytes, config.model.layers * (kRanks - 1) * block * (2 + 2 + 4)) << kind;
+    EXPECT_EQ(records.at(kind).calls, config.model.layers * (kRanks - 1) * 3 * micro_batches) << kind;
+  }
+  EXPECT_TRUE(records.contains("replicas reduce_scatter"));
+  EXPECT_FALSE(records.contains("data reduce_scatter"));
+}
+
+// Of four ranks each keeps a fourth of the tokens.
+TEST(Meta, ContextParallelismSavesMemory) {
+  RunConfig config = small_config(Precision::bf16);
+  config.model.width = 40;
+  config.model.ffn = 160;
+  config.model.length = 64;
+  const auto activations = [&](const MeshDegrees& degrees) {
+    const auto ranks = static_cast<int>(num_ranks(degrees));
+    const Account account =
+        account_of_two_steps(config, DeviceKind::meta, make_meta_world(0, ranks), degrees);
+    return account.memory.at_peak_by_use[static_cast<size_t>(MemoryUse::activations)];
+  };
+  EXPECT_LT(activations({.context = 4}), 0.3 * static_cast<double>(activations({})));
+}
+
 RunConfig baseline_of(RunConfig config) {
   config.model.head_scale = HeadScale::none;
   config.model.post_attention_norm = config.model.ffn_norm = config.model.residual_scale = false;
