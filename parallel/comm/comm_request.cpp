@@ -6,13 +6,14 @@
 
 namespace normformer {
 
-CommRequest::CommRequest(std::unique_ptr<Impl> impl)
-    : impl_(std::move(impl)), exceptions_(std::uncaught_exceptions()) {}
+CommRequest::CommRequest(std::unique_ptr<Impl> impl, TrafficCall call)
+    : impl_(std::move(impl)), call_(std::move(call)), exceptions_(std::uncaught_exceptions()) {}
 
 CommRequest& CommRequest::operator=(CommRequest&& other) noexcept {
   if (this != &other) {
     finish();
     impl_ = std::move(other.impl_);
+    call_ = std::move(other.call_);
     exceptions_ = other.exceptions_;
   }
   return *this;
@@ -22,11 +23,13 @@ CommRequest::~CommRequest() { finish(); }
 
 void CommRequest::wait() {
   // Given up first, so that a failed message is not waited for again.
+  const TrafficCall call = std::move(call_);
   if (const auto impl = std::move(impl_)) impl->wait();
 }
 
 void CommRequest::finish() noexcept {
-  if (impl_ == nullptr || std::uncaught_exceptions() > exceptions_) return;
+  if (impl_ == nullptr) return;
+  if (std::uncaught_exceptions() > exceptions_) return call_.abandon();
   try {
     wait();
   } catch (...) {

@@ -133,8 +133,8 @@ std::unique_ptr<detail::GroupImpl> Group::duplicate_transport() const {
   return impl_->subgroup(everyone);
 }
 
-void Group::record(std::string_view kind, int64_t bytes, int peer, int tag) const {
-  ledger_->record({members_, kind, bytes, peer, tag});
+TrafficCall Group::record(std::string_view kind, int64_t bytes, int peer, int tag) const {
+  return ledger_->record({members_, kind, bytes, peer, tag});
 }
 
 TraceScope Group::trace(Context& context, std::string_view kind, int64_t bytes) const {
@@ -214,7 +214,7 @@ Collective plan_all_gather(Context& context, detail::GroupImpl& impl, std::span<
 }  // namespace
 
 void Group::run(Context& context, std::string_view kind, int64_t bytes, Collective collective) const {
-  if (size() > 1) record(kind, bytes);
+  const TrafficCall call = size() > 1 ? record(kind, bytes) : TrafficCall();
   const TraceScope scope = trace(context, kind, bytes);
   collective.run(context);
 }
@@ -244,16 +244,17 @@ class TracedRequest final : public CommRequest::Impl {
 
 CommRequest Group::start(Context& context, std::string_view kind, int64_t bytes,
                          Collective collective) const {
-  if (size() > 1) record(kind, bytes);
+  TrafficCall call = size() > 1 ? record(kind, bytes) : TrafficCall();
   const TraceScope scope = trace(context, kind, bytes);
-  return traced(context, kind, bytes,
+  return traced(context, kind, bytes, std::move(call),
                 detail::start_collective(context, impl_, progress_, std::move(collective)));
 }
 
-CommRequest Group::traced(Context& context, std::string_view kind, int64_t bytes,
+CommRequest Group::traced(Context& context, std::string_view kind, int64_t bytes, TrafficCall call,
                           std::unique_ptr<CommRequest::Impl> started) const {
   return CommRequest(std::make_unique<TracedRequest>(
-      context, kind, TraceDetails{.bytes = bytes, .group = name()}, std::move(started)));
+                         context, kind, TraceDetails{.bytes = bytes, .group = name()}, std::move(started)),
+                     std::move(call));
 }
 
 int64_t Group::check_summands(const Context& context, std::span<const Tensor> tensors, ReduceOp op) const {
@@ -344,7 +345,7 @@ void Group::broadcast(Context& context, const Tensor& tensor, int root) const {
   check(context, tensor);
   NF_CHECK(root >= 0 && root < size(), "root {} of group {} of {} ranks", root, name(), size());
   if (size() == 1) return;
-  record("broadcast", tensor.nbytes(), root);
+  const TrafficCall call = record("broadcast", tensor.nbytes(), root);
   const TraceScope scope = trace(context, "broadcast", tensor.nbytes());
   if (context.is_meta() || tensor.numel() == 0) return;
   if (context.is_cuda() && impl_->moves_gpu_memory()) {
@@ -373,16 +374,16 @@ CommRequest Group::send(Context& context, const Tensor& tensor, int to, int tag)
   check(context, tensor);
   NF_CHECK(to >= 0 && to < size() && tag >= 0 && tag <= kMaxTag, "rank {} and tag {} in group {} of {} ranks",
            to, tag, name(), size());
-  record("send", tensor.nbytes(), to, tag);
+  TrafficCall call = record("send", tensor.nbytes(), to, tag);
   const TraceScope scope = trace(context, "send", tensor.nbytes());
-  if (context.is_meta()) return CommRequest(std::make_unique<AccountedSend>(tensor));
+  if (context.is_meta()) return CommRequest(std::make_unique<AccountedSend>(tensor), std::move(call));
   if (context.is_cuda() && impl_->moves_gpu_memory()) {
-    return CommRequest(impl_->send_on_gpu(context, tensor, to, tag));
+    return CommRequest(impl_->send_on_gpu(context, tensor, to, tag), std::move(call));
   }
   auto message = impl_->send(on_host(context, tensor), to, tag);
   if (progress_->is_running() && !message->test())
-    return CommRequest(detail::watch_message(context, progress_, std::move(message)));
-  return CommRequest(std::move(message));
+    message = detail::watch_message(context, progress_, std::move(message));
+  return CommRequest(std::move(message), std::move(call));
 }
 
 void Group::check_receive(const Context& context, const Tensor& tensor, int from, int tag) const {
@@ -404,7 +405,7 @@ void Group::receive_now(Context& context, const Tensor& tensor, int from, int ta
 
 void Group::receive(Context& context, const Tensor& tensor, int from, int tag) const {
   check_receive(context, tensor, from, tag);
-  record("receive", tensor.nbytes(), from, tag);
+  const TrafficCall call = record("receive", tensor.nbytes(), from, tag);
   receive_now(context, tensor, from, tag);
 }
 
@@ -424,14 +425,16 @@ class LaterRequest final : public CommRequest::Impl {
 
 CommRequest Group::start_receive(Context& context, const Tensor& tensor, int from, int tag) const {
   check_receive(context, tensor, from, tag);
-  record("receive", tensor.nbytes(), from, tag);
+  TrafficCall call = record("receive", tensor.nbytes(), from, tag);
   if (context.device() != DeviceKind::cpu || size() == 1) {
-    return CommRequest(std::make_unique<LaterRequest>(
-        [group = *this, &context, tensor, from, tag] { group.receive_now(context, tensor, from, tag); }));
+    return CommRequest(std::make_unique<LaterRequest>([group = *this, &context, tensor, from, tag] {
+                         group.receive_now(context, tensor, from, tag);
+                       }),
+                       std::move(call));
   }
   auto transfer = impl_->start_receive(bytes_of(tensor), tensor.nbytes(), from, tag);
   return traced(
-      context, "receive", tensor.nbytes(),
+      context, "receive", tensor.nbytes(), std::move(call),
       detail::start_transfer(context, progress_, std::move(transfer), std::make_shared<Tensor>(tensor)));
 }
 
@@ -442,7 +445,7 @@ CommRequest Group::start_gather(Context& context, std::span<const double> mine,
   for (int r = 0; r < size(); ++r) all.insert(all.end(), mine.begin(), mine.end());
   if (size() == 1) return {};
   const auto bytes = static_cast<int64_t>(mine.size_bytes());
-  record("control", bytes);
+  TrafficCall call = record("control", bytes);
   if (is_meta()) return {};
   auto kept = std::make_shared<std::vector<double>>(mine.begin(), mine.end());
   std::vector<detail::Outgoing> sends;
@@ -453,13 +456,13 @@ CommRequest Group::start_gather(Context& context, std::span<const double> mine,
     receives.push_back({peer, reinterpret_cast<std::byte*>(theirs), bytes});
   }
   auto transfer = impl_->start_exchange(sends, receives, impl_->next_exchange());
-  return traced(context, "control", bytes,
+  return traced(context, "control", bytes, std::move(call),
                 detail::start_transfer(context, progress_, std::move(transfer), std::move(kept)));
 }
 
 void Group::barrier() const {
   if (size() == 1) return;
-  record("barrier", 0);
+  const TrafficCall call = record("barrier", 0);
   if (!is_meta()) impl_->barrier();
 }
 
@@ -478,7 +481,7 @@ std::vector<T> Group::gather_values(T mine) const {
 }
 
 std::vector<std::string> Group::all_gather_text(const std::string& mine) const {
-  if (size() > 1) record("control", static_cast<int64_t>(mine.size()));
+  const TrafficCall call = size() > 1 ? record("control", static_cast<int64_t>(mine.size())) : TrafficCall();
   return gather_text(mine);
 }
 
@@ -501,7 +504,7 @@ std::vector<std::string> Group::gather_text(const std::string& mine) const {
 
 double Group::all_reduce(double value, ReduceOp op) const {
   if (size() == 1) return value;
-  record("control", sizeof value);
+  const TrafficCall call = record("control", sizeof value);
   const std::vector<double> all = gather_values(value);
   return op == ReduceOp::sum ? std::accumulate(all.begin() + 1, all.end(), all.front())
                              : std::accumulate(all.begin() + 1, all.end(), all.front(), larger_or_nan);
@@ -509,7 +512,7 @@ double Group::all_reduce(double value, ReduceOp op) const {
 
 int64_t Group::all_reduce_sum(int64_t value) const {
   if (size() == 1) return value;
-  record("control", sizeof value);
+  const TrafficCall call = record("control", sizeof value);
   const std::vector<int64_t> all = gather_values(value);
   return std::accumulate(all.begin(), all.end(), int64_t{0}, checked_add);
 }

@@ -1,10 +1,36 @@
 #include <algorithm>
+#include <exception>
+#include <utility>
 
 #include "normformer/comm/group.h"
+#include "normformer/comm/ledger_file.h"
 
 namespace normformer {
 
-void TrafficLedger::record(const TrafficEvent& event) {
+TrafficCall::TrafficCall(std::shared_ptr<LedgerFile> file, uint64_t number)
+    : file_(std::move(file)), number_(number), exceptions_(std::uncaught_exceptions()) {}
+
+TrafficCall& TrafficCall::operator=(TrafficCall&& other) noexcept {
+  if (this != &other) {
+    end();
+    file_ = std::move(other.file_);
+    number_ = other.number_;
+    exceptions_ = other.exceptions_;
+  }
+  return *this;
+}
+
+TrafficCall::~TrafficCall() { end(); }
+
+void TrafficCall::end() noexcept {
+  if (file_ != nullptr && std::uncaught_exceptions() <= exceptions_) complete();
+}
+
+void TrafficCall::complete() noexcept {
+  if (const auto file = std::move(file_)) file->complete(number_);
+}
+
+TrafficCall TrafficLedger::record(const TrafficEvent& event) {
   const std::lock_guard lock(mutex_);
   const auto same = [&](const TrafficRecord& known) {
     return known.kind == event.kind && known.group == event.group->name;
@@ -16,6 +42,12 @@ void TrafficLedger::record(const TrafficEvent& event) {
   found->calls += 1;
   found->bytes += event.bytes;
   if (keeps_events_) events_.push_back(event);
+  return file_ == nullptr ? TrafficCall() : TrafficCall(file_, file_->issue(event));
+}
+
+void TrafficLedger::attach(std::shared_ptr<LedgerFile> file) {
+  const std::lock_guard lock(mutex_);
+  file_ = std::move(file);
 }
 
 std::vector<TrafficRecord> TrafficLedger::records() const {

@@ -43,7 +43,7 @@ SequencePart RingAttention::part(int64_t length) const {
 Tensor RingAttention::pass_on(const Tensor& block, const Shape& next, int tag,
                               const std::function<void()>& compute) const {
   const int ranks = group_.size();
-  SendRequest sent = group_.send(*context_, block, (group_.rank() + 1) % ranks, tag);
+  CommRequest sent = group_.send(*context_, block, (group_.rank() + 1) % ranks, tag);
   compute();
   Tensor received = context_->empty(next, block.dtype(), MemoryUse::communication);
   group_.receive(*context_, received, (group_.rank() + ranks - 1) % ranks, tag);

@@ -7,7 +7,7 @@
 
 #include "normformer/core/error.h"
 #include "normformer/data/bpe_tokenizer.h"
-#include "normformer/data/mapped_file.h"
+#include "normformer/core/mapped_file.h"
 
 #include "byte_alphabet.h"
 #include "json_file.h"

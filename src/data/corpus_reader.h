@@ -8,7 +8,7 @@
 #include <string_view>
 #include <vector>
 
-#include "normformer/data/mapped_file.h"
+#include "normformer/core/mapped_file.h"
 #include "normformer/data/prepare.h"
 
 namespace normformer {

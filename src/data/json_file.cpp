@@ -3,7 +3,7 @@
 #include <fmt/format.h>
 
 #include "normformer/core/error.h"
-#include "normformer/data/mapped_file.h"
+#include "normformer/core/mapped_file.h"
 
 namespace normformer {
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <utility>
 
 #include <fmt/format.h>
 
@@ -49,6 +50,10 @@ double now_us() {
       .count();
 }
 
+}  // namespace
+
+namespace {
+thread_local const TraceScope* innermost_span = nullptr;
 }  // namespace
 
 struct Trace::Recording {
@@ -100,7 +105,8 @@ std::vector<TraceSpan> Trace::finish(Context& context) {
 
 TraceScope::TraceScope(Context& context, TraceKind kind, std::string_view name, std::string_view suffix,
                        const TraceDetails& details, TraceLane lane, void* stream)
-    : context_(&context) {
+    : context_(&context), name_(name), suffix_(suffix), names_place_(kind <= TraceKind::module) {
+  if (names_place_) around_ = std::exchange(innermost_span, this);
   Trace::Recording* recording = context.trace().recording_.get();
   has_range_ = context.is_cuda();
   if (recording == nullptr && !has_range_) return;
@@ -124,6 +130,7 @@ TraceScope::TraceScope(Context& context, TraceKind kind, std::string_view name, 
 }
 
 TraceScope::~TraceScope() {
+  if (names_place_) innermost_span = around_;
   if (has_range_) Gpu::end_range();
   Trace::Recording* recording = context_->trace().recording_.get();
   if (recording_ == nullptr || recording != recording_) return;
@@ -133,6 +140,18 @@ TraceScope::~TraceScope() {
   if (std::uncaught_exceptions() > 0) return;
   if (open.queue != TraceLane::host) open.end = context_->gpu().mark(open.stream);
   open.closed = true;
+}
+
+size_t name_innermost_span(std::span<char> text) noexcept {
+  if (innermost_span == nullptr) return 0;
+  size_t written = 0;
+  const auto append = [&](std::string_view part) {
+    written += part.copy(text.data() + written, text.size() - written);
+  };
+  append(innermost_span->name_);
+  if (!innermost_span->suffix_.empty()) append(" ");
+  append(innermost_span->suffix_);
+  return written;
 }
 
 TraceScope trace_operation(Context& context, std::string_view name) {

@@ -4,6 +4,7 @@
 #include <fstream>
 #include <optional>
 
+#include "normformer/comm/ledger_file.h"
 #include "normformer/core/log.h"
 #include "normformer/ops/matmul.h"
 #include "normformer/training/agreement.h"
@@ -25,9 +26,13 @@ class TrainingRun {
   TrainingRun(const RunConfig& config, const RunOptions& options, Context& context, const Group& world);
   ExitCode run();
 
+  /// Says in this rank's ledger that the run has ended in good order.
+  void end_ledger() { ledger_->end_run(); }
+
  private:
   void open_data();
   void prepare_folder();
+  void open_ledger();
   void print_banner();
   void restore();
   void dump_gradients();
@@ -45,6 +50,7 @@ class TrainingRun {
   Group world_;
   RunFolder folder_;
   StopSignal signal_;
+  std::shared_ptr<LedgerFile> ledger_;
   std::optional<TokenDataset> train_data_;
   std::optional<TokenDataset> valid_data_;
   std::optional<BpeTokenizer> tokenizer_;
@@ -107,6 +113,22 @@ void TrainingRun::prepare_folder() {
   });
 }
 
+// What an earlier run on more ranks has left must not be taken for this one's.
+void TrainingRun::open_ledger() {
+  run_agreed(world_, [&] {
+    if (!is_root()) return;
+    std::error_code error;
+    std::filesystem::remove_all(folder_.ledgers(), error);
+    if (!error) std::filesystem::create_directories(folder_.ledgers(), error);
+    if (error) throw IoError(fmt::format("cannot make {}: {}", folder_.ledgers().string(), error.message()));
+  });
+  run_agreed(world_, [&] {
+    ledger_ = std::make_shared<LedgerFile>(folder_.ledgers() / ledger_file_name(world_.rank()), world_.rank(),
+                                           world_.size());
+    world_.ledger().attach(ledger_);
+  });
+}
+
 void TrainingRun::print_banner() {
   const int64_t parameters = model_->count_parameters();
   const Mesh& mesh = model_->mesh();
@@ -159,6 +181,7 @@ void TrainingRun::dump_gradients() {
 void TrainingRun::step() {
   const TrainingCounters& counters = trainer_->counters();
   const int64_t update = counters.updates + 1;
+  ledger_->begin_update(update);
   profiler_.before_update(update);
   const StepReport report = trainer_->step();
   if (profiler_.after_update(update)) show_profile();
@@ -204,6 +227,7 @@ void TrainingRun::show_profile() {
 
 void TrainingRun::validate() {
   if (!valid_data_) return;
+  const TraceScope scope(context_, TraceKind::step, "validation");
   const int64_t all = valid_data_->num_samples();
   const int64_t sequences =
       config_.train.valid_sequences > 0 ? std::min(all, config_.train.valid_sequences) : all;
@@ -215,6 +239,7 @@ void TrainingRun::validate() {
 }
 
 void TrainingRun::save() {
+  const TraceScope scope(context_, TraceKind::step, "saving a checkpoint");
   const std::string problem = checkpoints_->save(*trainer_);
   if (problem.empty()) {
     saved_at_ = trainer_->counters().batch_index;
@@ -234,6 +259,7 @@ ExitCode TrainingRun::run() {
   open_data();
   checkpoints_.emplace(folder_.checkpoints(), config_, fmt::format("tokenizer {:016x}", tokenizer_->hash()));
   prepare_folder();
+  open_ledger();
   const Mesh mesh(world_, mesh_degrees(config_.parallel));
   model_.emplace(context_, mesh, config_, true);
   trainer_.emplace(*model_, config_, [&](int64_t f, int64_t n) { return train_data_->read_batch(f, n); });
@@ -269,7 +295,10 @@ ExitCode TrainingRun::run() {
 
 ExitCode run_training(const RunConfig& config, const RunOptions& options, Context& context,
                       const Group& world) {
-  return TrainingRun(config, options, context, world).run();
+  TrainingRun run(config, options, context, world);
+  const ExitCode code = run.run();
+  run.end_ledger();
+  return code;
 }
 
 }  // namespace normformer

@@ -43,11 +43,41 @@ struct TrafficEvent {
   int tag = 0;    ///< for "send" and "receive"
 };
 
+class LedgerFile;
+
+/// One call of a rank from its issue on. It is done when this ends, unless an exception has been thrown since
+/// on the thread that ends it: then it stays as issued. Movable, also to another thread; without a file to
+/// mark it in (TrafficLedger::attach) it does nothing.
+class TrafficCall {
+ public:
+  TrafficCall() = default;
+  TrafficCall(std::shared_ptr<LedgerFile> file, uint64_t number);
+  TrafficCall(TrafficCall&&) noexcept = default;
+  TrafficCall& operator=(TrafficCall&& other) noexcept;
+  ~TrafficCall();
+
+  /// Marks the call as done now.
+  void complete() noexcept;
+
+  /// The call stays as issued, whatever comes.
+  void abandon() noexcept { file_ = nullptr; }
+
+ private:
+  void end() noexcept;
+
+  std::shared_ptr<LedgerFile> file_;
+  uint64_t number_ = 0;
+  int exceptions_ = 0;  // in flight when the call was issued
+};
+
 /// The account of a rank's communication; shared by all groups split from one world. A group of one rank
 /// moves nothing and enters nothing, save messages to itself. Safe from several threads.
 class TrafficLedger {
  public:
-  void record(const TrafficEvent& event);
+  [[nodiscard]] TrafficCall record(const TrafficEvent& event);
+
+  /// From now on calls are entered in this file too, for others to read; null for none.
+  void attach(std::shared_ptr<LedgerFile> file);
 
   /// By group and kind, in the order of their first calls.
   std::vector<TrafficRecord> records() const;
@@ -64,6 +94,7 @@ class TrafficLedger {
   std::vector<TrafficRecord> records_;
   std::vector<TrafficEvent> events_;
   bool keeps_events_ = false;
+  std::shared_ptr<LedgerFile> file_;
 };
 
 /// Something on its way: a message, or a collective that was started. Its tensors are to be left alone until
@@ -84,7 +115,8 @@ class CommRequest {
   };
 
   CommRequest() = default;
-  explicit CommRequest(std::unique_ptr<Impl> impl);
+  /// `call` is done once the message is.
+  explicit CommRequest(std::unique_ptr<Impl> impl, TrafficCall call = {});
   CommRequest(CommRequest&&) noexcept = default;
   CommRequest& operator=(CommRequest&& other) noexcept;
   ~CommRequest();
@@ -99,6 +131,7 @@ class CommRequest {
   void finish() noexcept;
 
   std::unique_ptr<Impl> impl_;
+  TrafficCall call_;
   int exceptions_ = 0;  // in flight when the request was made
 };
 
@@ -335,7 +368,7 @@ class Group {
 
  private:
   Group form(std::span<const SplitChoice> choices, std::string name) const;
-  void record(std::string_view kind, int64_t bytes, int peer = -1, int tag = 0) const;
+  [[nodiscard]] TrafficCall record(std::string_view kind, int64_t bytes, int peer = -1, int tag = 0) const;
   TraceScope trace(Context& context, std::string_view kind, int64_t bytes) const;
   void check(const Context& context, const Tensor& tensor) const;
   int64_t check_summands(const Context& context, std::span<const Tensor> tensors, ReduceOp op) const;
@@ -345,7 +378,7 @@ class Group {
   void run(Context& context, std::string_view kind, int64_t bytes, detail::Collective collective) const;
   CommRequest start(Context& context, std::string_view kind, int64_t bytes,
                     detail::Collective collective) const;
-  CommRequest traced(Context& context, std::string_view kind, int64_t bytes,
+  CommRequest traced(Context& context, std::string_view kind, int64_t bytes, TrafficCall call,
                      std::unique_ptr<CommRequest::Impl> started) const;
   void receive_now(Context& context, const Tensor& tensor, int from, int tag) const;
   std::vector<std::string> gather_text(const std::string& mine) const;

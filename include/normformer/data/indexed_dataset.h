@@ -8,7 +8,7 @@
 #include <string>
 
 #include "normformer/core/checked.h"
-#include "normformer/data/mapped_file.h"
+#include "normformer/core/mapped_file.h"
 
 namespace normformer {
 

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -68,8 +69,9 @@ class Trace {
   std::unique_ptr<Recording> recording_;
 };
 
-/// A span from construction to destruction. On a GPU it is also a range of NVIDIA's tools (NVTX), traced or
-/// not, and, where traced, a second span on the lane of the queue that it enqueues to.
+/// A span from construction to destruction; its strings must outlive it. On a GPU it is also a range of
+/// NVIDIA's tools (NVTX), traced or not, and, where traced, a second span on the lane of the queue that it
+/// enqueues to.
 class TraceScope {
  public:
   /// "name" or "name suffix". `lane` and `stream` (a cudaStream_t) say to which of a GPU's queues the work
@@ -86,7 +88,18 @@ class TraceScope {
   size_t span_ = 0;  // in the recording, while that is `recording_`
   const void* recording_ = nullptr;
   bool has_range_ = false;
+
+  friend size_t name_innermost_span(std::span<char> text) noexcept;
+  std::string_view name_;
+  std::string_view suffix_;
+  const TraceScope* around_ =
+      nullptr;  // in the chain of this thread's open spans that name_innermost_span reads
+  bool names_place_ = false;
 };
+
+/// Where this thread is, traced or not: the name of its innermost open span of a module, a pipeline's action
+/// or a step, cut to what fits into `text`. Returns how many characters that were; 0 outside of any.
+size_t name_innermost_span(std::span<char> text) noexcept;
 
 /// The span of an operation that has just entered its cost (Context::costs).
 TraceScope trace_operation(Context& context, std::string_view name);

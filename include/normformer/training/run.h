@@ -35,6 +35,8 @@ struct RunFolder {
     return root / fmt::format("pipeline_{}_{}.svg", updates.last, how);
   }
   std::filesystem::path tokenizer() const { return root / "tokenizer"; }
+  /// What every rank is doing (LedgerFile): a file each.
+  std::filesystem::path ledgers() const { return root / "ledger"; }
   std::filesystem::path checkpoints() const { return root / "checkpoints"; }
 };
 

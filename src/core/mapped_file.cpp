@@ -1,4 +1,4 @@
-#include "normformer/data/mapped_file.h"
+#include "normformer/core/mapped_file.h"
 
 #include <utility>
 
