@@ -6,8 +6,8 @@
 #include <fmt/format.h>
 
 #include "normformer/core/error.h"
-#include "normformer/data/bpe_tokenizer.h"
 #include "normformer/core/mapped_file.h"
+#include "normformer/data/bpe_tokenizer.h"
 
 #include "byte_alphabet.h"
 #include "json_file.h"

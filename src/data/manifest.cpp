@@ -7,8 +7,8 @@
 #include <xxhash.h>
 
 #include "normformer/core/error.h"
-#include "normformer/data/indexed_dataset.h"
 #include "normformer/core/mapped_file.h"
+#include "normformer/data/indexed_dataset.h"
 
 #include "json_file.h"
 #include "output_file.h"

@@ -201,18 +201,17 @@ TEST(LedgerFile, AReaderSeesWholeCallsWhileTheyAreWritten) {
   std::thread first(write);
   std::thread second(write);
   int64_t seen = 0;
-  for (int reads = 0; reads < 300; ++reads) {
+  while (seen < 20000 && !HasFailure()) {
     for (const LedgerCall& call : parse_ledger(file.bytes(), "x").calls) {
       const int64_t i = call.bytes;
-      ASSERT_EQ(std::tuple(call.kind, call.peer, call.tag), std::tuple("send", i % 3, i % 30000));
-      ASSERT_EQ(call.place, std::string(static_cast<size_t>(i % 50 + 1), static_cast<char>('a' + i % 26)));
+      EXPECT_EQ(std::tuple(call.kind, call.peer, call.tag), std::tuple("send", i % 3, i % 30000));
+      EXPECT_EQ(call.place, std::string(static_cast<size_t>(i % 50 + 1), static_cast<char>('a' + i % 26)));
       seen = std::max(seen, call.number);
     }
   }
   ends = true;
   first.join();
   second.join();
-  EXPECT_GT(seen, 0);
 }
 
 TEST(LedgerDiagnosis, NamesWhoHasNotBegunACollective) {
