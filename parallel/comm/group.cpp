@@ -133,8 +133,20 @@ std::unique_ptr<detail::GroupImpl> Group::duplicate_transport() const {
   return impl_->subgroup(everyone);
 }
 
-TrafficCall Group::record(std::string_view kind, int64_t bytes, int peer, int tag) const {
-  return ledger_->record({members_, kind, bytes, peer, tag});
+TrafficCall Group::record(std::string_view kind, int64_t bytes, int peer, int tag, int64_t start) const {
+  return ledger_->record({members_, kind, bytes, peer, tag, start});
+}
+
+struct Group::Started {
+  std::string_view kind;
+  int64_t bytes = 0;
+  int64_t number = 0;  // in the ledger; 0 where it was not entered
+  TrafficCall call = {};
+};
+
+Group::Started Group::record_start(std::string_view kind, int64_t bytes, int peer, int tag) const {
+  const int64_t number = ledger_->number_start();
+  return {kind, bytes, number, record(kind, bytes, peer, tag, number)};
 }
 
 TraceScope Group::trace(Context& context, std::string_view kind, int64_t bytes) const {
@@ -221,22 +233,27 @@ void Group::run(Context& context, std::string_view kind, int64_t bytes, Collecti
 
 namespace {
 
-// What was started; traces show for how long it is waited for.
-class TracedRequest final : public CommRequest::Impl {
+// What was started. Traces show for how long it is waited for, and the ledger's events when.
+class AccountedRequest final : public CommRequest::Impl {
  public:
-  TracedRequest(Context& context, std::string_view kind, TraceDetails details,
-                std::unique_ptr<CommRequest::Impl> started)
-      : context_(&context), kind_(kind), details_(details), started_(std::move(started)) {}
+  AccountedRequest(Context& context, std::string_view kind, TraceDetails details,
+                   std::function<void()> record_wait, std::unique_ptr<CommRequest::Impl> started)
+      : context_(&context),
+        kind_(kind),
+        details_(details),
+        record_wait_(std::move(record_wait)),
+        started_(std::move(started)) {}
   void wait() override {
     const TraceScope scope(*context_, TraceKind::communication, "wait for", kind_, details_);
-    started_->wait();
+    if (record_wait_) record_wait_();
+    if (started_ != nullptr) started_->wait();
   }
-  bool test() override { return started_->test(); }
 
  private:
   Context* context_;
   std::string_view kind_;
   TraceDetails details_;
+  std::function<void()> record_wait_;
   std::unique_ptr<CommRequest::Impl> started_;
 };
 
@@ -244,17 +261,24 @@ class TracedRequest final : public CommRequest::Impl {
 
 CommRequest Group::start(Context& context, std::string_view kind, int64_t bytes,
                          Collective collective) const {
-  TrafficCall call = size() > 1 ? record(kind, bytes) : TrafficCall();
+  Started started = size() > 1 ? record_start(kind, bytes) : Started{kind, bytes};
   const TraceScope scope = trace(context, kind, bytes);
-  return traced(context, kind, bytes, std::move(call),
-                detail::start_collective(context, impl_, progress_, std::move(collective)));
+  return accounted(context, std::move(started),
+                   detail::start_collective(context, impl_, progress_, std::move(collective)));
 }
 
-CommRequest Group::traced(Context& context, std::string_view kind, int64_t bytes, TrafficCall call,
-                          std::unique_ptr<CommRequest::Impl> started) const {
-  return CommRequest(std::make_unique<TracedRequest>(
-                         context, kind, TraceDetails{.bytes = bytes, .group = name()}, std::move(started)),
-                     std::move(call));
+CommRequest Group::accounted(Context& context, Started started,
+                             std::unique_ptr<CommRequest::Impl> request) const {
+  std::function<void()> record_wait;
+  if (started.number > 0) {
+    record_wait = [ledger = ledger_, members = members_, number = started.number] {
+      ledger->record_wait(members, number);
+    };
+  }
+  const TraceDetails details{.bytes = started.bytes, .group = name()};
+  return CommRequest(std::make_unique<AccountedRequest>(context, started.kind, details,
+                                                        std::move(record_wait), std::move(request)),
+                     std::move(started.call));
 }
 
 int64_t Group::check_summands(const Context& context, std::span<const Tensor> tensors, ReduceOp op) const {
@@ -425,16 +449,16 @@ class LaterRequest final : public CommRequest::Impl {
 
 CommRequest Group::start_receive(Context& context, const Tensor& tensor, int from, int tag) const {
   check_receive(context, tensor, from, tag);
-  TrafficCall call = record("receive", tensor.nbytes(), from, tag);
+  Started started = record_start("receive", tensor.nbytes(), from, tag);
   if (context.device() != DeviceKind::cpu || size() == 1) {
-    return CommRequest(std::make_unique<LaterRequest>([group = *this, &context, tensor, from, tag] {
-                         group.receive_now(context, tensor, from, tag);
-                       }),
-                       std::move(call));
+    const auto receive = [group = *this, &context, tensor, from, tag] {
+      group.receive_now(context, tensor, from, tag);
+    };
+    return accounted(context, std::move(started), std::make_unique<LaterRequest>(receive));
   }
   auto transfer = impl_->start_receive(bytes_of(tensor), tensor.nbytes(), from, tag);
-  return traced(
-      context, "receive", tensor.nbytes(), std::move(call),
+  return accounted(
+      context, std::move(started),
       detail::start_transfer(context, progress_, std::move(transfer), std::make_shared<Tensor>(tensor)));
 }
 
@@ -445,8 +469,8 @@ CommRequest Group::start_gather(Context& context, std::span<const double> mine,
   for (int r = 0; r < size(); ++r) all.insert(all.end(), mine.begin(), mine.end());
   if (size() == 1) return {};
   const auto bytes = static_cast<int64_t>(mine.size_bytes());
-  TrafficCall call = record("control", bytes);
-  if (is_meta()) return {};
+  Started started = record_start("control", bytes);
+  if (is_meta()) return accounted(context, std::move(started), nullptr);
   auto kept = std::make_shared<std::vector<double>>(mine.begin(), mine.end());
   std::vector<detail::Outgoing> sends;
   std::vector<detail::Incoming> receives;
@@ -456,8 +480,8 @@ CommRequest Group::start_gather(Context& context, std::span<const double> mine,
     receives.push_back({peer, reinterpret_cast<std::byte*>(theirs), bytes});
   }
   auto transfer = impl_->start_exchange(sends, receives, impl_->next_exchange());
-  return traced(context, "control", bytes, std::move(call),
-                detail::start_transfer(context, progress_, std::move(transfer), std::move(kept)));
+  return accounted(context, std::move(started),
+                   detail::start_transfer(context, progress_, std::move(transfer), std::move(kept)));
 }
 
 void Group::barrier() const {

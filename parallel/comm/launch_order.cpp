@@ -23,6 +23,8 @@ struct KnownGroup {
   std::vector<bool> is_present;  // by index
 };
 
+bool is_wait(std::string_view kind) { return kind == "wait"; }
+
 using Channel = std::tuple<size_t, int, int, int>;  // group, sender, receiver (both in the group), tag
 
 [[noreturn]] void fail(const std::string& what) { throw LogicError(what, std::source_location::current()); }
@@ -48,6 +50,7 @@ class Launches {
     for (size_t r = 0; r < ranks.size(); ++r) {
       for (const TrafficEvent& event : ranks[r].events) groups_of_[r].push_back(number_of(event));
     }
+    number_calls();
   }
 
   void check() {
@@ -84,7 +87,8 @@ class Launches {
   // A rank's next collective from `position` on that it shares with `other`; its size where there is none.
   size_t next_shared(size_t rank, size_t other, size_t position) const {
     while (position < size(rank) &&
-           (is_message(event(rank, position).kind) || !groups_[groups_of_[rank][position]].is_present[other]))
+           (is_message(event(rank, position).kind) || is_wait(event(rank, position).kind) ||
+            !groups_[groups_of_[rank][position]].is_present[other]))
       ++position;
     return position;
   }
@@ -98,8 +102,11 @@ class Launches {
 
   std::string does(size_t rank, size_t position) const {
     if (position >= size(rank)) return fmt::format("rank {} makes no more such calls", ranks_[rank].rank);
-    return fmt::format("rank {} with its call {} does {}", ranks_[rank].rank, position,
-                       describe(event(rank, position)));
+    const bool waits = is_wait(event(rank, position).kind);
+    return fmt::format(
+        "rank {} with its call {} {} {}", ranks_[rank].rank, position,
+        waits ? "waits for the started" : "does",
+        describe(event(rank, waits ? starts_[rank].at(event(rank, position).start) : position)));
   }
 
   void check_pair(size_t a, size_t b) const {
@@ -165,21 +172,50 @@ class Launches {
     }
   }
 
+  // The place of each collective in its group, and of each message in its channel, on each rank; and where
+  // each call that is only started is.
+  void number_calls() {
+    for (size_t r = 0; r < ranks_.size(); ++r) {
+      std::map<size_t, int64_t> collectives;
+      std::map<Channel, int64_t> messages;
+      places_.emplace_back();
+      starts_.emplace_back();
+      for (size_t i = 0; i < size(r); ++i) {
+        const TrafficEvent& e = event(r, i);
+        if (e.start > 0 && !is_wait(e.kind)) starts_[r].emplace(e.start, i);
+        const auto channel = is_message(e.kind) ? channel_of(r, i) : std::nullopt;
+        int64_t place = 0;
+        if (channel)
+          place = messages[channel->first]++;
+        else if (!is_message(e.kind) && !is_wait(e.kind))
+          place = collectives[groups_of_[r][i]]++;
+        places_[r].push_back(place);
+      }
+    }
+  }
+
+  // How far ranks have come.
+  struct Progress {
+    std::vector<size_t> next;  // [rank]: the call that is not yet done
+    std::vector<bool> issued;  // [rank]: whether it has been issued
+    std::map<Channel, int64_t> sent;
+    std::map<std::pair<size_t, size_t>, int64_t> collectives;  // by group and rank: how many were issued
+    std::deque<size_t> can_try;
+  };
+
   // Lets all ranks make their calls as far as they get.
   void check_progress() const {
-    std::vector<size_t> next(ranks_.size(), 0);
-    std::map<Channel, int64_t> arrived;
-    std::deque<size_t> can_try;
-    for (size_t r = 0; r < ranks_.size(); ++r) can_try.push_back(r);
-    while (!can_try.empty()) {
-      const size_t r = can_try.front();
-      can_try.pop_front();
-      while (next[r] < size(r) && goes_on(r, next, arrived, can_try)) {
+    Progress p{std::vector<size_t>(ranks_.size(), 0), std::vector<bool>(ranks_.size(), false), {}, {}, {}};
+    for (size_t r = 0; r < ranks_.size(); ++r) p.can_try.push_back(r);
+    while (!p.can_try.empty()) {
+      const size_t r = p.can_try.front();
+      p.can_try.pop_front();
+      while (p.next[r] < size(r) && goes_on(r, p)) {
       }
     }
     std::vector<std::string> stuck;
     for (size_t r = 0; r < ranks_.size(); ++r) {
-      if (next[r] < size(r)) stuck.push_back(does(r, next[r]));
+      if (p.next[r] < size(r)) stuck.push_back(does(r, p.next[r]));
     }
     constexpr size_t kMostTold = 4;
     if (stuck.empty()) return;
@@ -188,41 +224,56 @@ class Launches {
     fail(fmt::format("{} ranks wait for each other for ever: {}", count, fmt::join(stuck, ", ")));
   }
 
-  // Whether a rank's next call can be made now; then it and all that this call ends have gone on.
-  bool goes_on(size_t r, std::vector<size_t>& next, std::map<Channel, int64_t>& arrived,
-               std::deque<size_t>& can_try) const {
-    const TrafficEvent& e = event(r, next[r]);
-    if (is_message(e.kind)) {
-      const auto channel = channel_of(r, next[r]);
-      if (channel && e.kind == "send") {
-        ++arrived[channel->first];
-        can_try.push_back(channel->second);
-      } else if (channel) {
-        int64_t& waiting = arrived[channel->first];
-        if (waiting == 0) return false;
-        --waiting;
-      }
-      ++next[r];
-      return true;
-    }
-    const size_t group = groups_of_[r][next[r]];
-    const std::vector<size_t>& present = groups_[group].present;
-    for (const size_t member : present) {
-      if (next[member] >= size(member) || is_message(event(member, next[member]).kind) ||
-          groups_of_[member][next[member]] != group)
-        return false;
-    }
-    for (const size_t member : present) {
-      ++next[member];
-      if (member != r) can_try.push_back(member);
-    }
+  // Issues a rank's next call, if that was not done, and goes on where it need not be waited for longer.
+  bool goes_on(size_t r, Progress& p) const {
+    const size_t at = p.next[r];
+    if (!p.issued[r]) issue(r, at, p);
+    p.issued[r] = true;
+    const TrafficEvent& e = event(r, at);
+    const bool waits = is_wait(e.kind) || (e.start == 0 && e.kind != "send");
+    if (waits && !is_done(r, is_wait(e.kind) ? starts_[r].at(e.start) : at, p)) return false;
+    p.issued[r] = false;
+    ++p.next[r];
     return true;
+  }
+
+  void issue(size_t r, size_t at, Progress& p) const {
+    const TrafficEvent& e = event(r, at);
+    if (is_wait(e.kind)) return;
+    if (is_message(e.kind)) {
+      const auto channel = channel_of(r, at);
+      if (!channel || e.kind != "send") return;
+      ++p.sent[channel->first];
+      p.can_try.push_back(channel->second);
+      return;
+    }
+    const size_t group = groups_of_[r][at];
+    ++p.collectives[{group, r}];
+    for (const size_t member : groups_[group].present) {
+      if (member != r) p.can_try.push_back(member);
+    }
+  }
+
+  // Whether a collective or a receive that was issued has all that it needs from others.
+  bool is_done(size_t r, size_t at, Progress& p) const {
+    const int64_t place = places_[r][at];
+    if (is_message(event(r, at).kind)) {
+      const auto channel = channel_of(r, at);
+      return !channel || p.sent[channel->first] > place;
+    }
+    const size_t group = groups_of_[r][at];
+    const std::vector<size_t>& present = groups_[group].present;
+    return std::all_of(present.begin(), present.end(), [&](size_t member) {
+      return p.collectives[{group, member}] > place;
+    });
   }
 
   std::span<const RankEvents> ranks_;
   std::map<int, size_t> index_of_;              // by world rank
   std::vector<std::vector<size_t>> groups_of_;  // [rank][call]
   std::vector<KnownGroup> groups_;
+  std::vector<std::vector<int64_t>> places_;       // [rank][call]
+  std::vector<std::map<int64_t, size_t>> starts_;  // [rank]: calls by their number as started ones
   std::map<const GroupMembers*, size_t> known_;
   std::map<std::pair<std::string, std::vector<int>>, size_t> by_members_;
 };

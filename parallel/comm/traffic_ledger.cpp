@@ -45,6 +45,16 @@ TrafficCall TrafficLedger::record(const TrafficEvent& event) {
   return file_ == nullptr ? TrafficCall() : TrafficCall(file_, file_->issue(event));
 }
 
+int64_t TrafficLedger::number_start() {
+  const std::lock_guard lock(mutex_);
+  return ++starts_;
+}
+
+void TrafficLedger::record_wait(std::shared_ptr<const GroupMembers> group, int64_t start) {
+  const std::lock_guard lock(mutex_);
+  if (keeps_events_) events_.push_back({.group = std::move(group), .kind = "wait", .start = start});
+}
+
 void TrafficLedger::attach(std::shared_ptr<LedgerFile> file) {
   const std::lock_guard lock(mutex_);
   file_ = std::move(file);

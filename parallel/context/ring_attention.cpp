@@ -43,10 +43,14 @@ SequencePart RingAttention::part(int64_t length) const {
 Tensor RingAttention::pass_on(const Tensor& block, const Shape& next, int tag,
                               const std::function<void()>& compute) const {
   const int ranks = group_.size();
+  const int from = (group_.rank() + ranks - 1) % ranks;
   CommRequest sent = group_.send(*context_, block, (group_.rank() + 1) % ranks, tag);
-  compute();
   Tensor received = context_->empty(next, block.dtype(), MemoryUse::communication);
-  group_.receive(*context_, received, (group_.rank() + ranks - 1) % ranks, tag);
+  CommRequest arrival;
+  if (overlap_) arrival = group_.start_receive(*context_, received, from, tag);
+  compute();
+  if (!overlap_) group_.receive(*context_, received, from, tag);
+  arrival.wait();
   sent.wait();
   return received;
 }

@@ -221,6 +221,8 @@ void add_parallel(std::vector<Field>& all) {
             "gather weights from replicas beside what comes before their use; not with device.cuda_graphs");
   s.boolean("overlap_pipeline", &P::overlap_pipeline,
             "receive what comes from the next stage while computing");
+  s.boolean("overlap_context", &P::overlap_context,
+            "receive the keys and values of one rank while computing with those of another");
   s.boolean("overlap_tensor", &P::overlap_tensor,
             "reduce gradients over the ranks that share a layer while computing those of its weights");
 }

@@ -37,7 +37,7 @@ AttentionBlock<Stream>::AttentionBlock(const ModelEnvironment& environment, int6
       name_(layer_prefix(layer) + "self_attn"),
       store_(&store),
       boundary_(*environment.context, environment.tensor),
-      ring_(*environment.context, environment.sequences) {
+      ring_(*environment.context, environment.sequences, environment.overlap_context) {
   const ModelConfig& config = environment.config;
   const int64_t width = config.width;
   const Range channels = environment.head_channels();

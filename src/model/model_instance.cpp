@@ -49,6 +49,7 @@ ModelInstance::ModelInstance(Context& context, const Mesh& mesh, const RunConfig
       .sequence = config.parallel.sequence && mesh.tensor().size() > 1,
       .recompute = config.train.recompute,
       .recompute_layers = config.train.recompute_layers,
+      .overlap_context = config.parallel.overlap_context,
       .overlap_tensor = config.parallel.overlap_tensor && mesh.tensor().size() > 1};
   for (const StagePart& part : parts_of_stage(config, mesh.pipeline().size(), mesh.pipeline().rank()))
     parts_.push_back(make_language_model_stage(environment, part, store_));

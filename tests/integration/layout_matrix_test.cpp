@@ -5,6 +5,7 @@
 #include <map>
 #include <random>
 #include <set>
+#include <tuple>
 
 #include <fmt/ranges.h>
 #include <gtest/gtest.h>
@@ -60,21 +61,25 @@ struct Overlap {
   bool gradients;
   bool parameters;
   bool pipeline;
+  bool context;
   bool tensor;
 };
-constexpr std::array<Overlap, 6> kOverlap{{{false, false, false, false},
-                                           {true, true, true, true},
-                                           {true, false, false, false},
-                                           {false, true, false, false},
-                                           {false, false, true, false},
-                                           {false, false, false, true}}};
+constexpr std::array<Overlap, 7> kOverlap{{{false, false, false, false, false},
+                                           {true, true, true, true, true},
+                                           {true, false, false, false, false},
+                                           {false, true, false, false, false},
+                                           {false, false, true, false, false},
+                                           {false, false, false, true, false},
+                                           {false, false, false, false, true}}};
 
 void set_overlap(ParallelConfig& config, const Overlap& overlap) {
   config.overlap_gradients = overlap.gradients;
   config.overlap_parameters = overlap.parameters;
   config.overlap_pipeline = overlap.pipeline;
+  config.overlap_context = overlap.context;
   config.overlap_tensor = overlap.tensor;
 }
+
 constexpr std::array<FfnNormForm, 2> kForm{FfnNormForm::folded, FfnNormForm::plain};
 
 /// A choice of each factor, by its place in the lists above.
@@ -264,26 +269,26 @@ TEST(LayoutMatrix, AllPairsOfChoicesEqualOneProcess) {
 
 // What only moves work elsewhere in time changes no bit, in the types that are trained in.
 TEST(LayoutMatrix, BucketsRecomputationAndOverlapChangeNoBit) {
-  std::mt19937 random(1);
-  for (const Precision precision : {Precision::fp32, Precision::bf16, Precision::fp16_memory_efficient}) {
-    for (const Sharding sharding : kSharding) {
-      Choice c{};
-      c[tensor] = 1;
-      c[pipeline] = 8;
-      c[data] = 1;
-      RunConfig config = config_of(c);
-      config.train.precision = precision;
-      config.parallel.sharding = sharding;
-      const Outcome expected = outcome_of(config, degrees_of(c), false);
-      for (const auto& [kind, layers] : kRecompute) {
-        for (const Overlap& overlap : kOverlap) {
-          config.train.recompute = kind;
-          config.train.recompute_layers = layers;
-          config.parallel.bucket_mib = random() % 2 == 0 ? kSmallBuckets : 64.0;
-          set_overlap(config.parallel, overlap);
+  Choice with_tensor{};
+  with_tensor[tensor] = with_tensor[data] = 1;
+  with_tensor[pipeline] = 8;
+  Choice with_context{};
+  with_context[context] = with_context[data] = 1;
+  with_context[pipeline] = 5;
+  for (const Choice& c : {with_tensor, with_context}) {
+    for (const Precision precision : {Precision::fp32, Precision::bf16, Precision::fp16_memory_efficient}) {
+      for (const Sharding sharding : kSharding) {
+        RunConfig config = config_of(c);
+        config.train.precision = precision;
+        config.parallel.sharding = sharding;
+        const Outcome expected = outcome_of(config, degrees_of(c), false);
+        for (size_t i = 0; i < 2 * kOverlap.size(); ++i) {
+          std::tie(config.train.recompute, config.train.recompute_layers) = kRecompute[i % kRecompute.size()];
+          config.parallel.bucket_mib = i % 3 == 0 ? 64.0 : kSmallBuckets;
+          set_overlap(config.parallel, kOverlap[i % kOverlap.size()]);
           const Outcome got = outcome_of(config, degrees_of(c), false);
-          EXPECT_EQ(got.losses, expected.losses);
-          EXPECT_EQ(got.gradient_norms, expected.gradient_norms);
+          EXPECT_EQ(got.losses, expected.losses) << to_toml(config);
+          EXPECT_EQ(got.gradient_norms, expected.gradient_norms) << to_toml(config);
         }
       }
     }

@@ -559,8 +559,8 @@ void every_call_again_and_again(const Group& world) {
 }
 
 std::string describe(const TrafficEvent& event) {
-  return fmt::format("{} [{}] {} {} {} {}", event.group->name, fmt::join(event.group->world_ranks, " "),
-                     event.kind, event.bytes, event.peer, event.tag);
+  return fmt::format("{} [{}] {} {} {} {} {}", event.group->name, fmt::join(event.group->world_ranks, " "),
+                     event.kind, event.bytes, event.peer, event.tag, event.start);
 }
 
 void meta_accounts_alike(const Group& world) {

@@ -37,10 +37,11 @@ struct GroupMembers {
 /// that they share (same name, same members) are alike.
 struct TrafficEvent {
   std::shared_ptr<const GroupMembers> group;
-  std::string_view kind;  ///< as in TrafficRecord
+  std::string_view kind;  ///< as in TrafficRecord, or "wait" for a call that was only started
   int64_t bytes = 0;
-  int peer = -1;  ///< the other rank of the group, for "send" and "receive"; the root, for "broadcast"
-  int tag = 0;    ///< for "send" and "receive"
+  int peer = -1;      ///< the other rank of the group, for "send" and "receive"; the root, for "broadcast"
+  int tag = 0;        ///< for "send" and "receive"
+  int64_t start = 0;  ///< of a call that is only started, and of its "wait": its number; else 0
 };
 
 class LedgerFile;
@@ -76,6 +77,12 @@ class TrafficLedger {
  public:
   [[nodiscard]] TrafficCall record(const TrafficEvent& event);
 
+  /// The next TrafficEvent::start.
+  int64_t number_start();
+
+  /// Enters among the events that a started call is waited for.
+  void record_wait(std::shared_ptr<const GroupMembers> group, int64_t start);
+
   /// From now on calls are entered in this file too, for others to read; null for none.
   void attach(std::shared_ptr<LedgerFile> file);
 
@@ -94,6 +101,7 @@ class TrafficLedger {
   std::vector<TrafficRecord> records_;
   std::vector<TrafficEvent> events_;
   bool keeps_events_ = false;
+  int64_t starts_ = 0;
   std::shared_ptr<LedgerFile> file_;
 };
 
@@ -368,7 +376,8 @@ class Group {
 
  private:
   Group form(std::span<const SplitChoice> choices, std::string name) const;
-  [[nodiscard]] TrafficCall record(std::string_view kind, int64_t bytes, int peer = -1, int tag = 0) const;
+  [[nodiscard]] TrafficCall record(std::string_view kind, int64_t bytes, int peer = -1, int tag = 0,
+                                   int64_t start = 0) const;
   TraceScope trace(Context& context, std::string_view kind, int64_t bytes) const;
   void check(const Context& context, const Tensor& tensor) const;
   int64_t check_summands(const Context& context, std::span<const Tensor> tensors, ReduceOp op) const;
@@ -378,8 +387,9 @@ class Group {
   void run(Context& context, std::string_view kind, int64_t bytes, detail::Collective collective) const;
   CommRequest start(Context& context, std::string_view kind, int64_t bytes,
                     detail::Collective collective) const;
-  CommRequest traced(Context& context, std::string_view kind, int64_t bytes, TrafficCall call,
-                     std::unique_ptr<CommRequest::Impl> started) const;
+  struct Started;  // what is known of a call that is only started
+  Started record_start(std::string_view kind, int64_t bytes, int peer = -1, int tag = 0) const;
+  CommRequest accounted(Context& context, Started started, std::unique_ptr<CommRequest::Impl> request) const;
   void receive_now(Context& context, const Tensor& tensor, int from, int tag) const;
   std::vector<std::string> gather_text(const std::string& mine) const;
 

@@ -122,6 +122,7 @@ struct ParallelConfig {
   bool overlap_gradients = true;   ///< reduced beside the rest of the backward
   bool overlap_parameters = true;  ///< gathered beside what comes before their use
   bool overlap_pipeline = true;    ///< received while computing
+  bool overlap_context = true;     ///< keys and values received while computing with others
   bool overlap_tensor = true;      ///< gradients of inputs reduced beside the computing of those of weights
 
   /// Parts of the model on each rank: `zb_v` always has two.

@@ -15,7 +15,9 @@ namespace normformer {
 /// transport.
 class RingAttention {
  public:
-  RingAttention(Context& context, Group group) : context_(&context), group_(std::move(group)) {}
+  /// With `overlap` a block is received while the rank computes with the one before it.
+  RingAttention(Context& context, Group group, bool overlap = false)
+      : context_(&context), group_(std::move(group)), overlap_(overlap) {}
 
   /// The tokens of every sequence of `length` that this rank has.
   SequencePart part(int64_t length) const;
@@ -44,6 +46,7 @@ class RingAttention {
 
   Context* context_;
   Group group_;
+  bool overlap_;
 };
 
 }  // namespace normformer

@@ -29,6 +29,7 @@ struct ModelEnvironment {
   bool sequence = false;  ///< the residual stream's tokens are dealt out to the tensor-parallel group
   Recompute recompute = Recompute::none;
   int64_t recompute_layers = 0;  ///< of a part, its first ones; 0 means all
+  bool overlap_context = false;  ///< receive keys and values beside the computing with others
   bool overlap_tensor = false;   ///< reduce gradients of inputs beside the computing of those of weights
 
   /// This rank's heads, feed-forward features, channels of its heads, and rows of the vocabulary.

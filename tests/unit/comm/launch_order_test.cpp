@@ -115,6 +115,30 @@ TEST(LaunchOrder, MessagesThatAreWaitedForBeforeTheyAreSentAreTold) {
               HasSubstr("2 ranks wait for each other for ever"));
 }
 
+TrafficEvent started(TrafficEvent event, int64_t number) {
+  event.start = number;
+  return event;
+}
+TrafficEvent wait(int64_t number) { return {group_of("line", {0, 1, 2}), "wait", 0, -1, 0, number}; }
+
+// Each receives before it sends, which only does where the receives are begun first.
+TEST(LaunchOrder, WhatIsStartedHoldsNobodyUp) {
+  check_launch_order(
+      ranks_of({{started(receive(1), 1), send(1), wait(1)}, {started(receive(0), 1), send(0), wait(1)}}));
+  check_launch_order(ranks_of({{started(sum("ab", {0, 1}), 1), receive(1), wait(1)},
+                               {started(sum("ab", {0, 1}), 1), send(0), wait(1)}}));
+}
+
+TEST(LaunchOrder, WhatIsWaitedForTooEarlyIsTold) {
+  EXPECT_THAT(
+      violation({{started(receive(1), 1), wait(1), send(1)}, {started(receive(0), 1), wait(1), send(0)}}),
+      AllOf(HasSubstr("2 ranks wait for each other for ever"),
+            HasSubstr("rank 0 with its call 1 waits for the started receive of 4 bytes")));
+  EXPECT_THAT(violation({{started(sum("ab", {0, 1}), 1), wait(1), send(1)},
+                         {receive(0), started(sum("ab", {0, 1}), 1), wait(1)}}),
+              HasSubstr("waits for the started all_reduce of 8 bytes in group ab"));
+}
+
 TEST(LaunchOrder, RanksThatAreLeftOutAreInTime) {
   std::vector<RankEvents> ranks{{0, {sum("all", {0, 1, 2}), receive(1), send(1)}},
                                 {2, {sum("all", {0, 1, 2}), receive(1)}}};

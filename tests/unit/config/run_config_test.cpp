@@ -400,6 +400,7 @@ const std::map<std::string, std::string>& other_values() {
       {"parallel.overlap_gradients", "false"},
       {"parallel.overlap_parameters", "false"},
       {"parallel.overlap_pipeline", "false"},
+      {"parallel.overlap_context", "false"},
       {"parallel.overlap_tensor", "false"},
       {"data.train", "[\"a\", \"b\"]"},
       {"data.valid", "[{ prefix = \"c\", weight = 2.5 }]"},

@@ -34,7 +34,7 @@ RunConfig config_of(PipelineSchedule schedule, Sharding sharding, Recompute reco
   config.parallel.virtual_stages = schedule == PipelineSchedule::interleaved ? 2 : 1;
   config.parallel.sharding = sharding;
   config.parallel.sequence = sequence;
-  config.parallel.bucket_mib = 1;
+  config.parallel.bucket_mib = 0.002;  // several, each of which may be reduced early
   config.train.recompute = recompute;
   return config;
 }
@@ -89,6 +89,8 @@ TEST(StepOrder, AChangedCallOfAStepIsSeen) {
   const std::vector<RankEvents> sound = on_meta(config, {.tensor = 2, .data = 2, .pipeline = 2});
   ASSERT_GT(sound[5].events.size(), 50u);
   for (size_t at = 0; at < sound[5].events.size(); at += 7) {
+    // What is only begun may be waited for in a later step.
+    if (sound[5].events[at].kind == "wait") continue;
     std::vector<RankEvents> changed = sound;
     changed[5].events.erase(changed[5].events.begin() + static_cast<std::ptrdiff_t>(at));
     EXPECT_THROW(check_launch_order(changed), LogicError) << at;
@@ -102,7 +104,7 @@ TEST(StepOrder, AChangedCallOfAStepIsSeen) {
 
 bool same_event(const TrafficEvent& a, const TrafficEvent& b) {
   return a.group->name == b.group->name && a.group->world_ranks == b.group->world_ranks && a.kind == b.kind &&
-         a.bytes == b.bytes && a.peer == b.peer && a.tag == b.tag;
+         a.bytes == b.bytes && a.peer == b.peer && a.tag == b.tag && a.start == b.start;
 }
 
 void expect_meta_as_real(const RunConfig& config, const MeshDegrees& degrees) {
