@@ -15,6 +15,7 @@ void add_train_command(CLI::App& app, Command& chosen);
 void add_eval_command(CLI::App& app, Command& chosen);
 void add_generate_command(CLI::App& app, Command& chosen);
 void add_checkpoint_command(CLI::App& app, Command& chosen);
+void add_plan_command(CLI::App& app, Command& chosen);
 void add_ledger_command(CLI::App& app, Command& chosen);
 
 }  // namespace normformer

@@ -15,6 +15,7 @@ int main(int argc, char** argv) {
   normformer::add_eval_command(app, chosen);
   normformer::add_generate_command(app, chosen);
   normformer::add_checkpoint_command(app, chosen);
+  normformer::add_plan_command(app, chosen);
   normformer::add_ledger_command(app, chosen);
   try {
     app.parse(argc, argv);

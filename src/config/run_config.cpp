@@ -245,6 +245,14 @@ std::string to_toml(const RunConfig& config) {
   return out;
 }
 
+std::string toml_value(const RunConfig& config, const std::string& key) {
+  const size_t dot = key.find('.');
+  const Field* field =
+      dot == std::string::npos ? nullptr : find_field(key.substr(0, dot), key.substr(dot + 1));
+  NF_CHECK(field != nullptr, "there is no key {}", key);
+  return field->write(config);
+}
+
 std::vector<ConfigKey> config_keys() {
   const RunConfig defaults;
   std::vector<ConfigKey> keys;

@@ -2,6 +2,7 @@
 """Commands that read what training wrote, under other layouts than it was written with, and weights from elsewhere."""
 import json
 import math
+import re
 import struct
 import sys
 import unittest
@@ -191,6 +192,53 @@ class Commands(unittest.TestCase):
                 ["generate", self.run_folder, "--prompt", "The ", "--max-tokens", 30, *options], whole)}
             self.assertEqual(len(texts), 1, texts)
             self.assertTrue(texts.pop().startswith("The "))
+
+    def test_a_plan_knows_the_model_and_the_layout(self):
+        config = self.folder.config("planned", parallel__tensor=3, parallel__pipeline=2, parallel__schedule='"zb_h1"',
+                                    parallel__sharding='"gradients"', train__micro_batch=1, train__global_batch=8)
+        out = run(["plan", config, "-n", 12], expect=0).out
+        parameters = re.search(r"^parameters .*\(([\d,]+)\)", out, re.MULTILINE)[1].replace(",", "")
+        self.assertIn(f"\n{parameters} parameters", run(["checkpoint", "inspect", self.run_folder], expect=0).out)
+        self.assertIn('tensor 3 x pipeline 2 x data 2, schedule "zb_h1", sharding "gradients"', out)
+        self.assertEqual(re.findall(r"^ +(\d)  (\d(?:-\d)?) .*\d\.\d\d$", out, re.MULTILINE), [("0", "0-1"), ("1", "2")])
+        for line in (r"^  tensor +all_reduce +\d+ +\d", r"^  data +reduce_scatter +\d+ +\d",
+                     r"^pipeline: the bubble is \d+\.\d % .* costs \d+\.\d % of the step$",
+                     r"^sharding: .* [\d.]+ times what \"optimizer\" .* each of 4 micro-batches",
+                     r"^order of calls: sound; the [\d,]+ calls of all 12 ranks fit together$"):
+            self.assertRegex(out, re.compile(line, re.MULTILINE))
+        self.assertFalse((self.folder.path / "planned").exists())
+
+    def test_a_plan_counts_the_traffic_that_a_run_traces(self):
+        config = self.folder.config("foretold", parallel__tensor=2, parallel__pipeline=2, train__updates=2)
+        out = run(["plan", config, "-n", 4], expect=0).out
+        rank = int(re.search(r"of the busiest rank, (\d)", out)[1])
+        run(["train", config, "--profile", "2"], 4, expect=0)
+        trace = json.loads((self.folder.path / "foretold" / "trace_2-2.json").read_text())["traceEvents"]
+        for group, kind, calls in re.findall(r"^  (tensor|pipeline|embedding) +(\w+) +(\d+) ", out, re.MULTILINE):
+            traced = [e for e in trace if e["pid"] == rank and e["name"] == kind and e["args"].get("group") == group]
+            self.assertEqual(len(traced), int(calls), (group, kind))
+
+    def test_a_plan_needs_no_corpus_and_refuses_what_train_refuses(self):
+        nowhere = ["--set", f"data.train={self.folder.path}/nowhere"]
+        config = self.folder.config("nothing")
+        outcome = run(["plan", config, "-n", 2, *nowhere], expect=64)
+        self.assertEqual(len(outcome.sentences()), 1, outcome.err)
+        self.assertIn("--set model.vocab=N", outcome.err)
+        run(["plan", config, "-n", 2, *nowhere, "--set", "model.vocab=300"], expect=0)
+        for ranks, wrong in ((2, "parallel.tensor=3"), (3, "parallel.pipeline=2"), (1, "model.heads=7"), (1, "model.hats=1")):
+            planned = run(["plan", config, "-n", ranks, "--set", wrong], expect=64)
+            trained = run(["train", config, "--set", wrong], ranks, expect=64)
+            self.assertEqual(planned.sentences(), trained.sentences())
+            self.assertEqual(len(planned.sentences()), 1)
+
+    def test_a_plan_of_a_big_world_runs_some_ranks_of_each_kind(self):
+        big = {"model.layers": 32, "model.width": 2560, "model.heads": 32, "model.length": 2048, "model.vocab": 51200,
+               "parallel.tensor": 8, "parallel.sequence": "true", "parallel.pipeline": 8, "train.global_batch": 512,
+               "train.micro_batch": 1, "train.precision": "bf16"}
+        flags = [flag for key, value in big.items() for flag in ("--set", f"{key}={value}")]
+        out = run(["plan", self.folder.config("big"), "-n", 512, *flags], expect=0).out
+        self.assertRegex(out, r"parameters  2\.65 G")
+        self.assertIn("calls of 32 of 512 ranks", out)
 
     def test_inspect_names_every_tensor(self):
         out = run(["checkpoint", "inspect", self.run_folder], expect=0).out

@@ -233,6 +233,9 @@ RunConfig parse_run_config(const std::string& text, const std::string& name,
 /// run. parse_run_config(to_toml(c)) == c.
 std::string to_toml(const RunConfig& config);
 
+/// The value of one key, "section.key", as to_toml writes it. LogicError where there is no such key.
+std::string toml_value(const RunConfig& config, const std::string& key);
+
 /// One key of the configuration, as documentation shows it.
 struct ConfigKey {
   std::string name;           ///< "section.key"
