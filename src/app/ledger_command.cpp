@@ -1,6 +1,8 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <ctime>
+#include <fstream>
 #include <memory>
 #include <string>
 #include <vector>
@@ -67,11 +69,24 @@ std::string state_of(const LedgerCall& call) {
   return fmt::format("{:.3f} ms", 1e-6 * static_cast<double>(call.done_ns - call.issued_ns));
 }
 
+// What this host's system says of a rank's process, where it is one of this host's; "" where all is well.
+std::string state_of_process(const RankLedger& ledger) {
+  if (ledger.ended_ns != 0 || ledger.host != host_name()) return "";
+  std::ifstream file(fmt::format("/proc/{}/stat", ledger.process));
+  std::string stat;
+  std::getline(file, stat);
+  const size_t name_end = stat.rfind(") ");  // proc(5): the state follows the name
+  const char state = name_end == std::string::npos ? 'X' : stat[name_end + 2];
+  if (state == 'T') return " (stopped)";
+  return state == 'X' || state == 'Z' ? " (not running)" : "";
+}
+
 std::string name_of(const RankLedger& ledger) {
   const std::string where = ledger.ended_ns != 0 ? "has ended in good order"
                             : ledger.update == 0 ? "before its first update"
                                                  : fmt::format("in update {}", ledger.update);
-  return fmt::format("rank {} on {}, process {}, {}", ledger.rank, ledger.host, ledger.process, where);
+  return fmt::format("rank {} on {}, process {}{}, {}", ledger.rank, ledger.host, ledger.process,
+                     state_of_process(ledger), where);
 }
 
 void print_rank(const RankLedger& ledger, size_t most) {

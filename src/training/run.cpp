@@ -27,7 +27,9 @@ class TrainingRun {
   ExitCode run();
 
   /// Says in this rank's ledger that the run has ended in good order.
-  void end_ledger() { ledger_->end_run(); }
+  void end_ledger() {
+    if (ledger_) ledger_->end_run();
+  }
 
  private:
   void open_data();
@@ -50,7 +52,7 @@ class TrainingRun {
   Group world_;
   RunFolder folder_;
   StopSignal signal_;
-  std::shared_ptr<LedgerFile> ledger_;
+  std::shared_ptr<LedgerFile> ledger_;  // null where it could not be made
   std::optional<TokenDataset> train_data_;
   std::optional<TokenDataset> valid_data_;
   std::optional<BpeTokenizer> tokenizer_;
@@ -113,20 +115,22 @@ void TrainingRun::prepare_folder() {
   });
 }
 
-// What an earlier run on more ranks has left must not be taken for this one's.
+// What an earlier run on more ranks has left must not be taken for this one's. A run can do without a ledger,
+// which not every file system lets map.
 void TrainingRun::open_ledger() {
-  run_agreed(world_, [&] {
-    if (!is_root()) return;
-    std::error_code error;
+  if (is_root()) {
+    std::error_code error;  // a folder that is not there is told below
     std::filesystem::remove_all(folder_.ledgers(), error);
-    if (!error) std::filesystem::create_directories(folder_.ledgers(), error);
-    if (error) throw IoError(fmt::format("cannot make {}: {}", folder_.ledgers().string(), error.message()));
-  });
-  run_agreed(world_, [&] {
+    std::filesystem::create_directories(folder_.ledgers(), error);
+  }
+  world_.barrier();
+  try {
     ledger_ = std::make_shared<LedgerFile>(folder_.ledgers() / ledger_file_name(world_.rank()), world_.rank(),
                                            world_.size());
-    world_.ledger().attach(ledger_);
-  });
+  } catch (const IoError& e) {
+    log_rank(LogLevel::warning, "this rank keeps no ledger: {}", e.what());
+  }
+  world_.ledger().attach(ledger_);
 }
 
 void TrainingRun::print_banner() {
@@ -181,7 +185,7 @@ void TrainingRun::dump_gradients() {
 void TrainingRun::step() {
   const TrainingCounters& counters = trainer_->counters();
   const int64_t update = counters.updates + 1;
-  ledger_->begin_update(update);
+  if (ledger_) ledger_->begin_update(update);
   profiler_.before_update(update);
   const StepReport report = trainer_->step();
   if (profiler_.after_update(update)) show_profile();

@@ -54,12 +54,17 @@ class Ledger(unittest.TestCase):
             self.assertEqual([int(rank) for rank, _ in found], list(range(ranks)))
             text = self.stop(int(found[victim][1]), run_folder, victim)
             self.assertRegex(text, rf"(?m)^ranks? .* waits? in .*, in [\w. ]+; not begun by rank {victim}$")
-            os.kill(int(found[victim][1]), signal.SIGKILL)
+            process = found[victim][1]
+            self.assertIn(f"process {process} (stopped), in update", text)
+            self.assertEqual(text.count("(stopped)"), 2)  # in its own line and as missing
+            os.kill(int(process), signal.SIGKILL)
             self.assertNotEqual(job.wait(timeout=60), 0)
         finally:
             if job.poll() is None:
                 job.kill()
-        self.assertEqual(missing(ledger(run_folder)), [str(victim)])
+        text = ledger(run_folder)
+        self.assertEqual(missing(text), [str(victim)])
+        self.assertIn(f"process {process} (not running), in update", text)
 
     def test_a_stopped_and_killed_rank_of_a_tensor_group(self):
         self.check("tensor", 3, 1, parallel__tensor=3)

@@ -65,6 +65,16 @@ folder = "runs/\"a\""
   EXPECT_EQ(parse("model.layers = 12"), expected) << "dotted keys are sections, too";
 }
 
+TEST(RunConfig, TellsOneValue) {
+  RunConfig config;
+  config.parallel.schedule = PipelineSchedule::one_f_one_b;
+  config.model.layers = 7;
+  EXPECT_EQ(toml_value(config, "parallel.schedule"), "\"1f1b\"");
+  EXPECT_EQ(toml_value(config, "model.layers"), "7");
+  EXPECT_THROW(toml_value(config, "model.layer"), LogicError);
+  EXPECT_THROW(toml_value(config, "layers"), LogicError);
+}
+
 TEST(RunConfig, ReadsDataSets) {
   using Sources = std::vector<DataSource>;
   EXPECT_EQ(parse("data.train = 'a/b'").data.train, (Sources{{"a/b", 1.0}}));
