@@ -456,6 +456,7 @@ CommRequest Group::start_receive(Context& context, const Tensor& tensor, int fro
     };
     return accounted(context, std::move(started), std::make_unique<LaterRequest>(receive));
   }
+  const TraceScope scope = trace(context, "receive", tensor.nbytes());
   auto transfer = impl_->start_receive(bytes_of(tensor), tensor.nbytes(), from, tag);
   return accounted(
       context, std::move(started),

@@ -103,10 +103,9 @@ class Launches {
   std::string does(size_t rank, size_t position) const {
     if (position >= size(rank)) return fmt::format("rank {} makes no more such calls", ranks_[rank].rank);
     const bool waits = is_wait(event(rank, position).kind);
-    return fmt::format(
-        "rank {} with its call {} {} {}", ranks_[rank].rank, position,
-        waits ? "waits for the started" : "does",
-        describe(event(rank, waits ? starts_[rank].at(event(rank, position).start) : position)));
+    const size_t call = waits ? started_at(rank, event(rank, position).start).value_or(position) : position;
+    return fmt::format("rank {} with its call {} {} {}", ranks_[rank].rank, position,
+                       waits ? "waits for the started" : "does", describe(event(rank, call)));
   }
 
   void check_pair(size_t a, size_t b) const {
@@ -194,6 +193,12 @@ class Launches {
     }
   }
 
+  // Where a started call is; nowhere where it was started before these calls.
+  std::optional<size_t> started_at(size_t r, int64_t start) const {
+    const auto found = starts_[r].find(start);
+    return found == starts_[r].end() ? std::nullopt : std::optional(found->second);
+  }
+
   // How far ranks have come.
   struct Progress {
     std::vector<size_t> next;  // [rank]: the call that is not yet done
@@ -231,7 +236,7 @@ class Launches {
     p.issued[r] = true;
     const TrafficEvent& e = event(r, at);
     const bool waits = is_wait(e.kind) || (e.start == 0 && e.kind != "send");
-    if (waits && !is_done(r, is_wait(e.kind) ? starts_[r].at(e.start) : at, p)) return false;
+    if (waits && !is_done(r, is_wait(e.kind) ? started_at(r, e.start).value_or(at) : at, p)) return false;
     p.issued[r] = false;
     ++p.next[r];
     return true;
@@ -256,6 +261,7 @@ class Launches {
 
   // Whether a collective or a receive that was issued has all that it needs from others.
   bool is_done(size_t r, size_t at, Progress& p) const {
+    if (is_wait(event(r, at).kind)) return true;  // for what was started before
     const int64_t place = places_[r][at];
     if (is_message(event(r, at).kind)) {
       const auto channel = channel_of(r, at);

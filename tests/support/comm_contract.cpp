@@ -558,9 +558,11 @@ void every_call_again_and_again(const Group& world) {
   for (int round = 0; round < 5; ++round) run_every_call(world, context);
 }
 
-std::string describe(const TrafficEvent& event) {
+// Starts are numbered from the first that these accounts know of.
+std::string describe(const TrafficEvent& event, int64_t starts_before) {
   return fmt::format("{} [{}] {} {} {} {} {}", event.group->name, fmt::join(event.group->world_ranks, " "),
-                     event.kind, event.bytes, event.peer, event.tag, event.start);
+                     event.kind, event.bytes, event.peer, event.tag,
+                     event.start > 0 ? event.start - starts_before : 0);
 }
 
 void meta_accounts_alike(const Group& world) {
@@ -575,11 +577,13 @@ Accounts account(const Group& world, DeviceKind device) {
   Context context(device);
   world.ledger().clear();
   world.ledger().keep_events(true);
+  const int64_t starts_before = world.ledger().number_start();
   run_every_call(world, context);
   world.ledger().keep_events(false);
   Accounts accounts;
   accounts.records = world.ledger().records();
-  for (const TrafficEvent& event : world.ledger().events()) accounts.events.push_back(describe(event));
+  for (const TrafficEvent& event : world.ledger().events())
+    accounts.events.push_back(describe(event, starts_before));
   for (const auto& [name, cost] : context.costs().operations()) {
     accounts.costs.push_back(fmt::format("{} {} {} {}", name, cost.calls, cost.flops, cost.bytes));
   }
