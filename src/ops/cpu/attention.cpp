@@ -38,6 +38,7 @@ class Head {
       : input_(input),
         sample_(pair / input.heads),
         head_(pair % input.heads),
+        same_tokens_(input.queries == input.keys),
         starts_(input.document_start == nullptr ? nullptr : input.document_start + sample_ * queries()) {}
 
   int64_t queries() const { return input_.queries.size(); }
@@ -74,7 +75,8 @@ class Head {
 
   /// The first query that may attend to a key.
   int64_t first_query_of(int64_t key) const {
-    return input_.causal ? input_.queries.rows_before(input_.keys.position_of(key)) : 0;
+    if (!input_.causal) return 0;
+    return same_tokens_ ? key : input_.queries.rows_before(input_.keys.position_of(key));
   }
 
   bool drops() const { return input_.dropout.active(); }
@@ -87,7 +89,8 @@ class Head {
 
  private:
   int64_t end_of_keys(int64_t query) const {
-    return input_.causal ? input_.keys.rows_before(input_.queries.position_of(query) + 1) : keys();
+    if (!input_.causal) return keys();
+    return same_tokens_ ? query + 1 : input_.keys.rows_before(input_.queries.position_of(query) + 1);
   }
 
   // Of keys that follow each other in the sequence.
@@ -103,6 +106,7 @@ class Head {
   const AttentionInput<T>& input_;
   int64_t sample_;
   int64_t head_;
+  bool same_tokens_;  // of queries and keys, which see each other by their rows then
   const int32_t* starts_;
 };
 

@@ -131,14 +131,19 @@ void attention_backward(Context& context, const AttentionShape& shape, const Ten
 void partial_attention_forward(Context& context, const PartialAttentionShape& shape, const Tensor& qkv,
                                const Tensor& kv, const Tensor& document_start, const Dropout& dropout,
                                const Tensor& out, const Tensor& lse) {
-  // Blocks that share a head's channels all read lse, so that none may write it.
-  const Tensor merged_lse = context.empty(lse.shape(), lse.dtype(), MemoryUse::workspace);
   dispatch_floating(qkv.dtype(), [&]<class T>() {
     using A = Accumulator<T>;
     const PartialInput<T> input(shape, qkv, kv, document_start, dropout);
+    if constexpr (kIs16Bit<T>) {
+      if (tensor_cores_take(shape.head_size, {input.qkv, input.kv})) {
+        return tensor_core_partial_attention_forward(context, input, out.data<A>(), lse.data<A>());
+      }
+    }
+    // Blocks that share a head's channels all read lse, so that none may write it.
+    const Tensor merged_lse = context.empty(lse.shape(), lse.dtype(), MemoryUse::workspace);
     plain_partial_attention_forward(context, input, out.data<A>(), lse.data<A>(), merged_lse.data<A>());
+    copy(context, merged_lse, lse);
   });
-  copy(context, merged_lse, lse);
 }
 
 // What find_delta finds: [batch, heads, queries].
@@ -156,6 +161,11 @@ void partial_attention_backward(Context& context, const PartialAttentionShape& s
     const AttentionSaved<T> saved{
         .dout = dout.data<T>(), .out = out.data<T>(), .lse = lse.data<A>(), .delta = workspace.data<A>()};
     find_delta(context, input, saved.dout, saved.out, workspace.data<A>());
+    if constexpr (kIs16Bit<T>) {
+      if (tensor_cores_take(shape.head_size, {input.qkv, input.kv, saved.dout})) {
+        return tensor_core_partial_attention_backward(context, input, saved, dq.data<A>(), dkv.data<A>());
+      }
+    }
     plain_partial_attention_backward(context, input, saved, dq.data<A>(), dkv.data<A>());
   });
 }

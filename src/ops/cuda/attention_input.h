@@ -23,6 +23,7 @@ struct AttentionInput {
   using Element = T;
   using A = Accumulator<T>;
   using HeadType = Head<T>;
+  static constexpr bool kMerges = false;  ///< whether results are added to those of other keys
 
   AttentionInput(const AttentionShape& shape, const Tensor& qkv_tensor, const Tensor& document_start_tensor,
                  const Dropout& dropout_of_scores)
@@ -124,7 +125,7 @@ class Head {
   /// Of token 0 in a tensor [batch, heads, length].
   __device__ int64_t lse_at() const { return lse_at_; }
 
-  /// What plain kernels ask of a head, whether it is all of a sequence or not.
+  /// What kernels ask of a head, whether it is all of a sequence or not.
   __device__ int queries() const { return length(); }
   __device__ int keys() const { return length(); }
   __device__ int64_t query_at(int64_t stride) const {
@@ -135,6 +136,9 @@ class Head {
   __device__ HeadRows<T> key_rows() const { return {rows(1), qkv_stride(), length(), size()}; }
   __device__ HeadRows<T> value_rows() const { return {rows(2), qkv_stride(), length(), size()}; }
   __device__ int first_query_of(int key) const { return input_.causal ? key : 0; }
+
+  /// Whether four keys from a multiple of four on are four elements of dropout from a multiple of four on.
+  __device__ bool drops_by_fours() const { return length() % 4 == 0; }
 
   /// Null where the sequence is one document.
   __device__ const int32_t* starts() const { return starts_; }
@@ -179,6 +183,7 @@ struct PartialInput {
   using Element = T;
   using A = Accumulator<T>;
   using HeadType = PartialHead<T>;
+  static constexpr bool kMerges = true;
 
   PartialInput(const PartialAttentionShape& shape, const Tensor& qkv_tensor, const Tensor& kv_tensor,
                const Tensor& document_start_tensor, const Dropout& dropout_of_scores)
@@ -261,6 +266,12 @@ class PartialHead {
   __device__ int first_query_of(int key) const {
     return static_cast<int>(input_.queries.rows_before(input_.keys.position_of(key)));
   }
+  __device__ bool drops_by_fours() const {
+    const SequencePart& k = input_.keys;
+    return input_.length % 4 == 0 && k.first.begin % 4 == 0 && k.first.end % 4 == 0 &&
+           k.second.begin % 4 == 0;
+  }
+  __device__ const int32_t* starts() const { return starts_; }
 
   __device__ bool drops() const { return input_.dropout.active; }
   __device__ const DropoutMask<A>& dropout() const { return input_.dropout; }
@@ -308,5 +319,13 @@ void tensor_core_attention_forward(Context& context, const AttentionInput<E>& in
 template <class E>
 void tensor_core_attention_backward(Context& context, const AttentionInput<E>& input,
                                     const AttentionSaved<E>& saved, E* dqkv);
+
+/// Those of partial_attention.h.
+template <class E>
+void tensor_core_partial_attention_forward(Context& context, const PartialInput<E>& input, float* out,
+                                           float* lse);
+template <class E>
+void tensor_core_partial_attention_backward(Context& context, const PartialInput<E>& input,
+                                            const AttentionSaved<E>& saved, float* dq, float* dkv);
 
 }  // namespace normformer::ops::cuda

@@ -37,11 +37,6 @@ __device__ inline int warp_of_block() { return static_cast<int>(threadIdx.x) / k
 __device__ inline int row_in_tiles(int tile, int i) { return tile * 16 + lane_of_warp() / 4 + i / 2 * 8; }
 __device__ inline int column_in_sums(int n, int i) { return n * 8 + lane_of_warp() % 4 * 2 + i % 2; }
 
-template <class E>
-__device__ HeadRows<E> rows_of(const Head<E>& head, int part) {
-  return {head.rows(part), head.qkv_stride(), head.length(), head.size()};
-}
-
 /// Begins to copy kRows rows from `first`, with zeros beyond the matrix. The whole block must call.
 template <int D, int kRows, class E>
 __device__ void copy_rows(const HeadRows<E>& rows, int first, E* to) {
@@ -127,21 +122,21 @@ __device__ __forceinline__ void add_products(const Weights<kTiles, kColumns>& we
 
 /// Whether all of `columns` keys from `key` are seen by all queries from `first_query` on; where documents
 /// are masked that is not looked into.
-template <class E>
-__device__ bool all_seen(const Head<E>& head, int first_query, int key, int columns) {
-  return head.starts() == nullptr && key + columns <= (head.causal() ? first_query + 1 : head.length());
+template <class H>
+__device__ bool all_seen(const H& head, int first_query, int key, int columns) {
+  return head.starts() == nullptr && key + columns <= head.keys_of(first_query).end;
 }
 
 /// Scores of rows of queries with columns of keys: minus infinity where the query does not attend to the key.
-template <int kTiles, int kColumns, class E>
-__device__ __forceinline__ void mask_queries(const Head<E>& head, int first_query, int key,
+template <int kTiles, int kColumns, class H>
+__device__ __forceinline__ void mask_queries(const H& head, int first_query, int key,
                                              Sums<kTiles, kColumns>& scores) {
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int query = first_query + row_in_tiles(m, 2 * r);
-      const Positions seen = query < head.length() ? head.keys_of(query) : Positions{0, 0};
+      const Positions seen = query < head.queries() ? head.keys_of(query) : Positions{0, 0};
 #pragma unroll
       for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
@@ -169,8 +164,8 @@ __device__ __forceinline__ void to_weights(const Sums<kTiles, kColumns>& numbers
 }
 
 /// Which of elements index ... index + 3 of a sample dropout keeps, a bit for each; index is a multiple of 4.
-template <class E>
-__device__ uint32_t four_kept(const Head<E>& head, uint64_t index) {
+template <class H>
+__device__ uint32_t four_kept(const H& head, uint64_t index) {
   const auto words = head.dropout().stream.words(index / 4, head.dropout_sample());
   const uint32_t threshold = head.dropout().threshold;
   return uint32_t{words[0] >= threshold} | uint32_t{words[1] >= threshold} << 1 |
@@ -179,8 +174,8 @@ __device__ uint32_t four_kept(const Head<E>& head, uint64_t index) {
 
 /// Which of the four elements Sums[tile][n] dropout keeps, bit i for element i. `element_of(i)` is the number
 /// of element i in the sample.
-template <class E, class ElementOf>
-__device__ uint32_t kept_one_by_one(const Head<E>& head, ElementOf&& element_of) {
+template <class H, class ElementOf>
+__device__ uint32_t kept_one_by_one(const H& head, ElementOf&& element_of) {
   uint32_t kept = 0;
 #pragma unroll 1
   for (int i = 0; i < 4; ++i) {
@@ -194,10 +189,10 @@ __device__ uint32_t kept_one_by_one(const Head<E>& head, ElementOf&& element_of)
 /// The same where rows are queries from `query` and columns are keys from `key`, a multiple of 8. One call of
 /// the generator gives four neighbouring keys, which two lanes share: each calls it for one of their two
 /// rows.
-template <class E>
-__device__ uint32_t kept_in_queries(const Head<E>& head, int query, int key) {
+template <class H>
+__device__ uint32_t kept_in_queries(const H& head, int query, int key) {
   const int lane = lane_of_warp();
-  if (head.length() % 4 != 0) {
+  if (!head.drops_by_fours()) {
     return kept_one_by_one(
         head, [&](int i) { return head.element(query + lane / 4 + i / 2 * 8, key + lane % 4 * 2 + i % 2); });
   }
@@ -212,11 +207,11 @@ __device__ uint32_t kept_in_queries(const Head<E>& head, int query, int key) {
 
 /// The same where rows are keys from `key`, a multiple of 8, and columns are queries from `query`: four lanes
 /// share four calls.
-template <class E>
-__device__ uint32_t kept_in_keys(const Head<E>& head, int key, int query) {
+template <class H>
+__device__ uint32_t kept_in_keys(const H& head, int key, int query) {
   const int lane = lane_of_warp();
   const int row = lane / 4;
-  if (head.length() % 4 != 0) {
+  if (!head.drops_by_fours()) {
     return kept_one_by_one(
         head, [&](int i) { return head.element(query + lane % 4 * 2 + i % 2, key + row + i / 2 * 8); });
   }
@@ -236,8 +231,8 @@ __device__ uint32_t kept_in_keys(const Head<E>& head, int key, int query) {
 __device__ inline bool is_kept(uint32_t kept, int n, int i) { return (kept >> (4 * n + i) & 1u) != 0; }
 
 /// What dropout keeps of rows of queries and columns of keys, for each tile.
-template <int kTiles, int kColumns, class E>
-__device__ __forceinline__ void find_kept_in_queries(const Head<E>& head, int first_query, int key,
+template <int kTiles, int kColumns, class H>
+__device__ __forceinline__ void find_kept_in_queries(const H& head, int first_query, int key,
                                                      uint32_t (&kept)[kTiles]) {
   static_assert(kColumns <= 64);
 #pragma unroll
@@ -251,8 +246,8 @@ __device__ __forceinline__ void find_kept_in_queries(const Head<E>& head, int fi
 }
 
 /// The same of rows of keys and columns of queries.
-template <int kTiles, int kColumns, class E>
-__device__ __forceinline__ void find_kept_in_keys(const Head<E>& head, int first_key, int query,
+template <int kTiles, int kColumns, class H>
+__device__ __forceinline__ void find_kept_in_keys(const H& head, int first_key, int query,
                                                   uint32_t (&kept)[kTiles]) {
   static_assert(kColumns <= 64);
 #pragma unroll
@@ -291,6 +286,43 @@ __device__ __forceinline__ void write_rows(const Sums<kTiles, D>& sums, E* share
     using Eight = Pack<E, 8>;
     *reinterpret_cast<Eight*>(to + (first + row) * stride + channel) =
         *reinterpret_cast<const Eight*>(shared + row * kSharedStride<D> + channel);
+  }
+}
+
+/// Adds the warp's rows below `count` to rows of a head of `size` channels that begin at `to`; those there
+/// are multiplied by `kept` before, two rows of each tile a thread.
+template <int D, int kTiles>
+__device__ __forceinline__ void add_rows(const Sums<kTiles, D>& sums, const float (&kept)[kTiles][2],
+                                         int first, int count, int size, float* to, int64_t stride) {
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = first + row_in_tiles(m, i);
+      if (row >= count) continue;
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+        const int channel = column_in_sums(n, i);
+        if (channel >= size) continue;
+        float& sum = to[row * stride + channel];
+        sum = sum * kept[m][i / 2] + sums[m][n][i];
+      }
+    }
+  }
+}
+
+/// Gives the warp's rows below `count` to a result's, which begin at `at`: by way of `shared` where they are
+/// written.
+template <int D, int kTiles, class E>
+__device__ __forceinline__ void give_rows(const Sums<kTiles, D>& sums, E* shared, int first, int count,
+                                          int size, const ResultRows<E>& to, int64_t at) {
+  if (to.added == nullptr) {
+    write_rows<D, kTiles>(sums, shared, first, count, size, to.written + at, to.stride);
+  } else {
+    float kept[kTiles][2];
+#pragma unroll
+    for (auto& rows : kept) rows[0] = rows[1] = 1.0f;
+    add_rows<D, kTiles>(sums, kept, first, count, size, to.added + at, to.stride);
   }
 }
 

@@ -32,9 +32,9 @@ struct KeyTile {
                                           2 * kNumbers * kPassing * static_cast<int64_t>(sizeof(float));
 };
 
-template <class E>
-__device__ HeadRows<E> douts_of(const Head<E>& head, const AttentionSaved<E>& saved) {
-  return {saved.dout + head.out_at(), head.out_stride(), head.length(), head.size()};
+template <class H, class E>
+__device__ HeadRows<E> douts_of(const H& head, const AttentionSaved<E>& saved) {
+  return {saved.dout + head.query_at(head.out_stride()), head.out_stride(), head.queries(), head.size()};
 }
 
 template <int kTiles, int D>
@@ -49,13 +49,13 @@ __device__ __forceinline__ void scale_sums(float factor, Sums<kTiles, D>& sums) 
   }
 }
 
-template <class E, int D, bool kDrops>
+template <class Input, int D, bool kDrops, class E = typename Input::Element>
 __global__ void __launch_bounds__(kAttentionThreads)
-    tensor_core_dq_kernel(AttentionInput<E> input, AttentionSaved<E> saved, E* dqkv) {
+    tensor_core_dq_kernel(Input input, AttentionSaved<E> saved, ResultRows<E> to) {
   using T = QueryTile<D>;
   constexpr int kStride = kSharedStride<D>;
-  const auto blocks = static_cast<int>(ceil_div(input.length, T::kOwn));
-  const Head<E> head(input, blockIdx.x / blocks);
+  const auto blocks = static_cast<int>(ceil_div(input.num_queries(), int64_t{T::kOwn}));
+  const typename Input::HeadType head(input, blockIdx.x / blocks);
   // The blocks with the most keys come first.
   const int first_of_block = (blocks - 1 - static_cast<int>(blockIdx.x % blocks)) * T::kOwn;
   const int first = first_of_block + warp_of_block() * T::kRows;
@@ -67,14 +67,15 @@ __global__ void __launch_bounds__(kAttentionThreads)
   const auto keys_at = [&](int key) { return stages + key / T::kPassing % 2 * (2 * T::kPassing * kStride); };
   const auto values_at = [&](int key) { return keys_at(key) + T::kPassing * kStride; };
   const auto copy_stage = [&](int key) {
-    copy_rows<D, T::kPassing>(rows_of(head, 1), key, keys_at(key));
-    copy_rows<D, T::kPassing>(rows_of(head, 2), key, values_at(key));
+    copy_rows<D, T::kPassing>(head.key_rows(), key, keys_at(key));
+    copy_rows<D, T::kPassing>(head.value_rows(), key, values_at(key));
   };
 
   const Positions seen_by_block = head.keys_of(Positions{first_of_block, first_of_block + T::kOwn});
   const Positions seen = head.keys_of(Positions{first, first + T::kRows});
+  if (Input::kMerges && seen_by_block.begin >= seen_by_block.end) return;
   int key = seen_by_block.begin / T::kPassing * T::kPassing;
-  copy_rows<D, T::kOwn>(rows_of(head, 0), first_of_block, block_queries);
+  copy_rows<D, T::kOwn>(head.query_rows(), first_of_block, block_queries);
   copy_rows<D, T::kOwn>(douts_of(head, saved), first_of_block, block_douts);
   copy_stage(key);
   float lse_log2[T::kTiles][2];
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int query = first + row_in_tiles(m, 2 * r);
-      const bool there = query < head.length();
+      const bool there = query < head.queries();
       lse_log2[m][r] = there ? saved.lse[head.lse_at() + query] * kLog2E : 0.0f;
       delta[m][r] = there ? saved.delta[head.lse_at() + query] : 0.0f;
     }
@@ -126,16 +127,15 @@ __global__ void __launch_bounds__(kAttentionThreads)
     }
   }
   scale_sums<T::kTiles, D>(head.scale(), dq);
-  write_rows<D, T::kTiles>(dq, queries, first, head.length(), head.size(), dqkv + head.qkv_at(0),
-                           head.qkv_stride());
+  give_rows<D, T::kTiles>(dq, queries, first, head.queries(), head.size(), to, head.query_at(to.stride));
 }
 
-/// The first block of queries from `query` on of which any attends to keys before `end`; else length() or
+/// The first block of queries from `query` on of which any attends to keys before `end`; else queries() or
 /// more.
-template <int kPassing, class E>
-__device__ int next_queries(const Head<E>& head, int query, int end) {
+template <int kPassing, class H>
+__device__ int next_queries(const H& head, int query, int end) {
   if (head.starts() == nullptr) return query;
-  while (query < head.length() && head.keys_of(Positions{query, query + kPassing}).begin >= end) {
+  while (query < head.queries() && head.keys_of(Positions{query, query + kPassing}).begin >= end) {
     query += kPassing;
   }
   return query;
@@ -143,15 +143,15 @@ __device__ int next_queries(const Head<E>& head, int query, int end) {
 
 /// Scores of rows of keys with columns of queries: minus infinity where the query does not attend to the key.
 /// Queries beyond the last one are left: they have gradients of zero.
-template <int kTiles, int kColumns, class E>
-__device__ __forceinline__ void mask_keys(const Head<E>& head, int first_key, int query,
+template <int kTiles, int kColumns, class H>
+__device__ __forceinline__ void mask_keys(const H& head, int first_key, int query,
                                           Sums<kTiles, kColumns>& scores) {
 #pragma unroll
   for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       const int q = query + column_in_sums(n, c);
-      const Positions seen = q < head.length() ? head.keys_of(q) : Positions{0, head.length()};
+      const Positions seen = q < head.queries() ? head.keys_of(q) : Positions{0, head.keys()};
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
@@ -164,13 +164,13 @@ __device__ __forceinline__ void mask_keys(const Head<E>& head, int first_key, in
   }
 }
 
-template <class E, int D, bool kDrops>
+template <class Input, int D, bool kDrops, class E = typename Input::Element>
 __global__ void __launch_bounds__(kAttentionThreads)
-    tensor_core_dkv_kernel(AttentionInput<E> input, AttentionSaved<E> saved, E* dqkv) {
+    tensor_core_dkv_kernel(Input input, AttentionSaved<E> saved, ResultRows<E> to_dk, ResultRows<E> to_dv) {
   using T = KeyTile<D>;
   constexpr int kStride = kSharedStride<D>;
-  const auto blocks = static_cast<int>(ceil_div(input.length, T::kOwn));
-  const Head<E> head(input, blockIdx.x / blocks);
+  const auto blocks = static_cast<int>(ceil_div(input.num_keys(), int64_t{T::kOwn}));
+  const typename Input::HeadType head(input, blockIdx.x / blocks);
   const int first_of_block = static_cast<int>(blockIdx.x % blocks) * T::kOwn;
   const int first = first_of_block + warp_of_block() * T::kRows;
   auto* block_keys = dynamic_shared<E>();
@@ -184,31 +184,32 @@ __global__ void __launch_bounds__(kAttentionThreads)
   const auto lse_at = [&](int stage) { return numbers + stage * (T::kNumbers * T::kPassing); };
   const auto delta_at = [&](int stage) { return lse_at(stage) + T::kPassing; };
   const auto copy_stage = [&](int query, int stage) {
-    copy_rows<D, T::kPassing>(rows_of(head, 0), query, queries_at(stage));
+    copy_rows<D, T::kPassing>(head.query_rows(), query, queries_at(stage));
     copy_rows<D, T::kPassing>(douts_of(head, saved), query, douts_at(stage));
-    copy_numbers<T::kPassing>(saved.lse + head.lse_at(), query, head.length(), lse_at(stage));
-    copy_numbers<T::kPassing>(saved.delta + head.lse_at(), query, head.length(), delta_at(stage));
+    copy_numbers<T::kPassing>(saved.lse + head.lse_at(), query, head.queries(), lse_at(stage));
+    copy_numbers<T::kPassing>(saved.delta + head.lse_at(), query, head.queries(), delta_at(stage));
   };
   const auto next = [&](int query) {
     return next_queries<T::kPassing>(head, query, first_of_block + T::kOwn);
   };
 
-  copy_rows<D, T::kOwn>(rows_of(head, 1), first_of_block, block_keys);
-  copy_rows<D, T::kOwn>(rows_of(head, 2), first_of_block, block_values);
-  int query = next(head.causal() ? first_of_block / T::kPassing * T::kPassing : 0);
-  if (query < head.length()) copy_stage(query, 0);
+  copy_rows<D, T::kOwn>(head.key_rows(), first_of_block, block_keys);
+  copy_rows<D, T::kOwn>(head.value_rows(), first_of_block, block_values);
+  const int first_query = head.first_query_of(first);  // of any of the warp's keys
+  int query = next(head.first_query_of(first_of_block) / T::kPassing * T::kPassing);
+  if (query < head.queries()) copy_stage(query, 0);
   const float scale_log2 = head.scale() * kLog2E;
   Sums<T::kTiles, D> dk = {};
   Sums<T::kTiles, D> dv = {};
-  for (int stage = 0; query < head.length(); stage ^= 1) {
+  for (int stage = 0; query < head.queries(); stage ^= 1) {
     const int following = next(query + T::kPassing);
     wait_for_copies();
     __syncthreads();  // this stage is there, and the other has been read
-    if (following < head.length()) copy_stage(following, stage ^ 1);
+    if (following < head.queries()) copy_stage(following, stage ^ 1);
 #pragma unroll 1
     for (int step = 0; step < T::kPassing; step += T::kStep) {
       const int q = query + step;
-      if (head.causal() && q + T::kStep <= first) continue;
+      if (q + T::kStep <= first_query) continue;
       uint32_t kept[T::kTiles];
       if constexpr (kDrops) find_kept_in_keys<T::kTiles, T::kStep>(head, first, q, kept);
       const E* queries = queries_at(stage) + step * kStride;
@@ -250,23 +251,42 @@ __global__ void __launch_bounds__(kAttentionThreads)
   wait_for_copies();
   __syncthreads();
   scale_sums<T::kTiles, D>(head.scale(), dk);
-  write_rows<D, T::kTiles>(dk, keys, first, head.length(), head.size(), dqkv + head.qkv_at(1),
-                           head.qkv_stride());
-  write_rows<D, T::kTiles>(dv, values, first, head.length(), head.size(), dqkv + head.qkv_at(2),
-                           head.qkv_stride());
+  give_rows<D, T::kTiles>(dk, keys, first, head.keys(), head.size(), to_dk, head.key_at(to_dk.stride));
+  give_rows<D, T::kTiles>(dv, values, first, head.keys(), head.size(), to_dv, head.key_at(to_dv.stride));
 }
 
-template <class Tile, class E>
-LaunchShape shape_of(const AttentionInput<E>& input) {
-  return {.blocks = input.pairs * ceil_div(input.length, int64_t{Tile::kOwn}),
+template <class Tile, class Input>
+LaunchShape shape_of(const Input& input, int64_t rows) {
+  return {.blocks = input.pairs * ceil_div(rows, int64_t{Tile::kOwn}),
           .threads = kAttentionThreads,
           .shared_bytes = Tile::kSharedBytes};
 }
 
-template <class E, int D, bool kDrops>
-void launch_both(Context& context, const AttentionInput<E>& input, const AttentionSaved<E>& saved, E* dqkv) {
-  launch(context, shape_of<KeyTile<D>>(input), tensor_core_dkv_kernel<E, D, kDrops>, input, saved, dqkv);
-  launch(context, shape_of<QueryTile<D>>(input), tensor_core_dq_kernel<E, D, kDrops>, input, saved, dqkv);
+/// Where the gradients go.
+template <class E>
+struct Gradients {
+  ResultRows<E> dq, dk, dv;
+};
+
+template <class Input, int D, bool kDrops>
+void launch_both(Context& context, const Input& input, const AttentionSaved<typename Input::Element>& saved,
+                 const Gradients<typename Input::Element>& to) {
+  launch(context, shape_of<KeyTile<D>>(input, input.num_keys()), tensor_core_dkv_kernel<Input, D, kDrops>,
+         input, saved, to.dk, to.dv);
+  launch(context, shape_of<QueryTile<D>>(input, input.num_queries()), tensor_core_dq_kernel<Input, D, kDrops>,
+         input, saved, to.dq);
+}
+
+template <class Input>
+void launch_backward(Context& context, const Input& input,
+                     const AttentionSaved<typename Input::Element>& saved,
+                     const Gradients<typename Input::Element>& to) {
+  with_head_size(input.head_size, [&]<int D>() {
+    if (input.dropout.active)
+      launch_both<Input, D, true>(context, input, saved, to);
+    else
+      launch_both<Input, D, false>(context, input, saved, to);
+  });
 }
 
 }  // namespace
@@ -274,17 +294,28 @@ void launch_both(Context& context, const AttentionInput<E>& input, const Attenti
 template <class E>
 void tensor_core_attention_backward(Context& context, const AttentionInput<E>& input,
                                     const AttentionSaved<E>& saved, E* dqkv) {
-  with_head_size(input.head_size, [&]<int D>() {
-    if (input.dropout.active)
-      launch_both<E, D, true>(context, input, saved, dqkv);
-    else
-      launch_both<E, D, false>(context, input, saved, dqkv);
-  });
+  const int64_t channels = input.heads * input.head_size;
+  const auto part = [&](int64_t i) { return ResultRows<E>{dqkv + i * channels, nullptr, 3 * channels}; };
+  launch_backward(context, input, saved, {part(0), part(1), part(2)});
+}
+
+template <class E>
+void tensor_core_partial_attention_backward(Context& context, const PartialInput<E>& input,
+                                            const AttentionSaved<E>& saved, float* dq, float* dkv) {
+  const int64_t channels = input.heads * input.head_size;
+  launch_backward(context, input, saved,
+                  {.dq = {nullptr, dq, channels},
+                   .dk = {nullptr, dkv, 2 * channels},
+                   .dv = {nullptr, dkv + channels, 2 * channels}});
 }
 
 template void tensor_core_attention_backward(Context&, const AttentionInput<bf16>&,
                                              const AttentionSaved<bf16>&, bf16*);
 template void tensor_core_attention_backward(Context&, const AttentionInput<f16>&, const AttentionSaved<f16>&,
                                              f16*);
+template void tensor_core_partial_attention_backward(Context&, const PartialInput<bf16>&,
+                                                     const AttentionSaved<bf16>&, float*, float*);
+template void tensor_core_partial_attention_backward(Context&, const PartialInput<f16>&,
+                                                     const AttentionSaved<f16>&, float*, float*);
 
 }  // namespace normformer::ops::cuda

@@ -101,6 +101,35 @@ class OnlineSoftmax {
     }
   }
 
+  /// As finish(), for results that join those of other keys, whose log-sum-exps `lse` has so far: `kept` is
+  /// what those results are to be multiplied by. A row that has seen nothing changes nothing.
+  template <int D>
+  __device__ void merge(float scale, int first_row, int count, Sums<kTiles, D>& sums, float* lse,
+                        float (&kept)[kTiles][2]) const {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float total = sum_of_four_lanes(total_[m][r]);
+        const int row = first_row + row_in_tiles(m, 2 * r);
+        const bool joins = row < count && total > 0.0f;
+        const float before = joins ? lse[row] : 0.0f;
+        const float here = joins ? largest_[m][r] * scale + logf(total) : 0.0f;
+        const float larger = fmaxf(before, here);
+        const float merged = larger + logf(expf(before - larger) + expf(here - larger));
+        __syncwarp();  // all four lanes of a row have read what was there
+        if (joins && lane_of_warp() % 4 == 0) lse[row] = merged;
+        kept[m][r] = joins ? expf(before - merged) : 1.0f;
+        const float factor = joins ? expf(here - merged) / total : 0.0f;
+#pragma unroll
+        for (int c = 0; c < D / 8; ++c) {
+          sums[m][c][2 * r] *= factor;
+          sums[m][c][2 * r + 1] *= factor;
+        }
+      }
+    }
+  }
+
  private:
   float scale_log2_;
   float largest_[kTiles][2];
@@ -121,12 +150,12 @@ __device__ __forceinline__ void drop(const uint32_t (&kept)[kTiles], float facto
   }
 }
 
-template <class E, int D, bool kDrops>
+template <class Input, int D, bool kDrops, class E = typename Input::Element>
 __global__ void __launch_bounds__(kAttentionThreads)
-    tensor_core_forward_kernel(AttentionInput<E> input, E* out, float* lse) {
+    tensor_core_forward_kernel(Input input, ResultRows<E> out, float* lse) {
   using T = Tile<D>;
-  const auto blocks = static_cast<int>(ceil_div(input.length, T::kQueries));
-  const Head<E> head(input, blockIdx.x / blocks);
+  const auto blocks = static_cast<int>(ceil_div(input.num_queries(), int64_t{T::kQueries}));
+  const typename Input::HeadType head(input, blockIdx.x / blocks);
   // The blocks with the most keys come first.
   const int first_of_block = (blocks - 1 - static_cast<int>(blockIdx.x % blocks)) * T::kQueries;
   const int first = first_of_block + warp_of_block() * T::kRows;
@@ -138,14 +167,15 @@ __global__ void __launch_bounds__(kAttentionThreads)
   };
   const auto values_at = [&](int key) { return keys_at(key) + T::kKeys * kSharedStride<D>; };
   const auto copy_stage = [&](int key) {
-    copy_rows<D, T::kKeys>(rows_of(head, 1), key, keys_at(key));
-    copy_rows<D, T::kKeys>(rows_of(head, 2), key, values_at(key));
+    copy_rows<D, T::kKeys>(head.key_rows(), key, keys_at(key));
+    copy_rows<D, T::kKeys>(head.value_rows(), key, values_at(key));
   };
 
   const Positions seen_by_block = head.keys_of(Positions{first_of_block, first_of_block + T::kQueries});
   const Positions seen = head.keys_of(Positions{first, first + T::kRows});
+  if (Input::kMerges && seen_by_block.begin >= seen_by_block.end) return;
   int key = seen_by_block.begin / T::kKeys * T::kKeys;
-  copy_rows<D, T::kQueries>(rows_of(head, 0), first_of_block, block_queries);
+  copy_rows<D, T::kQueries>(head.query_rows(), first_of_block, block_queries);
   copy_stage(key);
   Sums<T::kTiles, D> sums = {};
   OnlineSoftmax<T::kTiles> softmax(head.scale() * kLog2E);
@@ -170,9 +200,29 @@ __global__ void __launch_bounds__(kAttentionThreads)
       add_products<D, T::kTiles, T::kStep>(probabilities, values_at(key) + step * kSharedStride<D>, sums);
     }
   }
-  softmax.template finish<D>(head.scale(), first, head.length(), sums, lse + head.lse_at());
-  write_rows<D, T::kTiles>(sums, queries, first, head.length(), head.size(), out + head.out_at(),
-                           head.out_stride());
+  const int64_t at = head.query_at(out.stride);
+  if constexpr (Input::kMerges) {
+    float kept[T::kTiles][2];
+    softmax.template merge<D>(head.scale(), first, head.queries(), sums, lse + head.lse_at(), kept);
+    add_rows<D, T::kTiles>(sums, kept, first, head.queries(), head.size(), out.added + at, out.stride);
+  } else {
+    softmax.template finish<D>(head.scale(), first, head.queries(), sums, lse + head.lse_at());
+    write_rows<D, T::kTiles>(sums, queries, first, head.queries(), head.size(), out.written + at, out.stride);
+  }
+}
+
+template <class Input>
+void launch_forward(Context& context, const Input& input, const ResultRows<typename Input::Element>& out,
+                    float* lse) {
+  with_head_size(input.head_size, [&]<int D>() {
+    const LaunchShape shape{.blocks = input.pairs * ceil_div(input.num_queries(), int64_t{Tile<D>::kQueries}),
+                            .threads = kAttentionThreads,
+                            .shared_bytes = Tile<D>::kSharedBytes};
+    launch(context, shape,
+           input.dropout.active ? tensor_core_forward_kernel<Input, D, true>
+                                : tensor_core_forward_kernel<Input, D, false>,
+           input, out, lse);
+  });
 }
 
 }  // namespace
@@ -187,18 +237,18 @@ bool tensor_cores_take(int64_t head_size, std::initializer_list<const void*> row
 
 template <class E>
 void tensor_core_attention_forward(Context& context, const AttentionInput<E>& input, E* out, float* lse) {
-  with_head_size(input.head_size, [&]<int D>() {
-    const LaunchShape shape{.blocks = input.pairs * ceil_div(input.length, Tile<D>::kQueries),
-                            .threads = kAttentionThreads,
-                            .shared_bytes = Tile<D>::kSharedBytes};
-    launch(context, shape,
-           input.dropout.active ? tensor_core_forward_kernel<E, D, true>
-                                : tensor_core_forward_kernel<E, D, false>,
-           input, out, lse);
-  });
+  launch_forward(context, input, {out, nullptr, input.heads * input.head_size}, lse);
+}
+
+template <class E>
+void tensor_core_partial_attention_forward(Context& context, const PartialInput<E>& input, float* out,
+                                           float* lse) {
+  launch_forward(context, input, {nullptr, out, input.heads * input.head_size}, lse);
 }
 
 template void tensor_core_attention_forward(Context&, const AttentionInput<bf16>&, bf16*, float*);
 template void tensor_core_attention_forward(Context&, const AttentionInput<f16>&, f16*, float*);
+template void tensor_core_partial_attention_forward(Context&, const PartialInput<bf16>&, float*, float*);
+template void tensor_core_partial_attention_forward(Context&, const PartialInput<f16>&, float*, float*);
 
 }  // namespace normformer::ops::cuda

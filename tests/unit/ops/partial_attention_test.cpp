@@ -209,6 +209,20 @@ TEST(PartialAttention, PartsTogetherAreTheWhole) {
   expect_reference(all, {1, 2, 3});
 }
 
+// Every head size that tensor-core kernels are made for, or are padded to, in lengths whose runs of keys
+// begin at multiples of four and in others.
+TEST(PartialAttention, WideHeads) {
+  const std::vector<AttentionShape> shapes{{.batch = 1, .length = 160, .heads = 2, .head_size = 64},
+                                           {.batch = 1, .length = 150, .heads = 1, .head_size = 72},
+                                           {.batch = 1, .length = 128, .heads = 2, .head_size = 80},
+                                           {.batch = 2, .length = 77, .heads = 1, .head_size = 96},
+                                           {.batch = 1, .length = 192, .heads = 1, .head_size = 128}};
+  std::vector<Case> all;
+  for (const AttentionShape& shape : shapes) all.push_back({shape, true, 0.1});
+  all.push_back({{.batch = 1, .length = 300, .heads = 1, .head_size = 64}});
+  expect_reference(all, {2});
+}
+
 TEST(PartialAttention, EveryInstructionSetComputesIt) {
   if (test_device() != DeviceKind::cpu) GTEST_SKIP() << "of the host's instructions";
   const AttentionShape shape{.batch = 2, .length = 67, .heads = 2, .head_size = 17, .first_head = 2};
