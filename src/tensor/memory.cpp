@@ -143,7 +143,7 @@ void Allocator::out_of_memory(int64_t bytes, MemoryUse use) const {
   throw Error(ExitCode::internal,
               fmt::format("out of memory{}: {:.1f} MiB of {} were wanted; held: {}. Lower train.micro_batch, "
                           "set train.recompute, or split the "
-                          "model over more ranks (parallel.tensor, parallel.pipeline)",
+                          "model over more ranks (parallel.tensor, parallel.pipeline, parallel.context)",
                           device, static_cast<double>(bytes) / kMiB, name_of(use), to_string(report_)));
 }
 
