@@ -47,9 +47,14 @@ def quoted(precision):
     return {"train__precision": f'"{precision}"'}
 
 
-def layout(tensor, pipeline, data, transport):
-    return {"parallel__tensor": tensor, "parallel__pipeline": pipeline, "parallel__data": data,
-            "device__transport": f'"{transport}"', "device__threads": 1}
+def layout(degrees, transport):
+    tensor, context, pipeline, data = degrees
+    return {"parallel__tensor": tensor, "parallel__context": context, "parallel__pipeline": pipeline,
+            "parallel__data": data, "device__transport": f'"{transport}"', "device__threads": 1}
+
+
+def name_of(degrees):
+    return " ".join(f"{axis}{degree}" for axis, degree in zip(("TP", "CP", "PP", "DP"), degrees))
 
 
 def differences(reference, other):
@@ -159,19 +164,19 @@ class Losses(unittest.TestCase):
         for precision in ("fp64", "fp32", "bf16"):
             settings = dict(SIZE_LAYOUTS, **NORMFORMER, **quoted(precision), train__micro_batch=1)
             alone = self.train(f"alone-{precision}", **settings)
-            for tensor, pipeline, data in [(2, 2, 1)] if TINY else [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2)]:
-                name = f"TP{tensor} PP{pipeline} DP{data}"
-                many = self.train(f"many-{precision}-{tensor}{pipeline}{data}", ranks=tensor * pipeline * data,
-                                  **dict(settings, **layout(tensor, pipeline, data, "host")))
-                self.compare(name, precision, alone, many)
+            for degrees in [(2, 1, 2, 1), (1, 2, 1, 1)] if TINY else [
+                    (2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2), (2, 1, 2, 2)]:
+                many = self.train(f"many-{precision}-" + "-".join(map(str, degrees)), ranks=math.prod(degrees),
+                                  **dict(settings, **layout(degrees, "host")))
+                self.compare(name_of(degrees), precision, alone, many)
 
     def test_ranks_by_nccl(self):
-        for tensor, pipeline, data in [(1, 1, 2), (2, 2, 1), (2, 1, 2)]:
-            ranks = tensor * pipeline * data
+        for degrees in [(1, 1, 1, 2), (2, 1, 2, 1), (2, 1, 1, 2), (1, 2, 1, 1), (1, 4, 1, 1)]:
+            ranks = math.prod(degrees)
             settings = dict(SIZE_LAYOUTS, **NORMFORMER, **quoted("fp32"), train__micro_batch=1)
-            alone = self.train(f"alone{ranks}{tensor}", **settings)
-            name = f"nccl{ranks}{tensor}"
-            config = self.folder.config(name, **dict(settings, **layout(tensor, pipeline, data, "nccl")),
+            alone = self.train("alone-" + "-".join(map(str, degrees)), **settings)
+            name = "nccl-" + "-".join(map(str, degrees))
+            config = self.folder.config(name, **dict(settings, **layout(degrees, "nccl")),
                                         device__kind='"cuda"')
             each = 'NCCL_HOSTID=rank$OMPI_COMM_WORLD_RANK exec "$0" "$@"'
             command = ["timeout", "-k", "10", "180", "mpirun", "--oversubscribe", "--bind-to", "none", "-n", str(ranks),
@@ -185,7 +190,7 @@ class Losses(unittest.TestCase):
                         self.skipTest(next(line for line in said.splitlines() if reason in line).strip())
                 self.fail(f"exit {done.returncode} on {ranks} ranks\n{said[-4000:]}")
             self.assertIn("tensors travel by NCCL", said)
-            self.compare(f"TP{tensor} PP{pipeline} DP{data}", "fp32", alone, metrics(self.folder.path / name))
+            self.compare(name_of(degrees), "fp32", alone, metrics(self.folder.path / name))
 
 
 if __name__ == "__main__":
