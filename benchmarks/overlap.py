@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """What overlapping communication with computing saves between two hosts with a slow link, in one table.
 
-    overlap.py CONFIG [--mbit 200] [--updates 8] [--repeats 3] [--program build/cpu/src/app/normformer]
-               [--set section.key=value ...]
+    overlap.py CONFIG [--mbit 200] [--updates 8] [--repeats 3] [--layouts "tensor 2" ...]
+               [--program build/cpu/src/app/normformer] [--set section.key=value ...]
 
 The two hosts are network namespaces of this machine, joined by a link whose rate `tc tbf` limits, and one rank runs on each, with
-one thread. Every layout is run with all overlaps off, with the one that the layout is for, and with all on; the ratio is time over time
+one thread and a processor of its own. Every layout is run with all overlaps off, with the one that the layout is for, and with all on; the ratio is time over time
 with all off, of the medians of the repeats, which take turns. The same updates must give the same losses to the last digit.
 Needs root, iproute2 and Open MPI. The corpus must be prepared before.
 """
@@ -69,7 +69,8 @@ def run(options, agent, settings):
         command = ["mpirun", "--allow-run-as-root", "--mca", "plm_rsh_agent", str(agent), "--mca", "btl", "tcp,self",
                    "--mca", "btl_tcp_if_include", "10.79.0.0/24", "--mca", "oob_tcp_if_include", "10.79.0.0/24",
                    "--bind-to", "none", "--oversubscribe", "-H", ",".join(f"{address}:1" for address in NODES), "-n",
-                   "2", str(pathlib.Path(options.program).resolve()), "train", options.config]
+                   "2", "bash", "-c", 'exec taskset -c "$OMPI_COMM_WORLD_RANK" "$0" "$@"',
+                   str(pathlib.Path(options.program).resolve()), "train", options.config]
         for setting in ["device.threads=1", *options.set, *settings, f"train.updates={options.updates}",
                         f"checkpoint.folder={folder}", "train.valid_sequences=1", "train.log_every=1000"]:
             command += ["--set", setting]
@@ -87,6 +88,7 @@ def main():
     parser.add_argument("--mbit", default=200, type=int, help="rate of each host's link")
     parser.add_argument("--updates", default=8, type=int)
     parser.add_argument("--repeats", default=3, type=int)
+    parser.add_argument("--layouts", nargs="+", default=[name for name, _, _ in LAYOUTS])
     parser.add_argument("--program", default=str(pathlib.Path(__file__).resolve().parents[1] / "build/cpu/src/app/normformer"))
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
@@ -96,6 +98,8 @@ def main():
     print(f"{'layout':<18} {'overlap':<22} {'tok/s':>9} {'time':>6}")
     with two_hosts(options.mbit) as agent:
         for name, layout, own in LAYOUTS:
+            if name not in options.layouts:
+                continue
             cases = {"none": [], "+".join(own): own, "all": OVERLAPS}
             speeds = {case: [] for case in cases}
             losses = {case: None for case in cases}

@@ -43,6 +43,7 @@ void Progress::launch(std::shared_ptr<Flight> flight, Context& context) {
 }
 
 void Progress::wait(Flight& flight, Context& context) {
+  ++waiting_;
   for (int look = 0;; ++look) {
     {
       const std::lock_guard turn(flight.turn_);
@@ -50,6 +51,7 @@ void Progress::wait(Flight& flight, Context& context) {
     }
     if (!step_all(context, false) && look > kEagerLooks) std::this_thread::yield();
   }
+  --waiting_;
   context.costs().add(flight.costs_);
   if (flight.failure_) std::rethrow_exception(flight.failure_);
 }
@@ -97,7 +99,8 @@ void Progress::fly() {
     wake_.wait(lock, [&] { return ending_ || !flights_.empty(); });
     if (ending_) return;
     lock.unlock();
-    if (!step_all(context, true)) std::this_thread::sleep_for(kPause);
+    // Who waits moves everything on faster than this thread could beside it.
+    if (waiting_ > 0 || !step_all(context, true)) std::this_thread::sleep_for(kPause);
     lock.lock();
   }
 }

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <exception>
 #include <memory>
@@ -58,6 +59,7 @@ class Progress {
   std::mutex mutex_;
   std::condition_variable wake_;
   std::vector<std::shared_ptr<Flight>> flights_;
+  std::atomic<int> waiting_{0};
   bool ending_ = false;
   std::thread thread_;
 };
