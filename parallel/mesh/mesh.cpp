@@ -25,6 +25,17 @@ Group group_along(const Group& world, const MeshDegrees& degrees, const char* na
   return world.split_by(choose, name);
 }
 
+// Forms the groups of ranks of equal tensor and pipeline coordinates for whose numbers among the replicas
+// `place` gives the same replica.
+template <class Place>
+Group group_of_replicas(const Group& world, const MeshDegrees& degrees, const char* name, Place place) {
+  return group_along(world, degrees, name, [&](MeshCoordinates& c) {
+    const int64_t replica = place(c.data * degrees.context + c.context);
+    c.context = replica % degrees.context;
+    c.data = replica / degrees.context;
+  });
+}
+
 // First and last stage; nobody else.
 Group embedding_group(const Group& world, const MeshDegrees& degrees) {
   const auto choose = [&](int world_rank) {
@@ -72,7 +83,8 @@ int64_t world_rank_of(const MeshDegrees& degrees, const MeshCoordinates& at) {
   return ((at.pipeline * degrees.data + at.data) * degrees.context + at.context) * degrees.tensor + at.tensor;
 }
 
-Mesh::Mesh(Group world, const MeshDegrees& degrees) : degrees_(degrees), world_(std::move(world)) {
+Mesh::Mesh(Group world, const MeshDegrees& degrees, int64_t shard_group)
+    : degrees_(degrees), world_(std::move(world)) {
   if (num_ranks(degrees) != world_.size()) {
     throw ConfigError(
         fmt::format("{} needs {} ranks, but the job has {}: start it with mpirun -n {}, or change the "
@@ -88,6 +100,16 @@ Mesh::Mesh(Group world, const MeshDegrees& degrees) : degrees_(degrees), world_(
     c.context = 0;
     c.data = 0;
   });
+  sharding_ = replicas_;
+  NF_CHECK(shard_group >= 0, "blocks of {} replicas", shard_group);
+  if (shard_group > 0 && shard_group != replicas_.size()) {
+    NF_CHECK(replicas_.size() % shard_group == 0, "{} replicas in blocks of {}", replicas_.size(),
+             shard_group);
+    sharding_ = group_of_replicas(world_, degrees, "sharding",
+                                  [=](int64_t replica) { return replica / shard_group * shard_group; });
+    replication_ = group_of_replicas(world_, degrees, "replication",
+                                     [=](int64_t replica) { return replica % shard_group; });
+  }
   model_ = group_along(world_, degrees, "model", [](MeshCoordinates& c) {
     c = {.tensor = 0, .context = 0, .data = c.data, .pipeline = 0};
   });

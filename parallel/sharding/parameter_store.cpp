@@ -73,9 +73,9 @@ void ParameterStore::cut_buckets() {
     buckets_.back().flat.end = p->offset + p->numel();
   }
   for (Bucket& b : buckets_) {
-    const Range mine = bucket_shard(b.size(), replicas_.size(), replicas_.rank());
+    const Range mine = bucket_shard(b.size(), sharding_.size(), sharding_.rank());
     b.piece = {b.flat.begin + mine.begin, b.flat.begin + mine.end};
-    b.counts = shard_sizes(b.size(), replicas_.size());
+    b.counts = shard_sizes(b.size(), sharding_.size());
   }
 }
 
@@ -124,10 +124,11 @@ void hand_out(const Buffers& buffers, std::vector<Bucket>& buckets, Tensor Bucke
 
 }  // namespace
 
-void ParameterStore::allocate(const Group& replicas, const StoreOptions& options) {
+void ParameterStore::allocate(const Group& sharding, const StoreOptions& options, const Group& replication) {
   NF_CHECK(!values_.defined(), "a parameter store is allocated twice");
   options_ = options;
-  replicas_ = replicas;
+  sharding_ = sharding;
+  replication_ = replication;
   place_parameters();
   cut_buckets();
   open_gradients_.assign(buckets_.size(), 0);
@@ -196,16 +197,16 @@ void ParameterStore::gather_values(size_t bucket) {
 // Done at once where values do not overlap.
 CommRequest ParameterStore::gather(const Bucket& bucket, const Tensor& whole) const {
   if (options_.overlap_values)
-    return replicas_.start_all_gather(*context_, bucket.value_piece, whole, bucket.counts);
-  replicas_.all_gather(*context_, bucket.value_piece, whole, bucket.counts);
+    return sharding_.start_all_gather(*context_, bucket.value_piece, whole, bucket.counts);
+  sharding_.all_gather(*context_, bucket.value_piece, whole, bucket.counts);
   return {};
 }
 
 // Done at once where gradients do not overlap.
 CommRequest ParameterStore::reduce(const Bucket& bucket, const Tensor& whole, const Tensor& piece) const {
   if (options_.overlap_gradients)
-    return replicas_.start_reduce_scatter_sum(*context_, whole, piece, bucket.counts);
-  replicas_.reduce_scatter_sum(*context_, whole, piece, bucket.counts);
+    return sharding_.start_reduce_scatter_sum(*context_, whole, piece, bucket.counts);
+  sharding_.reduce_scatter_sum(*context_, whole, piece, bucket.counts);
   return {};
 }
 
@@ -295,6 +296,8 @@ void ParameterStore::end_oldest_reduction() {
 
 void ParameterStore::await_gradients() {
   while (!reductions_.empty()) end_oldest_reduction();
+  if (replication_.defined() && gradient_pieces_.numel() > 0)
+    replication_.all_reduce(*context_, gradient_pieces_, ReduceOp::sum);
 }
 
 void ParameterStore::count_unfinished() {
@@ -310,13 +313,26 @@ void ParameterStore::finish_gradients(int64_t unit) {
     if (splits_gradients(b) || b.sum_over.tensor || b.sum_over.embedding || !b.sum_over.replicas) continue;
     if (!std::binary_search(units_[i].begin(), units_[i].end(), unit) || --unfinished_[i] > 0) continue;
     finished_[i] = reduce(b, b.gradients, b.gradient_piece);
+    start_replication();
+    unreplicated_ = i;
   }
+}
+
+// One bucket behind: while a bucket is summed over the sharding group, the one before it is over the copies.
+void ParameterStore::start_replication() {
+  if (!replication_.defined() || !unreplicated_) return;
+  CommRequest& request = finished_[*unreplicated_];
+  request.wait();
+  request = replication_.start_all_reduce_sum(*context_, buckets_[*unreplicated_].gradient_piece);
+  unreplicated_.reset();
 }
 
 void ParameterStore::reduce_bucket(size_t bucket) {
   const Bucket& b = buckets_[bucket];
+  start_replication();
   if (finished_[bucket].pending()) return finished_[bucket].wait();
-  replicas_.reduce_scatter_sum(*context_, b.gradients, b.gradient_piece, b.counts);
+  sharding_.reduce_scatter_sum(*context_, b.gradients, b.gradient_piece, b.counts);
+  if (replication_.defined()) replication_.all_reduce(*context_, b.gradient_piece, ReduceOp::sum);
 }
 
 const Bucket& ParameterStore::bucket_of(const Parameter& parameter) const {

@@ -6,7 +6,11 @@
 namespace normformer {
 
 ShardedOptimizer::ShardedOptimizer(ParameterStore& store, DType masters, const Mesh& mesh)
-    : store_(&store), tensor_(mesh.tensor()), embedding_(mesh.embedding()), world_(mesh.world()) {
+    : store_(&store),
+      tensor_(mesh.tensor()),
+      embedding_(mesh.embedding()),
+      world_(mesh.world()),
+      is_first_block_(mesh.is_first_block()) {
   int64_t total = 0;
   for (const Bucket& bucket : store.buckets()) {
     state_offsets_.push_back(total);
@@ -74,7 +78,7 @@ void ShardedOptimizer::for_each_run(Visit&& visit) const {
 std::vector<ParameterPiece> ShardedOptimizer::owned_gradients() const {
   std::vector<ParameterPiece> pieces;
   for_each_run([&](size_t bucket, const Parameter& p, const Range& run) {
-    if (!p.spec.owned) return;
+    if (!owns(p)) return;
     const Bucket& b = store_->buckets()[bucket];
     pieces.push_back({&p,
                       {run.begin - p.offset, run.end - p.offset},
@@ -93,7 +97,7 @@ std::vector<Tensor> ShardedOptimizer::owned_runs() const {
   std::vector<Run> runs;
   const auto is_whole = [&](size_t bucket) { return !store_->splits_gradients(store_->buckets()[bucket]); };
   for_each_run([&](size_t bucket, const Parameter& p, const Range& run) {
-    if (!p.spec.owned) return;
+    if (!owns(p)) return;
     const bool goes_on = !runs.empty() && runs.back().range.end == run.begin &&
                          (runs.back().bucket == bucket || (is_whole(runs.back().bucket) && is_whole(bucket)));
     if (goes_on)

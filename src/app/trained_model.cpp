@@ -77,6 +77,8 @@ TrainedModel load_trained_model(const TrainedModelOptions& options, const RankPr
   run_agreed(process.world, [&] {
     const std::string path = folder.config().string();
     loaded.config = load_run_config(path, options.overrides);
+    loaded.config.parallel.sharding = Sharding::optimizer;  // which leaves weights whole
+    loaded.config.parallel.shard_group = 0;                 // nothing is split
     if (options.whole_sequences) keep_sequences_whole(loaded.config, options.overrides);
     // A model is used on any number of ranks, unless the user asks for a layout.
     loaded.config = asks_for_layout(options.overrides) ? resolve_layout(loaded.config, process.world.size())
@@ -84,10 +86,9 @@ TrainedModel load_trained_model(const TrainedModelOptions& options, const RankPr
     if (std::filesystem::exists(folder.tokenizer()))
       loaded.tokenizer = BpeTokenizer::load(folder.tokenizer());
   });
-  loaded.config.parallel.sharding = Sharding::optimizer;  // which leaves weights whole
   RankDevice device = make_rank_device(loaded.config, process);
   loaded.context = std::move(device.context);
-  const Mesh mesh(device.world, mesh_degrees(loaded.config.parallel));
+  const Mesh mesh = make_mesh(device.world, loaded.config.parallel);
   loaded.model = std::make_unique<ModelInstance>(*loaded.context, mesh, loaded.config, false);
   const auto use = [&](const CheckpointReader& reader) {
     read_weights(reader, *loaded.model, master_dtype(loaded.config.train.precision), *loaded.context);

@@ -213,6 +213,10 @@ void add_parallel(std::vector<Field>& all) {
        {Sharding::parameters, "parameters"}},
       "what replicas split among them (ZeRO-1, -2, -3): optimizer state; layers' gradients, too, reduced "
       "behind every micro-batch; and layers' weights, too, gathered for every use");
+  s.integer(
+      "shard_group", &P::shard_group, {0, largest_degree},
+      "so many consecutive replicas split that among them, and others hold copies, which takes memory and "
+      "spares traffic between hosts; divides parallel.data x context; 0 means all");
   s.real("bucket_mib", &P::bucket_mib, {.low = 0, .high = 65536, .above = true},
          "gradients are reduced over replicas in pieces of this many MiB");
   s.boolean("overlap_gradients", &P::overlap_gradients,

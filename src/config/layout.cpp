@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include <fmt/format.h>
 
@@ -142,6 +143,21 @@ std::string misfit(const RunConfig& c, int64_t world) {
   return "";
 }
 
+/// Whether groups of parallel.shard_group make up all replicas; parallel.data is resolved.
+bool groups_fit(const ParallelConfig& p) {
+  return p.shard_group == 0 || checked_mul(p.data, p.context) % p.shard_group == 0;
+}
+
+std::string groups_misfit(const ParallelConfig& p) {
+  const int64_t replicas = checked_mul(p.data, p.context);
+  std::vector<std::string> divisors;
+  for (const int64_t d : divisors_of(replicas)) divisors.push_back(fmt::format("{}", d));
+  return fmt::format(
+      "parallel.shard_group = {} does not divide the number of replicas, parallel.data x context = {} x {} = "
+      "{}; what does: {}",
+      p.shard_group, p.data, p.context, replicas, join(divisors));
+}
+
 }  // namespace
 
 RunConfig resolve_layout(RunConfig config, int64_t world) {
@@ -152,6 +168,7 @@ RunConfig resolve_layout(RunConfig config, int64_t world) {
   const std::string reason = misfit(config, world);
   if (!reason.empty()) throw ConfigError(fmt::format("{}; {}", reason, nearest_layouts(config, world)));
   config.parallel.data = world / (p.tensor * p.context * p.pipeline);
+  if (!groups_fit(p)) throw ConfigError(groups_misfit(p));
   return config;
 }
 
@@ -170,7 +187,11 @@ RunConfig nearest_layout(RunConfig config, int64_t world) {
       config.parallel.data = layouts.front().data;
     }
   }
-  return resolve_layout(std::move(config), world);
+  const int64_t shard_group = std::exchange(config.parallel.shard_group, 0);
+  config = resolve_layout(std::move(config), world);
+  config.parallel.shard_group = shard_group;
+  if (!groups_fit(config.parallel)) config.parallel.shard_group = 0;
+  return config;
 }
 
 }  // namespace normformer

@@ -32,6 +32,10 @@ MeshDegrees mesh_degrees(const ParallelConfig& parallel) {
           .pipeline = parallel.pipeline};
 }
 
+Mesh make_mesh(Group world, const ParallelConfig& parallel) {
+  return Mesh(std::move(world), mesh_degrees(parallel), parallel.shard_group);
+}
+
 ModelInstance::ModelInstance(Context& context, const Mesh& mesh, const RunConfig& config, bool with_gradients)
     : context_(&context),
       mesh_(mesh),
@@ -54,12 +58,13 @@ ModelInstance::ModelInstance(Context& context, const Mesh& mesh, const RunConfig
   for (const StagePart& part : parts_of_stage(config, mesh.pipeline().size(), mesh.pipeline().rank()))
     parts_.push_back(make_language_model_stage(environment, part, store_));
   store_.allocate(
-      mesh.replicas(),
+      mesh.sharding(),
       {.bucket_bytes = static_cast<int64_t>(config.parallel.bucket_mib * 0x1p20),
        .with_gradients = with_gradients,
        .sharding = config.parallel.sharding,
        .overlap_gradients = config.parallel.overlap_gradients && !graphs && mesh.replicas().size() > 1,
-       .overlap_values = config.parallel.overlap_parameters && !graphs && mesh.replicas().size() > 1});
+       .overlap_values = config.parallel.overlap_parameters && !graphs && mesh.sharding().size() > 1},
+      mesh.replication());
 }
 
 bool ModelInstance::has_first_part() const { return parts_.front()->part().first; }

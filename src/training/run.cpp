@@ -264,7 +264,7 @@ ExitCode TrainingRun::run() {
   checkpoints_.emplace(folder_.checkpoints(), config_, fmt::format("tokenizer {:016x}", tokenizer_->hash()));
   prepare_folder();
   open_ledger();
-  const Mesh mesh(world_, mesh_degrees(config_.parallel));
+  const Mesh mesh = make_mesh(world_, config_.parallel);
   model_.emplace(context_, mesh, config_, true);
   trainer_.emplace(*model_, config_, [&](int64_t f, int64_t n) { return train_data_->read_batch(f, n); });
   print_banner();

@@ -76,7 +76,7 @@ std::vector<TensorPiece> checkpoint_pieces(const ShardedOptimizer& optimizer, bo
   std::vector<TensorPiece> pieces;
   for (const StatePiece& state : optimizer.state()) {
     const ParameterSpec& spec = state.piece.parameter->spec;
-    if (owned_only && !spec.owned) continue;
+    if (owned_only && !optimizer.owns(*state.piece.parameter)) continue;
     pieces.push_back({spec.name, role_of(state.role), spec.part, state.piece.range, state.piece.values});
   }
   return pieces;

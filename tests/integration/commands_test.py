@@ -173,6 +173,25 @@ class Commands(unittest.TestCase):
         refused = run([*arguments, *layout_flags((2, 1, 1, 1))], expect=64)
         self.assertIn("is not the number of ranks, 1", refused.err)
 
+    def test_a_run_with_sharding_groups_goes_on_under_another_layout(self):
+        settings = {"train__precision": '"fp64"', "train__updates": 6, "train__global_batch": 4}
+        run(["train", self.folder.config("ungrouped", **settings)], expect=0)
+        grouped = {"parallel__sharding": '"parameters"', "parallel__shard_group": 2, "train__updates": 3}
+        config = self.folder.config("grouped", **{**settings, **grouped})
+        refused = run(["train", config], 3, expect=64)
+        self.assertIn("parallel.shard_group = 2 does not divide the number of replicas", refused.err)
+        run(["train", config], 4, expect=0)
+        other = [*layout_flags((2, 1, 1, 1)), "--set", "parallel.shard_group=0", "--set", "train.updates=6"]
+        run(["train", config, "--resume", *other], 2, expect=0)
+        steps = lambda name: [line["loss"] for line in metrics(self.folder.path / name) if line["kind"] == "step"]  # noqa: E731
+        expected, found = steps("ungrouped"), steps("grouped")
+        self.assertEqual(len(found), 6)
+        for mine, theirs in zip(found, expected):
+            self.assertAlmostEqual(mine, theirs, delta=1e-10)
+        text = ["eval", self.folder.path / "grouped", self.folder.path / "text.txt"]
+        scores = {run(text, ranks, expect=0).out.split("loss ")[1][:6] for ranks in (1, 3)}
+        self.assertEqual(len(scores), 1, scores)
+
     def test_a_run_with_split_sequences_is_used_with_whole_ones(self):
         config = self.folder.config("split", parallel__context=2, train__updates=2)
         run(["train", config], 2, expect=0)

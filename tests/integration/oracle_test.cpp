@@ -158,6 +158,27 @@ std::vector<OracleLayout> sharding_layouts() {
 
 TEST_P(Oracle, EveryShardingFp64) { expect_agreement_in_fp64(GetParam(), sharding_layouts()); }
 
+// Replicas that split in groups and hold copies across them, beside every other axis.
+std::vector<OracleLayout> hybrid_layouts() {
+  using S = PipelineSchedule;
+  std::vector<OracleLayout> layouts;
+  for (const Sharding sharding : {Sharding::optimizer, Sharding::gradients, Sharding::parameters}) {
+    for (const MeshDegrees& degrees : {MeshDegrees{.data = 4}, MeshDegrees{.tensor = 2, .data = 4},
+                                       MeshDegrees{.context = 2, .data = 2}}) {
+      layouts.push_back({.degrees = degrees, .sharding = sharding, .shard_group = 2});
+    }
+    layouts.push_back({.degrees = {.data = 3}, .sharding = sharding, .shard_group = 1});
+    layouts.push_back({.degrees = {.context = 2, .data = 3, .pipeline = 2},
+                       .schedule = S::zb_v,
+                       .recompute = Recompute::full,
+                       .sharding = sharding,
+                       .shard_group = 3});
+  }
+  return layouts;
+}
+
+TEST_P(Oracle, HybridShardingFp64) { expect_agreement_in_fp64(GetParam(), hybrid_layouts()); }
+
 // The residual stream dealt out to the tensor group, alone and beside other axes; with sizes that do not
 // divide.
 std::vector<OracleLayout> sequence_layouts() {
@@ -311,6 +332,7 @@ TEST(DropoutAcrossSchedules, LossesEqualOneProcess) {
 
 TEST(DropoutAcrossSharding, LossesEqualOneProcess) {
   expect_losses_of_one_process("normformer-resscale", sharding_layouts());
+  expect_losses_of_one_process("normformer-resscale", hybrid_layouts());
 }
 
 TEST(DropoutUnderSequenceParallelism, LossesEqualOneProcess) {

@@ -13,7 +13,8 @@ from program import Folder, command, environment, losses, metrics, run
 LAYOUTS = [(1, 1, 1, {}), (2, 2, 1, {}), (1, 1, 3, {"parallel__sharding": '"gradients"'}), (2, 1, 2, {}), (3, 1, 1, {}),
            (1, 2, 2, {"parallel__sharding": '"parameters"', "parallel__schedule": '"zb_v"', "model__layers": 5,
                       "train__recompute": '"full"', "train__recompute_layers": 1}),
-           (2, 1, 1, {"parallel__context": 2, "parallel__sharding": '"parameters"'})]
+           (2, 1, 1, {"parallel__context": 2, "parallel__sharding": '"parameters"'}),
+           (1, 1, 4, {"parallel__sharding": '"parameters"', "parallel__shard_group": 2})]
 
 
 def layout(tensor, pipeline, data):

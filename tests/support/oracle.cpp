@@ -33,7 +33,7 @@ struct Run {
       : fixture(f),
         config(configure(f, layout, world)),
         context(layout.device, layout.threads),
-        model(context, Mesh(world, layout.degrees), config, true),
+        model(context, make_mesh(world, config.parallel), config, true),
         expected(f.folder / "expected.safetensors"),
         tokens(expected.read(context.host(), "tokens")),
         trainer(model, config, [this](int64_t first, int64_t count) { return batch(first, count); }) {}
@@ -49,6 +49,7 @@ struct Run {
     c.parallel.virtual_stages = layout.virtual_stages;
     c.train.recompute = layout.recompute;
     c.parallel.sharding = layout.sharding;
+    c.parallel.shard_group = layout.shard_group;
     c.model.ffn_norm_form = layout.form;
     c.train.precision = layout.precision;
     c.train.global_batch = f.sequences;
@@ -229,11 +230,11 @@ std::vector<MeshDegrees> oracle_degrees() {
 
 std::string to_string(const OracleLayout& layout) {
   return fmt::format(
-      "tp{}{} cp{} pp{} dp{} {} micro-batch {} schedule {} virtual stages {} recompute {} sharding {}",
+      "tp{}{} cp{} pp{} dp{} {} micro-batch {} schedule {} virtual stages {} recompute {} sharding {} of {}",
       layout.degrees.tensor, layout.sequence ? "+sp" : "", layout.degrees.context, layout.degrees.pipeline,
       layout.degrees.data, layout.form == FfnNormForm::plain ? "plain" : "folded", layout.micro_batch,
       static_cast<int>(layout.schedule), layout.virtual_stages, static_cast<int>(layout.recompute),
-      static_cast<int>(layout.sharding));
+      static_cast<int>(layout.sharding), layout.shard_group);
 }
 
 OracleErrors oracle_errors(const OracleFixture& fixture, const OracleLayout& layout, const Group& world) {

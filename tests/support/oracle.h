@@ -36,6 +36,7 @@ struct OracleLayout {
   int64_t virtual_stages = 1;
   Recompute recompute = Recompute::none;
   Sharding sharding = Sharding::optimizer;
+  int64_t shard_group = 0;
   int64_t micro_batch = 1;
   DType weights = DType::f64;  ///< what the fixture's weights are rounded to before all else
   int threads = 1;             ///< of each rank

@@ -118,6 +118,7 @@ struct ParallelConfig {
   int64_t interleave_group = 0;     ///< micro-batches that pass a part in a row; 0 means as many as stages
   std::vector<int64_t> split = {};  ///< layers of each part, in their order; empty: by what the parts cost
   Sharding sharding = Sharding::optimizer;
+  int64_t shard_group = 0;   ///< consecutive replicas that share what `sharding` splits; 0 means all
   double bucket_mib = 32.0;  ///< gradients are reduced over data-parallel ranks in pieces of about this size
   bool overlap_gradients = true;   ///< reduced beside the rest of the backward
   bool overlap_parameters = true;  ///< gathered beside what comes before their use

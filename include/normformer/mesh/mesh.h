@@ -42,8 +42,9 @@ int64_t world_rank_of(const MeshDegrees& degrees, const MeshCoordinates& coordin
 /// In a group along one axis, a rank's number is its coordinate on that axis.
 class Mesh {
  public:
-  /// ConfigError where the degrees do not make up the world. Collective over the world.
-  Mesh(Group world, const MeshDegrees& degrees);
+  /// ConfigError where the degrees do not make up the world. `shard_group` divides the number of replicas; 0
+  /// means all of them. Collective over the world.
+  Mesh(Group world, const MeshDegrees& degrees, int64_t shard_group = 0);
 
   const MeshDegrees& degrees() const { return degrees_; }
   const MeshCoordinates& coordinates() const { return coordinates_; }
@@ -57,6 +58,17 @@ class Mesh {
   /// All ranks that hold the same parameters, over which gradients are summed: equal tensor and pipeline
   /// coordinates, context fastest. The data group itself where sequences are not split.
   const Group& replicas() const { return replicas_; }
+
+  /// The block of `shard_group` consecutive replicas that this rank is in, which split what is split among
+  /// replicas: the replicas themselves where that is all of them.
+  const Group& sharding() const { return sharding_; }
+
+  /// Those at this rank's place in every block, the first block's first: they hold the same. Undefined where
+  /// there is one block.
+  const Group& replication() const { return replication_; }
+
+  /// Whether this rank is in the first block of replicas, which answers for what every block holds.
+  bool is_first_block() const { return !replication_.defined() || replication_.rank() == 0; }
 
   /// All ranks that together hold one copy of the model: equal data coordinates.
   const Group& model() const { return model_; }
@@ -77,6 +89,8 @@ class Mesh {
   Group data_;
   Group pipeline_;
   Group replicas_;
+  Group sharding_;
+  Group replication_;
   Group model_;
   Group embedding_;
 };

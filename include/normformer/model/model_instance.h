@@ -20,6 +20,9 @@ DType master_dtype(Precision precision);
 /// The mesh that a resolved configuration asks for.
 MeshDegrees mesh_degrees(const ParallelConfig& parallel);
 
+/// That mesh's ranks, and which of them split what replicas split. Collective over the world.
+Mesh make_mesh(Group world, const ParallelConfig& parallel);
+
 /// What one rank holds of a model, with its memory: parameters declared and allocated, values not yet set.
 class ModelInstance {
  public:

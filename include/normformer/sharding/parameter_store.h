@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <deque>
 #include <map>
+#include <optional>
 #include <string_view>
 #include <vector>
 
@@ -14,7 +15,7 @@
 namespace normformer {
 
 /// A run of consecutive parameters whose gradients are reduced, and values gathered, together over the
-/// replicas, each of which answers for one piece.
+/// ranks of a sharding group, each of which answers for one piece.
 struct Bucket {
   Range flat;  ///< elements, in the numbering of Parameter::offset
   GradientSum sum_over;
@@ -47,6 +48,10 @@ struct StoreOptions {
 /// are held in pieces, a rank's share of each bucket; they are whole only between open_* and close_values or
 /// reduce_gradients. A parameter's tensors are undefined while they are not whole.
 ///
+/// Replicas may form several sharding groups, each with a copy of everything (hybrid sharding: Zhao et al.
+/// 2023, PyTorch FSDP, section 3.2.2). Then each piece is summed over its group first, and over the copies of
+/// it in the other groups, the replication group, afterwards: once a step.
+///
 /// With the options to overlap, what is reduced and gathered is started as early and waited for as late as
 /// can be, in an order that depends on the calls alone; every bit is as without.
 class ParameterStore {
@@ -63,19 +68,20 @@ class ParameterStore {
   Parameter* find(std::string_view name);
 
   /// Makes the buffers: values undefined, gradients zero. All parameters of a bucket have the same gradient
-  /// sum. `replicas` is the group that splits what is split.
-  void allocate(const Group& replicas, const StoreOptions& options);
+  /// sum. `sharding` is the group that splits what is split, and `replication` those that hold the same
+  /// pieces in other such groups; undefined where there are none.
+  void allocate(const Group& sharding, const StoreOptions& options, const Group& replication = {});
 
   /// Makes the values of a unit whole, for use, and of what stands before it and right behind it in the order
-  /// of the forward pass. Does nothing where they are. Collective over `replicas`, where they are split.
+  /// of the forward pass. Does nothing where they are. Collective over `sharding`, where they are split.
   void open_values(int64_t unit);
   void close_values(int64_t unit);
 
-  /// Says that the unit will be opened next. Collective over `replicas`, where values are split.
+  /// Says that the unit will be opened next. Collective over `sharding`, where values are split.
   void prefetch_values(int64_t unit);
 
   /// Gathers the values of a bucket that is held whole, from everyone's pieces; they may be there only when
-  /// opened, or after await_values. Collective over `replicas`.
+  /// opened, or after await_values. Collective over `sharding`.
   void gather_values(size_t bucket);
 
   /// Waits for what gather_values has begun: all, or what a unit needs (see open_values).
@@ -90,19 +96,21 @@ class ParameterStore {
   /// Makes room for a micro-batch's gradients of a unit. Does nothing where they are held whole.
   void open_gradients(int64_t unit);
 
-  /// Adds the sums over replicas of the gradients gathered since a unit was opened to the pieces, at once or
-  /// until await_gradients; the room is given up once this has been called as often as open_gradients. Does
-  /// nothing where they are held whole. Collective over `replicas`, where they are split.
+  /// Adds the sums over `sharding` of the gradients gathered since a unit was opened to the pieces, at once
+  /// or until await_gradients; the room is given up once this has been called as often as open_gradients.
+  /// Does nothing where they are held whole. Collective over `sharding`, where they are split.
   void reduce_gradients(int64_t unit);
 
   /// Says that this step adds nothing more to the gradients that are finished with this unit's backward: a
-  /// bucket of nothing else may be reduced from now on. Collective over `replicas`, where gradients overlap.
+  /// bucket of nothing else may be reduced from now on. Collective over all replicas, where gradients
+  /// overlap.
   void finish_gradients(int64_t unit);
 
-  /// Waits until the pieces have all that reduce_gradients was called for.
+  /// Ends a step's reduce_gradients: the pieces have all that it was called for, summed over `replication`
+  /// too. Collective over `replication`, where gradients are split.
   void await_gradients();
 
-  /// Sums a bucket that is held whole over `replicas`, into the pieces. Collective over `replicas`.
+  /// Sums a bucket that is held whole over all replicas, into the pieces. Collective over all replicas.
   void reduce_bucket(size_t bucket);
 
   /// Whether a bucket's gradients, or values, are held in pieces.
@@ -145,6 +153,7 @@ class ParameterStore {
   CommRequest gather(const Bucket& bucket, const Tensor& whole) const;
   CommRequest reduce(const Bucket& bucket, const Tensor& whole, const Tensor& piece) const;
   void end_oldest_reduction();
+  void start_replication();
 
   // Values that are being gathered.
   struct Arrival {
@@ -162,12 +171,14 @@ class ParameterStore {
   Context* context_;
   DType dtype_;
   StoreOptions options_;
-  Group replicas_;
+  Group sharding_;
+  Group replication_;
   std::deque<Parameter> parameters_;
   std::vector<Bucket> buckets_;
-  std::vector<int> open_gradients_;    // of each bucket: open_gradients that wait for their reduce_gradients
-  std::vector<Arrival> arrivals_;      // of each bucket
-  std::vector<CommRequest> finished_;  // of each bucket that is held whole: its reduction
+  std::vector<int> open_gradients_;     // of each bucket: open_gradients that wait for their reduce_gradients
+  std::vector<Arrival> arrivals_;       // of each bucket
+  std::vector<CommRequest> finished_;   // of each bucket that is held whole: its reduction
+  std::optional<size_t> unreplicated_;  // the bucket whose reduction goes no further than `sharding` yet
   std::vector<std::vector<int64_t>> units_;  // of each bucket: with which units its gradients are finished
   std::vector<size_t> unfinished_;           // of each bucket: how many of these are not yet
   std::map<int64_t, int64_t> needed_;        // of each unit: where what it needs ends, in elements
@@ -179,7 +190,8 @@ class ParameterStore {
   Tensor gradient_pieces_;  // of the others
 };
 
-/// A unit's values, whole for as long as this lives. Collective over the replicas, where they are split.
+/// A unit's values, whole for as long as this lives. Collective over the sharding group, where they are
+/// split.
 class OpenValues {
  public:
   OpenValues(ParameterStore& store, int64_t unit) : store_(&store), unit_(unit) { store.open_values(unit); }

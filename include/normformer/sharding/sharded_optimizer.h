@@ -19,12 +19,13 @@ struct StatePiece {
   ParameterPiece piece;
 };
 
-/// AdamW with its state sharded over the mesh's replicas: ZeRO stage 1 (Rajbhandari et al. 2020,
+/// AdamW with its state sharded over the mesh's sharding group: ZeRO stage 1 (Rajbhandari et al. 2020,
 /// section 5.1), and stages 2 and 3 over a store that holds gradients, or values too, in pieces.
 ///
 /// Each bucket of the store is cut evenly over the group; a rank sums, keeps and updates its piece of each.
 /// Master weights and moments are of the accumulator type; where the masters' type is the model's own, the
-/// store's values are the masters. Pieces need not divide evenly, and nothing is padded.
+/// store's values are the masters. Pieces need not divide evenly, and nothing is padded. Where replicas form
+/// several sharding groups, each has all of the state, with the same bits.
 class ShardedOptimizer {
  public:
   /// The store's gradients are summed over these groups of `mesh`, as their declarations say. `masters` is
@@ -51,15 +52,18 @@ class ShardedOptimizer {
   double gradient_norm(double largest);
 
   /// Updates this rank's pieces and gathers everyone's, until the store's await_values. Collective over the
-  /// replicas.
+  /// sharding group.
   void step(const ops::AdamW& update);
 
   /// Puts values that were written to the masters (by a checkpoint's reader) into the parameters of all
-  /// ranks. Collective over the replicas.
+  /// ranks. Collective over the sharding group.
   void publish_masters();
 
   /// This rank's state, parameter by parameter, whether owned or a copy.
   std::vector<StatePiece> state() const;
+
+  /// Whether this rank is the one that counts and saves its piece of a parameter, among all that hold it.
+  bool owns(const Parameter& parameter) const { return parameter.spec.owned && is_first_block_; }
 
   /// The summed gradients that this rank owns, after reduce_gradients; they share memory with the store.
   std::vector<ParameterPiece> owned_gradients() const;
@@ -74,6 +78,7 @@ class ShardedOptimizer {
   Group tensor_;
   Group embedding_;
   Group world_;
+  bool is_first_block_;
   std::vector<int64_t> state_offsets_;  // of each bucket's piece in the buffers below
   Tensor masters_;                      // undefined where the store's values are the masters
   Tensor moment1_;

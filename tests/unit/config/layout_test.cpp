@@ -112,6 +112,22 @@ TEST(ResolveLayout, EachReplicaNeedsASequence) {
       HasSubstr("fit 16 ranks (parallel.tensor x context x pipeline x data): 1 x 1 x 2 x 8, 2 x 1 x 1 x 8"));
 }
 
+TEST(ResolveLayout, ShardingGroupsMakeUpTheReplicas) {
+  RunConfig config = with_degrees(2, 1, 0);
+  config.parallel.context = 2;
+  for (const int64_t fits : {0, 1, 2, 4}) {
+    config.parallel.shard_group = fits;
+    EXPECT_EQ(resolve_layout(config, 8).parallel.shard_group, fits);
+  }
+  config.parallel.shard_group = 3;
+  EXPECT_EQ(
+      refusal(config, 8),
+      "parallel.shard_group = 3 does not divide the number of replicas, parallel.data x context = 2 x 2 = "
+      "4; what does: 1, 2, 4");
+  config.parallel.shard_group = 8;
+  EXPECT_THAT(refusal(config, 8), StartsWith("parallel.shard_group = 8 does not divide"));
+}
+
 TEST(ResolveLayout, SaysHowManyRanksWouldDo) {
   RunConfig config = small();
   config.model.heads = 1;
@@ -149,6 +165,17 @@ TEST(NearestLayout, KeepsWhatFitsAndElseTakesTheNearest) {
   const RunConfig two = nearest_layout(with_degrees(4, 1, 1), 2);
   EXPECT_EQ(two, resolve_layout(with_degrees(2, 1, 1), 2));
   EXPECT_THROW(nearest_layout(with_degrees(1, 1, 1), 1'000'000'007), ConfigError);
+}
+
+TEST(NearestLayout, KeepsShardingGroupsWhereTheyFit) {
+  RunConfig config = with_degrees(1, 1, 4);
+  config.parallel.shard_group = 2;
+  EXPECT_EQ(nearest_layout(config, 4), resolve_layout(config, 4));
+  EXPECT_EQ(nearest_layout(config, 8).parallel.shard_group, 2);
+  EXPECT_EQ(nearest_layout(config, 1).parallel.shard_group, 0);
+  config.parallel.data = 0;
+  EXPECT_EQ(nearest_layout(config, 3).parallel.data, 3);
+  EXPECT_EQ(nearest_layout(config, 3).parallel.shard_group, 0);
 }
 
 }  // namespace

@@ -121,6 +121,39 @@ TEST(Mesh, GroupsAreRightOnMeta) {
   }
 }
 
+TEST(Mesh, ReplicasFormBlocks) {
+  const MeshDegrees degrees{.tensor = 2, .context = 2, .data = 3, .pipeline = 2};
+  for (const int64_t block : {1, 2, 3}) {
+    int64_t answering = 0;
+    for (int r = 0; r < 24; ++r) {
+      const Mesh mesh(make_meta_world(r, 24), degrees, block);
+      const std::vector<int>& replicas = mesh.replicas().world_ranks();
+      const int64_t mine = mesh.replicas().rank();
+      std::vector<int> together;
+      std::vector<int> copies;
+      for (int64_t other = 0; other < 6; ++other) {
+        if (other / block == mine / block) together.push_back(replicas[static_cast<size_t>(other)]);
+        if (other % block == mine % block) copies.push_back(replicas[static_cast<size_t>(other)]);
+      }
+      EXPECT_EQ(mesh.sharding().world_ranks(), together);
+      EXPECT_EQ(mesh.sharding().rank(), mine % block);
+      EXPECT_EQ(mesh.sharding().name(), "sharding");
+      EXPECT_EQ(mesh.replication().world_ranks(), copies);
+      EXPECT_EQ(mesh.replication().rank(), mine / block);
+      EXPECT_EQ(mesh.is_first_block(), mine < block);
+      answering += mesh.is_first_block() ? 1 : 0;
+    }
+    EXPECT_EQ(answering, 24 / 6 * block);
+  }
+  for (const int64_t all : {0, 6}) {
+    const Mesh mesh(make_meta_world(7, 24), degrees, all);
+    EXPECT_EQ(mesh.sharding().name(), "replicas");
+    EXPECT_FALSE(mesh.replication().defined());
+    EXPECT_TRUE(mesh.is_first_block());
+  }
+  EXPECT_THROW(Mesh(make_meta_world(0, 24), degrees, 4), LogicError);
+}
+
 TEST(Mesh, GroupsAreRightAmongThreads) {
   for (const MeshDegrees& degrees :
        {MeshDegrees{2, 1, 2, 3}, MeshDegrees{1, 1, 1, 1}, MeshDegrees{3, 2, 1, 1}}) {

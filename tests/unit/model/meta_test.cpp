@@ -6,6 +6,8 @@
 
 #include <gtest/gtest.h>
 
+#include "normformer/mesh/layout.h"
+
 #include "small_model.h"
 
 namespace normformer::testing_support {
@@ -81,6 +83,9 @@ TEST(Meta, ForetellsSharding) {
     config.parallel.sharding = sharding;
     config.parallel.schedule = PipelineSchedule::one_f_one_b;
     expect_foretold(config, {.data = 3});
+    config.parallel.shard_group = 2;
+    expect_foretold(config, {.data = 4});
+    config.parallel.shard_group = 0;
     config.parallel.schedule = PipelineSchedule::zb_v;
     expect_foretold(config, {.tensor = 2, .data = 2, .pipeline = 2});
   }
@@ -139,6 +144,61 @@ TEST(Meta, ShardingDividesMemoryAndMultipliesTrafficByTheMicroBatches) {
   EXPECT_EQ(gradient_traffic.at("all_gather"), 2 * (layers + others));
   EXPECT_EQ(parameter_traffic.at("reduce_scatter"), 4 * (kMicroBatches * layers + others));
   EXPECT_EQ(parameter_traffic.at("all_gather"), 2 * (2 * kMicroBatches * layers + others));
+}
+
+// Hybrid sharding: memory as among the replicas of a group; what the group reduces goes over the copies once
+// a step, in pieces.
+TEST(Meta, GroupsDivideMemoryByTheirSizeAndExchangeTheirPieces) {
+  constexpr int kReplicas = 12;
+  constexpr int64_t kMicroBatches = 3;
+  RunConfig config = small_config(Precision::bf16);
+  config.model.layers = 6;
+  config.train.micro_batch = 1;
+  config.train.global_batch = kMicroBatches * kReplicas;
+  for (const int64_t group : {1, 2, 3, 4, 6}) {
+    for (const Sharding sharding : {Sharding::optimizer, Sharding::gradients, Sharding::parameters}) {
+      SCOPED_TRACE(fmt::format("sharding {} in groups of {}", static_cast<int>(sharding), group));
+      config.parallel.sharding = sharding;
+      config.parallel.shard_group = group;
+      SmallModel small(config, DeviceKind::meta, make_meta_world(5, kReplicas), {.data = kReplicas});
+      int64_t layers = 0;
+      int64_t others = 0;
+      int64_t pieces_of_layers = 0;
+      int64_t pieces = 0;
+      for (const Bucket& b : small.model.store().buckets()) {
+        EXPECT_EQ(b.piece.size(), even_part(b.size(), group, 5 % group).size());
+        (b.unit >= 0 ? layers : others) += b.size();
+        pieces += b.piece.size();
+        if (b.unit >= 0) pieces_of_layers += b.piece.size();
+      }
+      const MemoryReport at_rest = small.context.memory().report();
+      const auto held = [&](MemoryUse use) { return at_rest.live_by_use[static_cast<size_t>(use)]; };
+      const auto block = [](int64_t bytes_each, int64_t some) {
+        return some == 0 ? 0 : Allocator::size_class(bytes_each * some);
+      };
+      const auto blocks = [&](int64_t bytes_each, bool splits) {
+        return splits ? block(bytes_each, others) + block(bytes_each, pieces_of_layers)
+                      : block(bytes_each, others + layers);
+      };
+      const bool splits_values = sharding == Sharding::parameters;
+      const bool splits_gradients = sharding != Sharding::optimizer;
+      EXPECT_EQ(held(MemoryUse::optimizer), 3 * block(4, pieces));
+      EXPECT_EQ(held(MemoryUse::gradients), blocks(4, splits_gradients));
+      EXPECT_EQ(held(MemoryUse::parameters), blocks(2, splits_values));
+
+      TrafficLedger& ledger = small.model.mesh().world().ledger();
+      ledger.clear();
+      small.trainer.step();
+      std::map<std::string, int64_t> traffic;
+      for (const TrafficRecord& r : ledger.records()) traffic[r.group + " " + r.kind] += r.bytes;
+      const int64_t reduced = 4 * ((splits_gradients ? kMicroBatches : 1) * layers + others);
+      const int64_t gathered = 2 * ((splits_values ? 2 * kMicroBatches : 1) * layers + others);
+      EXPECT_EQ(traffic["sharding reduce_scatter"], group > 1 ? reduced : 0);
+      EXPECT_EQ(traffic["sharding all_gather"], group > 1 ? gathered : 0);
+      EXPECT_EQ(traffic["replication all_reduce"], 4 * pieces);
+      EXPECT_EQ(traffic.count("data reduce_scatter") + traffic.count("data all_gather"), 0u);
+    }
+  }
 }
 
 TEST(Meta, ForetellsSequenceParallelism) {

@@ -50,7 +50,7 @@ struct SmallModel {
   SmallModel(const RunConfig& c, DeviceKind device, const Group& world, const MeshDegrees& degrees = {})
       : config(c),
         context(device),
-        model(context, Mesh(world, degrees), config, true),
+        model(context, Mesh(world, degrees, c.parallel.shard_group), config, true),
         trainer(model, config, [this](int64_t f, int64_t n) { return counted_batch(config, f, n); }) {
     trainer.initialise();
   }

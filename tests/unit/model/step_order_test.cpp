@@ -73,9 +73,14 @@ TEST(StepOrder, IsSoundInEveryLayout) {
           SCOPED_TRACE(fmt::format("{}, schedule {}, sharding {}, recompute {}, sequence {}",
                                    to_string(degrees), static_cast<int>(schedule), static_cast<int>(sharding),
                                    static_cast<int>(recompute), sequence));
-          const RunConfig config = config_of(schedule, sharding, recompute, sequence);
+          RunConfig config = config_of(schedule, sharding, recompute, sequence);
           EXPECT_NO_THROW(check_launch_order(on_meta(config, degrees)));
           ++layouts;
+          if (degrees.data != 4) continue;
+          for (const int64_t group : {1, 2}) {
+            config.parallel.shard_group = group;
+            EXPECT_NO_THROW(check_launch_order(on_meta(config, degrees))) << "in groups of " << group;
+          }
         }
       }
     }
@@ -130,7 +135,11 @@ TEST(StepOrder, OfRealRanksIsThatOfMeta) {
     expect_meta_as_real(config_of(schedule, Sharding::optimizer, Recompute::selective, true),
                         {.tensor = 2, .data = 2, .pipeline = 2});
   for (const Sharding sharding : kShardings) {
-    const RunConfig config = config_of(PipelineSchedule::one_f_one_b, sharding, Recompute::full, false);
+    RunConfig config = config_of(PipelineSchedule::one_f_one_b, sharding, Recompute::full, false);
+    config.parallel.shard_group = 2;
+    expect_meta_as_real(config, {.data = 4});
+    expect_meta_as_real(config, {.context = 2, .data = 2});
+    config.parallel.shard_group = 0;
     expect_meta_as_real(config, {.data = 4});
     expect_meta_as_real(config, {.tensor = 2, .data = 3});
     expect_meta_as_real(config, {.data = 2, .pipeline = 3});
