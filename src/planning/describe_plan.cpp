@@ -56,14 +56,16 @@ std::string describe_model(const Plan& plan) {
   const ParallelConfig& p = c.parallel;
   const std::string schedule =
       p.pipeline == 1 ? "" : fmt::format(", schedule {}", toml_value(c, "parallel.schedule"));
+  const std::string context = p.context == 1 ? "" : fmt::format(" context {} x", p.context);
+  const std::string groups = p.shard_group == 0 ? "" : fmt::format(" in groups of {}", p.shard_group);
   return fmt::format(
       "parameters  {} ({}), precision {}, recompute {}\n"
-      "layout      tensor {}{} x pipeline {} x data {}{}, sharding {}\n"
+      "layout      tensor {}{} x{} pipeline {} x data {}{}, sharding {}{}\n"
       "batch       {} sequences of {} tokens; micro-batches of {}, {} a step on each replica\n",
       with_prefix(static_cast<double>(plan.parameters)), grouped(plan.parameters),
       toml_value(c, "train.precision"), toml_value(c, "train.recompute"), p.tensor,
-      p.sequence && p.tensor > 1 ? " with sequence" : "", p.pipeline, p.data, schedule,
-      toml_value(c, "parallel.sharding"), c.train.global_batch, c.model.length, c.train.micro_batch,
+      p.sequence && p.tensor > 1 ? " with sequence" : "", context, p.pipeline, p.data, schedule,
+      toml_value(c, "parallel.sharding"), groups, c.train.global_batch, c.model.length, c.train.micro_batch,
       plan.micro_batches);
 }
 
@@ -124,10 +126,10 @@ std::string describe_sharding(const Plan& plan) {
       static_cast<double>(plan.sharding->bytes) / static_cast<double>(plan.sharding->bytes_of_optimizer);
   const bool parameters = plan.config.parallel.sharding == Sharding::parameters;
   return fmt::format(
-      "sharding: {} moves {} over the data group, {:.1f} times what \"optimizer\" (ZeRO-1) does, as "
+      "sharding: {} moves {} over the {} group, {:.1f} times what \"optimizer\" (ZeRO-1) does, as "
       "gradients are reduced{} for each of {} micro-batches{}\n",
-      toml_value(plan.config, "parallel.sharding"), with_unit(plan.sharding->bytes), factor,
-      parameters ? " and weights gathered" : "", plan.micro_batches,
+      toml_value(plan.config, "parallel.sharding"), with_unit(plan.sharding->bytes), plan.sharding->group,
+      factor, parameters ? " and weights gathered" : "", plan.micro_batches,
       plan.pipeline ? ": a pipeline, which wants many micro-batches, is better off with \"optimizer\"" : "");
 }
 

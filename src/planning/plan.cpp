@@ -13,13 +13,6 @@ namespace normformer {
 
 namespace {
 
-MeshDegrees degrees_of(const RunConfig& config) {
-  return {.tensor = config.parallel.tensor,
-          .context = 1,
-          .data = config.parallel.data,
-          .pipeline = config.parallel.pipeline};
-}
-
 // Samples of the right size; on meta nobody reads them.
 Batch blank_batch(const RunConfig& config, int64_t sequences) {
   const auto tokens = static_cast<size_t>(sequences * config.model.length);
@@ -40,7 +33,7 @@ struct PlannedRank {
   PlannedRank(const RunConfig& c, int64_t rank, int64_t ranks)
       : config(c),
         world(make_meta_world(static_cast<int>(rank), static_cast<int>(ranks))),
-        model(context, Mesh(world, degrees_of(config)), config, true),
+        model(context, make_mesh(world, config.parallel), config, true),
         trainer(model, config, [this](int64_t, int64_t count) { return blank_batch(config, count); }) {}
 
   RunConfig config;
@@ -73,14 +66,15 @@ RankPlan run_step(PlannedRank& planned, std::vector<TrafficEvent>* events) {
 
 // Even parts give the first ranks of an axis the most and the last ones the least.
 std::vector<int64_t> ranks_to_run(const RunConfig& config, int64_t ranks, int64_t most_ranks) {
-  const MeshDegrees degrees = degrees_of(config);
+  const MeshDegrees degrees = mesh_degrees(config.parallel);
   std::vector<int64_t> chosen;
   for (int64_t rank = 0; rank < ranks; ++rank) {
     const MeshCoordinates at = coordinates_of(degrees, rank);
     const auto at_an_end = [](int64_t coordinate, int64_t degree) {
       return coordinate == 0 || coordinate == degree - 1;
     };
-    if (ranks <= most_ranks || (at_an_end(at.tensor, degrees.tensor) && at_an_end(at.data, degrees.data)))
+    if (ranks <= most_ranks || (at_an_end(at.tensor, degrees.tensor) && at_an_end(at.data, degrees.data) &&
+                                at_an_end(at.context, degrees.context)))
       chosen.push_back(rank);
   }
   return chosen;
@@ -140,7 +134,7 @@ void time_part(Context& context, LanguageModelStage& part, size_t number, StageT
   times.backward_weight[number] = spent();
 }
 
-// Gradients reduced and weights gathered over the replicas.
+// Gradients reduced and weights gathered over the ranks that split them.
 int64_t bytes_of_sharding(const RankPlan& rank, const std::string& group) {
   int64_t bytes = 0;
   for (const TrafficRecord& r : rank.traffic) {
@@ -153,8 +147,9 @@ ShardingPlan plan_sharding(const Plan& plan) {
   RunConfig config = plan.config;
   config.parallel.sharding = Sharding::optimizer;
   PlannedRank planned(config, plan.busiest.rank, plan.ranks);
-  const std::string& group = planned.model.mesh().data().name();
-  return {.bytes = bytes_of_sharding(plan.busiest, group),
+  const std::string& group = planned.model.mesh().sharding().name();
+  return {.group = group,
+          .bytes = bytes_of_sharding(plan.busiest, group),
           .bytes_of_optimizer = bytes_of_sharding(run_step(planned, nullptr), group)};
 }
 
@@ -185,7 +180,8 @@ Plan make_plan(const RunConfig& config, int64_t ranks, int64_t most_ranks) {
     if (schedule.num_stages() > 1) plan.pipeline = plan_pipeline(config, schedule);
   }
   plan.order.violation = violation_of(events);
-  if (config.parallel.sharding != Sharding::optimizer && config.parallel.data > 1 && plan.micro_batches > 1)
+  const bool splits = config.parallel.data * config.parallel.context > 1 && config.parallel.shard_group != 1;
+  if (config.parallel.sharding != Sharding::optimizer && splits && plan.micro_batches > 1)
     plan.sharding = plan_sharding(plan);
   return plan;
 }
@@ -195,7 +191,7 @@ StageTimes flops_of_parts(const RunConfig& config) {
   StageTimes times{.forward = std::vector<double>(parts),
                    .backward_input = std::vector<double>(parts),
                    .backward_weight = std::vector<double>(parts)};
-  const MeshDegrees degrees = degrees_of(config);
+  const MeshDegrees degrees = mesh_degrees(config.parallel);
   const Schedule schedule = make_schedule(config.parallel, degrees.pipeline, 0);
   for (int64_t stage = 0; stage < degrees.pipeline; ++stage) {
     PlannedRank planned(config, world_rank_of(degrees, {.pipeline = stage}), num_ranks(degrees));

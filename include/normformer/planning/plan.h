@@ -39,8 +39,10 @@ struct PipelinePlan {
   double barrier_share = 0;    ///< barrier_cost as a share of the step
 };
 
-/// How much more sharding.gradients or .parameters moves over the data group than sharding.optimizer.
+/// How much more sharding.gradients or .parameters moves over the ranks that split them than
+/// sharding.optimizer.
 struct ShardingPlan {
+  std::string group;               ///< the name of their group
   int64_t bytes = 0;               ///< of the busiest rank's gradients and weights, a step
   int64_t bytes_of_optimizer = 0;  ///< the same under sharding.optimizer
 };

@@ -27,15 +27,8 @@ RunConfig config_of(int64_t tensor, int64_t pipeline, int64_t data) {
   return config;
 }
 
-MeshDegrees degrees_of(const RunConfig& config) {
-  return {.tensor = config.parallel.tensor,
-          .context = 1,
-          .data = config.parallel.data,
-          .pipeline = config.parallel.pipeline};
-}
-
 Plan plan_of(const RunConfig& config, int64_t most_ranks = 64) {
-  return make_plan(config, num_ranks(degrees_of(config)), most_ranks);
+  return make_plan(config, num_ranks(mesh_degrees(config.parallel)), most_ranks);
 }
 
 int64_t held(const RankPlan& rank, MemoryUse use) {
@@ -46,8 +39,8 @@ int64_t held(const RankPlan& rank, MemoryUse use) {
 std::map<int64_t, RankPlan> real_ranks(const RunConfig& config) {
   std::map<int64_t, RankPlan> ranks;
   std::mutex mutex;
-  run_local_world(static_cast<int>(num_ranks(degrees_of(config))), [&](const Group& world) {
-    SmallModel small(config, DeviceKind::cpu, world, degrees_of(config));
+  run_local_world(static_cast<int>(num_ranks(mesh_degrees(config.parallel))), [&](const Group& world) {
+    SmallModel small(config, DeviceKind::cpu, world, mesh_degrees(config.parallel));
     world.ledger().clear();
     small.context.costs().clear();
     small.trainer.step();
@@ -63,9 +56,16 @@ std::map<int64_t, RankPlan> real_ranks(const RunConfig& config) {
 }
 
 TEST(Plan, IsWhatRealRanksUse) {
-  for (RunConfig config : {config_of(2, 2, 1), config_of(1, 2, 2), config_of(1, 1, 3), config_of(3, 1, 1)}) {
+  RunConfig with_context = config_of(2, 1, 2);
+  with_context.parallel.context = 2;
+  RunConfig in_groups = config_of(1, 1, 4);
+  in_groups.parallel.shard_group = 2;
+  RunConfig in_groups_of_context = with_context;
+  in_groups_of_context.parallel.shard_group = 2;
+  for (RunConfig config : {config_of(2, 2, 1), config_of(1, 2, 2), config_of(1, 1, 3), config_of(3, 1, 1),
+                           with_context, in_groups, in_groups_of_context}) {
     config.parallel.sharding = config.parallel.data > 1 ? Sharding::gradients : Sharding::optimizer;
-    SCOPED_TRACE(to_string(degrees_of(config)));
+    SCOPED_TRACE(to_string(mesh_degrees(config.parallel)));
     const Plan plan = plan_of(config);
     const auto real = real_ranks(config);
     ASSERT_EQ(static_cast<int64_t>(plan.stages.size()), config.parallel.pipeline);
@@ -146,6 +146,14 @@ TEST(Plan, SaysWhatSharingGradientsAndWeightsCosts) {
   const ShardingPlan parameters = plan_with(Sharding::parameters).sharding.value();
   EXPECT_EQ(parameters.bytes, 4 * (3 * layers + others) + 2 * (2 * 3 * layers + others));
   EXPECT_EQ(parameters.bytes_of_optimizer, gradients.bytes_of_optimizer);
+  EXPECT_EQ(parameters.group, "data");
+  config.parallel.shard_group = 2;
+  const ShardingPlan in_groups = plan_with(Sharding::parameters).sharding.value();
+  EXPECT_EQ(in_groups.bytes, 4 * (3 * layers + others) + 2 * (2 * 3 * layers + others));
+  EXPECT_EQ(in_groups.group, "sharding");
+  config.parallel.shard_group = 1;
+  EXPECT_FALSE(plan_with(Sharding::parameters).sharding.has_value());
+  config.parallel.shard_group = 0;
   config.train.global_batch = 4;
   EXPECT_FALSE(plan_with(Sharding::parameters).sharding.has_value());
 }
@@ -211,6 +219,13 @@ TEST(Plan, ReadsAsText) {
   EXPECT_THAT(text, HasSubstr("of all 8 ranks fit together"));
   EXPECT_THAT(text, HasSubstr("sharding: \"gradients\" moves "));
   EXPECT_THAT(text, HasSubstr("gradients are reduced for each of 3 micro-batches: a pipeline"));
+  EXPECT_THAT(text, HasSubstr(" over the data group, "));
+  config.parallel.context = config.parallel.shard_group = 2;
+  const std::string hybrid = describe(plan_of(config));
+  EXPECT_THAT(hybrid, HasSubstr("layout      tensor 2 x context 2 x pipeline 2 x data 2, schedule \"1f1b\", "
+                                "sharding \"gradients\" in groups of 2\n"));
+  EXPECT_THAT(hybrid, HasSubstr(" over the sharding group, "));
+  EXPECT_THAT(hybrid, HasSubstr("\n  replication all_reduce "));
   plan.parameters = 1234567890;
   plan.order.violation = "ranks 0 and 1 do not agree";
   EXPECT_THAT(describe(plan), HasSubstr("(1,234,567,890)"));
