@@ -140,8 +140,9 @@ std::string describe_order(const Plan& plan) {
   const std::string which =
       order.ranks == plan.ranks
           ? fmt::format("all {} ranks", plan.ranks)
-          : fmt::format("{} of {} ranks (the first and last of tensor and data groups, of every stage)",
-                        order.ranks, plan.ranks);
+          : fmt::format(
+                "{} of {} ranks (the first and last of tensor, context and data groups, of every stage)",
+                order.ranks, plan.ranks);
   return fmt::format("order of calls: sound; the {} calls of {} fit together\n", grouped(order.calls), which);
 }
 

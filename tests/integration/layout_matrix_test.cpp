@@ -51,6 +51,7 @@ constexpr std::array<int64_t, 4> kTensor{1, 2, 3, 4};
 constexpr std::array<int64_t, 3> kData{1, 2, 3};
 constexpr std::array<int64_t, 2> kContext{1, 2};
 constexpr std::array<Sharding, 3> kSharding{Sharding::optimizer, Sharding::gradients, Sharding::parameters};
+constexpr std::array<int64_t, 3> kShardGroup{0, 1, 2};  // 0 is all
 constexpr std::array<std::pair<Recompute, int64_t>, 4> kRecompute{
     {{Recompute::none, 0}, {Recompute::selective, 0}, {Recompute::full, 0}, {Recompute::full, 1}}};
 constexpr std::array<int64_t, 3> kMicroBatch{1, 2, 3};
@@ -94,6 +95,7 @@ enum Factor : size_t {
   form,
   overlap,
   context,
+  shard_group,
   kFactors
 };
 using Choice = std::array<size_t, kFactors>;
@@ -103,7 +105,8 @@ std::array<size_t, kFactors> levels() {
           pipelines().size(), kData.size(),
           kSharding.size(),   kRecompute.size(),
           kMicroBatch.size(), kForm.size(),
-          kOverlap.size(),    kContext.size()};
+          kOverlap.size(),    kContext.size(),
+          kShardGroup.size()};
 }
 
 MeshDegrees degrees_of(const Choice& c) {
@@ -136,6 +139,7 @@ RunConfig config_of(const Choice& c) {
   config.parallel.interleave_group = p.interleave_group;
   config.parallel.split = p.split;
   config.parallel.sharding = kSharding[c[sharding]];
+  config.parallel.shard_group = kShardGroup[c[shard_group]];
   config.parallel.bucket_mib = kSmallBuckets;
   set_overlap(config.parallel, kOverlap[c[overlap]]);
   return config;
@@ -154,6 +158,12 @@ std::set<Pair> pairs_of(const Choice& c) {
   return pairs;
 }
 
+// Groups of replicas that make up all of them.
+bool groups_fit(const Choice& c) {
+  const int64_t group = kShardGroup[c[shard_group]];
+  return group == 0 || kData[c[data]] * kContext[c[context]] % group == 0;
+}
+
 // All choices that need no more ranks than there may be.
 std::vector<Choice> possible_choices() {
   std::vector<Choice> all{{}};
@@ -167,7 +177,7 @@ std::vector<Choice> possible_choices() {
     }
     all = std::move(longer);
   }
-  std::erase_if(all, [](const Choice& c) { return num_ranks(degrees_of(c)) > kMostRanks; });
+  std::erase_if(all, [](const Choice& c) { return num_ranks(degrees_of(c)) > kMostRanks || !groups_fit(c); });
   return all;
 }
 
@@ -275,7 +285,10 @@ TEST(LayoutMatrix, BucketsRecomputationAndOverlapChangeNoBit) {
   Choice with_context{};
   with_context[context] = with_context[data] = 1;
   with_context[pipeline] = 5;
-  for (const Choice& c : {with_tensor, with_context}) {
+  Choice with_groups{};
+  with_groups[context] = with_groups[data] = 1;
+  with_groups[shard_group] = 2;
+  for (const Choice& c : {with_tensor, with_context, with_groups}) {
     for (const Precision precision : {Precision::fp32, Precision::bf16, Precision::fp16_memory_efficient}) {
       for (const Sharding sharding : kSharding) {
         RunConfig config = config_of(c);

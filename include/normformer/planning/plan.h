@@ -70,8 +70,8 @@ struct Plan {
 };
 
 /// Runs one step of every rank on meta; of more than `most_ranks` those that are first or last in their
-/// tensor and data groups, of every stage: the others hold and do as much or less. `config` is resolved for
-/// `ranks` and has a vocabulary. Reads no data.
+/// tensor, context and data groups, of every stage: the others hold and do as much or less. `config` is
+/// resolved for `ranks` and has a vocabulary. Reads no data.
 Plan make_plan(const RunConfig& config, int64_t ranks, int64_t most_ranks = 64);
 
 /// The times of every part of the model for one micro-batch, in FLOPs: what a plan simulates its pipeline

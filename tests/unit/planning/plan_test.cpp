@@ -159,7 +159,10 @@ TEST(Plan, SaysWhatSharingGradientsAndWeightsCosts) {
 }
 
 TEST(Plan, OfSomeRanksIsThatOfAll) {
-  for (RunConfig config : {config_of(4, 2, 3), config_of(5, 1, 4), config_of(3, 4, 3)}) {
+  RunConfig in_groups = config_of(1, 1, 3);
+  in_groups.parallel.context = in_groups.parallel.shard_group = 3;
+  in_groups.parallel.sharding = Sharding::parameters;
+  for (RunConfig config : {config_of(4, 2, 3), config_of(5, 1, 4), config_of(3, 4, 3), in_groups}) {
     config.parallel.sequence = config.parallel.tensor == 4;
     const Plan all = plan_of(config);
     const Plan some = plan_of(config, 1);
