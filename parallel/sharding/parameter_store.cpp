@@ -134,6 +134,7 @@ void ParameterStore::allocate(const Group& sharding, const StoreOptions& options
   open_gradients_.assign(buckets_.size(), 0);
   arrivals_.resize(buckets_.size());
   finished_.resize(buckets_.size());
+  replicated_.assign(buckets_.size(), false);
   find_order_of_use();
   const auto values_split = [this](const Bucket& b) { return splits_values(b); };
   const auto gradients_split = [this](const Bucket& b) { return splits_gradients(b); };
@@ -291,35 +292,68 @@ void ParameterStore::end_oldest_reduction() {
   Reduction& oldest = reductions_.front();
   oldest.request.wait();
   add(*context_, oldest.sum, oldest.bucket->gradient_piece);
+  const Bucket& bucket = *oldest.bucket;
   reductions_.pop_front();
+  replicate_finished(bucket.unit);
+}
+
+// Behind the last of a finished unit's reductions, that is never sooner on one rank than on another.
+void ParameterStore::replicate_finished(int64_t unit) {
+  if (!finished_units_.contains(unit)) return;
+  for_each_split(unit, &ParameterStore::splits_gradients, [&](Bucket& b) {
+    const bool is_under_way = std::any_of(reductions_.begin(), reductions_.end(),
+                                          [&](const Reduction& r) { return r.bucket == &b; });
+    if (!is_under_way) start_replication(static_cast<size_t>(&b - buckets_.data()));
+  });
 }
 
 void ParameterStore::await_gradients() {
   while (!reductions_.empty()) end_oldest_reduction();
-  if (replication_.defined() && gradient_pieces_.numel() > 0)
-    replication_.all_reduce(*context_, gradient_pieces_, ReduceOp::sum);
+  for (size_t i = 0; i < buckets_.size(); ++i) {
+    if (splits_gradients(buckets_[i])) start_replication(i);
+  }
+  while (!replications_.empty()) end_oldest_replication();
+  replicated_.assign(buckets_.size(), false);
+}
+
+// A bucket that is held in pieces, once: its pieces have all of the step's gradients.
+void ParameterStore::start_replication(size_t bucket) {
+  if (!replication_.defined() || replicated_[bucket]) return;
+  replicated_[bucket] = true;
+  const Tensor& piece = buckets_[bucket].gradient_piece;
+  if (!options_.overlap_gradients) return replication_.all_reduce(*context_, piece, ReduceOp::sum);
+  replications_.push_back(replication_.start_all_reduce_sum(*context_, piece));
+  while (replications_.size() > kMostReductions) end_oldest_replication();
+}
+
+void ParameterStore::end_oldest_replication() {
+  replications_.front().wait();
+  replications_.pop_front();
 }
 
 void ParameterStore::count_unfinished() {
   unfinished_.clear();
+  finished_units_.clear();
   for (const std::vector<int64_t>& units : units_) unfinished_.push_back(units.size());
 }
 
 void ParameterStore::finish_gradients(int64_t unit) {
   if (!options_.overlap_gradients) return;
+  finished_units_.insert(unit);
+  replicate_finished(unit);
   for (size_t i = buckets_.size(); i-- > 0;) {
     const Bucket& b = buckets_[i];
     // What is summed over other groups first waits for the end.
     if (splits_gradients(b) || b.sum_over.tensor || b.sum_over.embedding || !b.sum_over.replicas) continue;
     if (!std::binary_search(units_[i].begin(), units_[i].end(), unit) || --unfinished_[i] > 0) continue;
     finished_[i] = reduce(b, b.gradients, b.gradient_piece);
-    start_replication();
+    replicate_previous();
     unreplicated_ = i;
   }
 }
 
 // One bucket behind: while a bucket is summed over the sharding group, the one before it is over the copies.
-void ParameterStore::start_replication() {
+void ParameterStore::replicate_previous() {
   if (!replication_.defined() || !unreplicated_) return;
   CommRequest& request = finished_[*unreplicated_];
   request.wait();
@@ -329,7 +363,7 @@ void ParameterStore::start_replication() {
 
 void ParameterStore::reduce_bucket(size_t bucket) {
   const Bucket& b = buckets_[bucket];
-  start_replication();
+  replicate_previous();
   if (finished_[bucket].pending()) return finished_[bucket].wait();
   sharding_.reduce_scatter_sum(*context_, b.gradients, b.gradient_piece, b.counts);
   if (replication_.defined()) replication_.all_reduce(*context_, b.gradient_piece, ReduceOp::sum);

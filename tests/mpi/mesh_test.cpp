@@ -10,9 +10,9 @@ namespace {
 using testing::mpi_world;
 
 // The groups that each rank of a real world forms are those that the arithmetic on meta foretells.
-void expect_as_on_meta(const MeshDegrees& degrees) {
-  const Mesh real(mpi_world(), degrees);
-  const Mesh meta(make_meta_world(mpi_world().rank(), mpi_world().size()), degrees);
+void expect_as_on_meta(const MeshDegrees& degrees, int64_t shard_group = 0) {
+  const Mesh real(mpi_world(), degrees, shard_group);
+  const Mesh meta(make_meta_world(mpi_world().rank(), mpi_world().size()), degrees, shard_group);
   const auto expect_alike = [](const Group& ours, const Group& foretold) {
     ASSERT_EQ(ours.defined(), foretold.defined());
     if (!ours.defined()) return;
@@ -25,6 +25,8 @@ void expect_as_on_meta(const MeshDegrees& degrees) {
   expect_alike(real.data(), meta.data());
   expect_alike(real.pipeline(), meta.pipeline());
   expect_alike(real.replicas(), meta.replicas());
+  expect_alike(real.sharding(), meta.sharding());
+  expect_alike(real.replication(), meta.replication());
   expect_alike(real.model(), meta.model());
   expect_alike(real.embedding(), meta.embedding());
 }
@@ -37,6 +39,8 @@ TEST(MeshOverMpi, FormsTheGroupsForetold) {
   if (n % 2 == 0) {
     expect_as_on_meta({.tensor = 2, .pipeline = n / 2});
     expect_as_on_meta({.context = 2, .data = n / 2});
+    expect_as_on_meta({.data = n}, 2);
+    expect_as_on_meta({.context = 2, .data = n / 2}, n / 2);
   }
 }
 

@@ -52,6 +52,7 @@ TEST(OracleOverMpi, SchedulesShardingAndRecomputationGiveTheSame) {
       {.degrees = {.pipeline = 2}, .schedule = S::zb_v},
       {.degrees = {.data = 3}, .sharding = Sharding::gradients},
       {.degrees = {.context = 4}, .recompute = Recompute::full},
+      {.degrees = {.data = 4}, .sharding = Sharding::parameters, .shard_group = 2},
       {.degrees = {.context = 2, .data = 2}, .sharding = Sharding::parameters},
       {.degrees = {.tensor = 2, .context = 2, .pipeline = 2}, .sequence = true, .schedule = S::zb_h1},
       {.degrees = {.pipeline = 3}, .schedule = S::zb_h2, .recompute = Recompute::selective},

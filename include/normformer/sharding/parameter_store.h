@@ -4,6 +4,7 @@
 #include <deque>
 #include <map>
 #include <optional>
+#include <set>
 #include <string_view>
 #include <vector>
 
@@ -102,8 +103,8 @@ class ParameterStore {
   void reduce_gradients(int64_t unit);
 
   /// Says that this step adds nothing more to the gradients that are finished with this unit's backward: a
-  /// bucket of nothing else may be reduced from now on. Collective over all replicas, where gradients
-  /// overlap.
+  /// bucket of nothing else may be reduced from now on, and its pieces over `replication`. Collective over
+  /// all replicas, where gradients overlap.
   void finish_gradients(int64_t unit);
 
   /// Ends a step's reduce_gradients: the pieces have all that it was called for, summed over `replication`
@@ -153,7 +154,10 @@ class ParameterStore {
   CommRequest gather(const Bucket& bucket, const Tensor& whole) const;
   CommRequest reduce(const Bucket& bucket, const Tensor& whole, const Tensor& piece) const;
   void end_oldest_reduction();
-  void start_replication();
+  void replicate_previous();
+  void replicate_finished(int64_t unit);
+  void start_replication(size_t bucket);
+  void end_oldest_replication();
 
   // Values that are being gathered.
   struct Arrival {
@@ -183,6 +187,9 @@ class ParameterStore {
   std::vector<size_t> unfinished_;           // of each bucket: how many of these are not yet
   std::map<int64_t, int64_t> needed_;        // of each unit: where what it needs ends, in elements
   std::deque<Reduction> reductions_;         // the oldest first
+  std::set<int64_t> finished_units_;         // of this step
+  std::vector<bool> replicated_;          // of each bucket that is split: whether its sum over copies began
+  std::deque<CommRequest> replications_;  // of buckets that are split, the oldest first
   int64_t flat_size_ = 0;
   Tensor values_;           // of whole buckets
   Tensor gradients_;        // of whole buckets

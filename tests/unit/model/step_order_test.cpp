@@ -88,6 +88,27 @@ TEST(StepOrder, IsSoundInEveryLayout) {
   EXPECT_GT(layouts, 200);
 }
 
+// Sums over copies do not wait for the end of the backward, where gradients overlap.
+TEST(StepOrder, CopiesAreSummedBesideTheBackward) {
+  for (const Sharding sharding : kShardings) {
+    RunConfig config = config_of(PipelineSchedule::one_f_one_b, sharding, Recompute::none, false);
+    config.parallel.shard_group = 2;
+    for (const bool overlap : {true, false}) {
+      SCOPED_TRACE(fmt::format("sharding {}, overlap {}", static_cast<int>(sharding), overlap));
+      config.parallel.overlap_gradients = overlap;
+      const std::vector<TrafficEvent> events =
+          events_of_a_step(config, DeviceKind::meta, make_meta_world(3, 4), {.data = 4});
+      size_t last_reduction = 0;
+      for (size_t i = 0; i < events.size(); ++i)
+        if (events[i].kind == "reduce_scatter") last_reduction = i;
+      int64_t beside = 0;
+      for (size_t i = 0; i < last_reduction; ++i)
+        beside += events[i].group->name == "replication" && events[i].start > 0 && events[i].kind != "wait";
+      EXPECT_EQ(beside > 3, overlap) << beside;
+    }
+  }
+}
+
 // A breach that the check must see in a real step: one rank leaves out, doubles or exchanges a call.
 TEST(StepOrder, AChangedCallOfAStepIsSeen) {
   const RunConfig config = config_of(PipelineSchedule::zb_v, Sharding::gradients, Recompute::none, true);
