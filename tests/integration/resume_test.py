@@ -46,7 +46,13 @@ class Resume(unittest.TestCase):
         run(["train", straight], ranks, expect=0)
         stopped = folder.config("stopped", **settings)
         wanted = rng.randrange(1, updates - 1)
-        code = stop_at(stopped, ranks, folder.path / "stopped", wanted)
+        for _ in range(6):
+            code = stop_at(stopped, ranks, folder.path / "stopped", wanted)
+            if code != 0:
+                break
+            # On a busy machine the run may end before the signal comes: aim earlier.
+            subprocess.run(["rm", "-rf", folder.path / "stopped"], check=True)
+            wanted //= 2
         with self.subTest(layout=degrees, precision=precision, stopped=wanted):
             self.assertEqual(code, 75)
             self.assertLess(metrics(folder.path / "stopped")[-1]["update"], updates)
