@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "normformer/core/error.h"
@@ -65,6 +66,9 @@ class NeighbourPlaces {
   int64_t sent_at(const Message& message) const { return sent_.at(message); }
   int64_t received_at(const Message& message) const { return received_.at(message); }
 
+  /// Of every message to this rank: sent_at.
+  const std::map<Message, int64_t>& sent() const { return sent_; }
+
  private:
   void read_list(const Schedule& schedule, int64_t neighbour, int64_t stage) {
     int64_t index = 0;
@@ -84,28 +88,66 @@ class NeighbourPlaces {
 class ScheduleRun {
  public:
   ScheduleRun(Context& context, const Group& pipeline, const Schedule& schedule,
-              std::span<Stage* const> parts, bool receive_ahead)
+              std::span<Stage* const> parts, bool receive_ahead, const BeginAgain* begin_again)
       : context_(context),
         pipeline_(pipeline),
         schedule_(schedule),
         parts_(parts),
         receive_ahead_(receive_ahead),
+        begin_again_(begin_again),
         rank_(pipeline.rank()),
         neighbours_(schedule, rank_),
         saved_(static_cast<size_t>(schedule.chunks * schedule.micro_batches)) {}
 
   void run() {
     const std::vector<Action>& actions = schedule_.stages[static_cast<size_t>(rank_)];
+    size_t begin = 0;
+    if (begin_again_ != nullptr) {
+      const std::vector<size_t> places = places_to_ask(schedule_);
+      begin = places[static_cast<size_t>(rank_)];
+      run_actions({actions.data(), begin});
+      if ((*begin_again_)()) {
+        drop_all(places);
+        begin = 0;
+      }
+    }
+    run_actions(std::span(actions).subspan(begin));
+    for (Sent& sent : sent_) sent.request.wait();
+  }
+
+ private:
+  void run_actions(std::span<const Action> actions) {
     for (size_t i = 0; i < actions.size(); ++i) {
       const Tensor received = receive(actions[i]);
       if (receive_ahead_ && i + 1 < actions.size()) start_receive(actions[i + 1]);
       const Tensor returned = compute(actions[i], received);
       if (actions[i].kind != ActionKind::backward_weight) send(actions[i], returned);
     }
-    for (Sent& sent : sent_) sent.request.wait();
   }
 
- private:
+  // What others have sent before their places and this rank has not received before its own is received in
+  // the order sent. Theirs have come before anything of the second try can, and so has what this rank has
+  // sent been received when a neighbour sends again.
+  void drop_all(const std::vector<size_t>& places) {
+    const auto& actions = schedule_.stages[static_cast<size_t>(rank_)];
+    std::map<Message, int64_t> on_their_way;
+    for (const auto& [message, sent_at] : neighbours_.sent()) {
+      if (message.from != rank_ && sent_at < static_cast<int64_t>(places[static_cast<size_t>(message.from)]))
+        on_their_way.emplace(message, sent_at);
+    }
+    for (size_t i = 0; i < places[static_cast<size_t>(rank_)]; ++i) {
+      if (const auto message = received_by(schedule_, rank_, actions[i])) on_their_way.erase(*message);
+    }
+    std::vector<std::pair<int64_t, Message>> in_order;
+    for (const auto& [message, sent_at] : on_their_way) in_order.emplace_back(sent_at, message);
+    std::sort(in_order.begin(), in_order.end());
+    for (const auto& [sent_at, message] : in_order)
+      receive_boundary(context_, pipeline_, *parts_[static_cast<size_t>(message.chunk)], message);
+    for (Sent& sent : sent_) sent.received_at = -1;
+    for (auto& saved : saved_) saved.reset();
+    own_ = {};
+  }
+
   struct Sent {
     int64_t to;
     int64_t received_at;  // the place in the receiver's list
@@ -201,6 +243,7 @@ class ScheduleRun {
   const Schedule& schedule_;
   std::span<Stage* const> parts_;
   bool receive_ahead_;
+  const BeginAgain* begin_again_;  // null where nobody asks
   int64_t rank_;
   NeighbourPlaces neighbours_;
   std::vector<std::unique_ptr<Stage::Saved>> saved_;  // [chunk][micro_batch]
@@ -270,17 +313,55 @@ class ForwardRun {
   OwnMessages own_;
 };
 
-}  // namespace
-
-void run_schedule(Context& context, const Group& pipeline, const Schedule& schedule,
-                  std::span<Stage* const> parts, bool receive_ahead) {
+void check_and_run(Context& context, const Group& pipeline, const Schedule& schedule,
+                   std::span<Stage* const> parts, bool receive_ahead, const BeginAgain* begin_again) {
   check_schedule(schedule);
   NF_CHECK(pipeline.size() == schedule.num_stages(), "a schedule of {} stages on {} ranks",
            schedule.num_stages(), pipeline.size());
   NF_CHECK(static_cast<int64_t>(parts.size()) == schedule.chunks, "{} parts for {} chunks", parts.size(),
            schedule.chunks);
   const TraceScope scope(context, TraceKind::step, "forward and backward");
-  ScheduleRun(context, pipeline, schedule, parts, receive_ahead).run();
+  ScheduleRun(context, pipeline, schedule, parts, receive_ahead, begin_again).run();
+}
+
+}  // namespace
+
+std::vector<size_t> places_to_ask(const Schedule& schedule) {
+  // Where in its sender's list a message is sent.
+  std::map<Message, size_t> sent_at;
+  std::vector<size_t> places;
+  for (int64_t s = 0; s < schedule.num_stages(); ++s) {
+    const std::vector<Action>& actions = schedule.stages[static_cast<size_t>(s)];
+    for (size_t i = 0; i < actions.size(); ++i)
+      if (const auto message = sent_by(schedule, s, actions[i])) sent_at.emplace(*message, i);
+    const auto first = std::find_if(actions.begin(), actions.end(), [&](const Action& action) {
+      return action.kind != ActionKind::forward || schedule.part(s, action.chunk) == schedule.num_parts() - 1;
+    });
+    places.push_back(static_cast<size_t>(first - actions.begin()));
+  }
+  // Each place that moves may move others.
+  for (bool moved = true; std::exchange(moved, false);) {
+    for (int64_t s = 0; s < schedule.num_stages(); ++s) {
+      size_t& place = places[static_cast<size_t>(s)];
+      for (size_t i = 0; i < place; ++i) {
+        const auto message = received_by(schedule, s, schedule.stages[static_cast<size_t>(s)][i]);
+        if (!message || sent_at.at(*message) < places[static_cast<size_t>(message->from)]) continue;
+        place = i;
+        moved = true;
+      }
+    }
+  }
+  return places;
+}
+
+void run_schedule(Context& context, const Group& pipeline, const Schedule& schedule,
+                  std::span<Stage* const> parts, bool receive_ahead) {
+  check_and_run(context, pipeline, schedule, parts, receive_ahead, nullptr);
+}
+
+void run_schedule(Context& context, const Group& pipeline, const Schedule& schedule,
+                  std::span<Stage* const> parts, bool receive_ahead, const BeginAgain& begin_again) {
+  check_and_run(context, pipeline, schedule, parts, receive_ahead, &begin_again);
 }
 
 void run_schedule(Context& context, const Group& pipeline, const Schedule& schedule, Stage& stage) {

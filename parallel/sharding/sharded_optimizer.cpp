@@ -9,7 +9,6 @@ ShardedOptimizer::ShardedOptimizer(ParameterStore& store, DType masters, const M
     : store_(&store),
       tensor_(mesh.tensor()),
       embedding_(mesh.embedding()),
-      world_(mesh.world()),
       is_first_block_(mesh.is_first_block()) {
   int64_t total = 0;
   for (const Bucket& bucket : store.buckets()) {
@@ -115,23 +114,31 @@ std::vector<Tensor> ShardedOptimizer::owned_runs() const {
   return tensors;
 }
 
-double ShardedOptimizer::largest_gradient() {
-  const TraceScope scope(store_->context(), TraceKind::step, "largest gradient");
+double largest_of(std::span<const GradientSize> sizes) {
   double largest = 0.0;
-  for (const Tensor& run : owned_runs()) {
-    largest = std::max(largest, ops::absolute_max(store_->context(), run));
-  }
-  return world_.all_reduce(largest, ReduceOp::max);
+  for (const GradientSize& size : sizes) largest = std::max(largest, size.largest);
+  return largest;
 }
 
-double ShardedOptimizer::gradient_norm(double largest) {
+double norm_of(std::span<const GradientSize> sizes) {
+  const double largest = largest_of(sizes);
   if (!std::isfinite(largest)) return std::numeric_limits<double>::infinity();
-  const TraceScope scope(store_->context(), TraceKind::step, "gradient norm");
   ops::OrderFreeSumOfSquares squares(largest);
-  for (const Tensor& run : owned_runs()) squares.add(store_->context(), run);
-  auto bins = squares.bins();
-  for (double& bin : bins) bin = world_.all_reduce(bin, ReduceOp::sum);
-  return std::sqrt(ops::OrderFreeSumOfSquares::value(bins));
+  for (const GradientSize& size : sizes) squares.add_bins(size.largest, size.bins);
+  return std::sqrt(squares.value());
+}
+
+GradientSize ShardedOptimizer::gradient_size() {
+  const TraceScope scope(store_->context(), TraceKind::step, "size of gradients");
+  const std::vector<Tensor> runs = owned_runs();
+  GradientSize size;
+  for (const Tensor& run : runs)
+    size.largest = std::max(size.largest, ops::absolute_max(store_->context(), run));
+  if (!std::isfinite(size.largest)) return size;
+  ops::OrderFreeSumOfSquares squares(size.largest);
+  for (const Tensor& run : runs) squares.add(store_->context(), run);
+  size.bins = squares.bins();
+  return size;
 }
 
 void ShardedOptimizer::step(const ops::AdamW& update) {
@@ -144,6 +151,34 @@ void ShardedOptimizer::step(const ops::AdamW& update) {
                moment2_.flat(state_offsets_[i], b.piece.size()), b.value_piece);
     if (!store_->splits_values(b)) store_->gather_values(i);
   }
+}
+
+Tensor ShardedOptimizer::kept_master(size_t bucket) const {
+  return kept_masters_.flat(state_offsets_[bucket], store_->buckets()[bucket].piece.size());
+}
+
+void ShardedOptimizer::keep() {
+  Context& context = store_->context();
+  const TraceScope scope(context, TraceKind::step, "keep weights");
+  if (!kept_masters_.defined()) {
+    const DType type = masters_.defined() ? masters_.dtype() : store_->dtype();
+    kept_masters_ = context.empty(moment1_.shape(), type, MemoryUse::optimizer);
+    kept_moment1_ = context.empty(moment1_.shape(), moment1_.dtype(), MemoryUse::optimizer);
+    kept_moment2_ = context.empty(moment2_.shape(), moment2_.dtype(), MemoryUse::optimizer);
+  }
+  for (size_t i = 0; i < store_->buckets().size(); ++i) copy(context, master(i), kept_master(i));
+  copy(context, moment1_, kept_moment1_);
+  copy(context, moment2_, kept_moment2_);
+}
+
+void ShardedOptimizer::restore() {
+  Context& context = store_->context();
+  const TraceScope scope(context, TraceKind::step, "take the update back");
+  NF_CHECK(kept_masters_.defined(), "an update is taken back, but nothing was kept");
+  store_->await_values();  // pieces are on their way to others
+  for (size_t i = 0; i < store_->buckets().size(); ++i) copy(context, kept_master(i), master(i));
+  copy(context, kept_moment1_, moment1_);
+  copy(context, kept_moment2_, moment2_);
 }
 
 void ShardedOptimizer::publish_masters() {

@@ -118,6 +118,11 @@ void check_device(const RunConfig& c, std::vector<Conflict>& found) {
                      "device.cuda_graphs = true needs parallel.sharding = \"optimizer\": the others reduce "
                      "gradients behind every micro-batch"});
   }
+  if (c.device.cuda_graphs && c.optimizer.optimistic) {
+    found.push_back({{"device.cuda_graphs", "optimizer.optimistic"},
+                     "optimizer.optimistic = true makes a micro-batch's forward again where an update was "
+                     "wrong, which device.cuda_graphs = true has no graph of: leave out one of them"});
+  }
 }
 
 void check_loss_scale(const TrainConfig& t, std::vector<Conflict>& found) {

@@ -252,6 +252,10 @@ void add_optimizer(std::vector<Field>& all) {
   s.choice("eps_form", &O::eps_form, {{AdamEps::torch, "torch"}, {AdamEps::fairseq, "fairseq"}},
            "eps added to sqrt of the corrected second moment (torch) or of the uncorrected one (fairseq)");
   s.real("clip_norm", &O::clip_norm, {0}, "largest global gradient norm; 0 means none");
+  s.boolean(
+      "optimistic", &O::optimistic,
+      "update before the norm of all gradients is known, and take back what was wrong: no barrier between "
+      "steps, for a copy of the optimizer's state");
   s.integer("warmup_updates", &O::warmup_updates, {0}, "updates over which the learning rate rises from 0");
   s.choice("decay", &O::decay,
            {{DecayStyle::constant, "constant"},

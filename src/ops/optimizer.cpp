@@ -41,21 +41,37 @@ double absolute_max(Context& context, const Tensor& x) {
   return NF_ON_DEVICE(absolute_max, context, x);
 }
 
-OrderFreeSumOfSquares::OrderFreeSumOfSquares(double largest) {
-  NF_CHECK(largest >= 0.0 && largest < 0x1p490, "squares of numbers up to {} cannot be summed", largest);
-  // largest^2 < 2^top. With 2^32 terms every sum of cuts at 2^(k - 52) stays below 2^(k + 1) where the terms
-  // are below 2^(k - 32): it is a multiple of 2^(k - 52) that fits the 53 bits of a double, so adding is
-  // exact. What a cut leaves is at most half of 2^(k - 52), which gives the next k: 2^(k' - 32) = 2^(k - 53).
-  constexpr int kTermBits = 32;
-  constexpr int kCut = 53 - kTermBits;
-  constexpr int kLeast = -1022;  // cuts at the smallest subnormal number: nothing is left
+namespace {
+
+// With 2^32 terms every sum of cuts at 2^(k - 52) stays below 2^(k + 1) where the terms are below 2^(k - 32):
+// it is a multiple of 2^(k - 52) that fits the 53 bits of a double, so adding is exact. What a cut leaves is
+// at most half of 2^(k - 52), which gives the next k: 2^(k' - 32) = 2^(k - 53).
+constexpr int kTermBits = 32;
+constexpr int kCut = 53 - kTermBits;
+constexpr int kMostExponent = 490;
+constexpr int kTop = 2 * kMostExponent + kTermBits;  // the grid's highest k
+constexpr int kLeast = -1022;                        // cuts at the smallest subnormal number: nothing is left
+
+// k of the grid's places: a sum that begins further down cuts its terms as one that begins higher up does,
+// since the cuts in between are 0.
+double anchor_at(int place) { return std::ldexp(1.5, std::max(kLeast, kTop - place * kCut)); }
+
+// The lowest place whose terms may be as large as largest^2.
+int first_place(double largest) {
+  constexpr int kLast = (kTop - kLeast) / kCut + 1;
+  if (largest == 0.0) return kLast;
   int exponent = 0;
-  std::frexp(largest, &exponent);
-  const int top = largest == 0.0 ? 2 * kLeast : 2 * exponent;
-  for (int b = 0; b < kBins; ++b) {
-    const int k = std::max(kLeast, top + kTermBits - b * kCut);
-    anchors_[static_cast<size_t>(b)] = std::ldexp(1.5, k);
-  }
+  std::frexp(largest, &exponent);  // largest^2 < 2^(2 exponent)
+  return std::min(kLast, (kTop - kTermBits - 2 * exponent) / kCut);
+}
+
+}  // namespace
+
+OrderFreeSumOfSquares::OrderFreeSumOfSquares(double largest) {
+  NF_CHECK(largest >= 0.0 && largest < std::ldexp(1.0, kMostExponent),
+           "squares of numbers up to {} cannot be summed", largest);
+  first_ = first_place(largest);
+  for (int b = 0; b < kBins; ++b) anchors_[static_cast<size_t>(b)] = anchor_at(first_ + b);
 }
 
 void OrderFreeSumOfSquares::add(Context& context, const Tensor& x) {
@@ -68,8 +84,17 @@ void OrderFreeSumOfSquares::add(Context& context, const Tensor& x) {
   NF_ON_DEVICE(add_cut_squares, context, x, anchors_, bins_);
 }
 
-double OrderFreeSumOfSquares::value(const std::array<double, kBins>& bins) {
-  return (bins[2] + bins[1]) + bins[0];
+void OrderFreeSumOfSquares::add_bins(double largest, const Bins& bins) {
+  const int first = first_place(largest);
+  NF_CHECK(first >= first_, "bins of numbers up to {} do not fit", largest);
+  for (int b = first - first_; b < kBins; ++b)
+    bins_[static_cast<size_t>(b)] += bins[static_cast<size_t>(b - (first - first_))];
+}
+
+double OrderFreeSumOfSquares::value() const {
+  double sum = 0.0;
+  for (size_t b = kBins; b-- > 0;) sum += bins_[b];
+  return sum;
 }
 
 }  // namespace normformer::ops

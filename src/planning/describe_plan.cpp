@@ -116,8 +116,11 @@ std::string describe_work(const Plan& plan) {
              "pipeline: the bubble is {:.1f} % of all ranks' time of a step, were times in proportion to "
              "FLOPs "
              "and messages free; the barrier between steps (norm and finiteness of all gradients come before "
-             "any update) costs {:.1f} % of the step\n",
-             100 * plan.pipeline->bubble_fraction, 100 * plan.pipeline->barrier_share);
+             "any update) costs {:.1f} % of the step{}\n",
+             100 * plan.pipeline->bubble_fraction, 100 * plan.pipeline->barrier_share,
+             plan.config.optimizer.optimistic
+                 ? ", which optimizer.optimistic = true saves in steps whose update stands"
+                 : "");
 }
 
 std::string describe_sharding(const Plan& plan) {

@@ -100,6 +100,7 @@ void MetricsFile::write_step(const TrainingCounters& counters, const StepReport&
   line["gradient_norm"] = number(report.gradient_norm);
   line["lr"] = report.lr;
   line["skipped"] = report.skipped;
+  if (report.redone) line["redone"] = true;
   if (counters.loss_scale.value > 0.0) {
     line["loss_scale"] = report.loss_scale;
     line["overflows"] = counters.loss_scale.overflows;

@@ -39,6 +39,12 @@ class TrainingRun {
   void restore();
   void dump_gradients();
   void step();
+  void settle();
+  void enter(const std::optional<FinishedStep>& step);
+  bool has_to_settle() const;
+  bool is_due(int64_t every) const;
+  std::string limit_reached(const FinishedStep& step) const;
+  void say_redone();
   void show_profile();
   void validate();
   void save();
@@ -63,7 +69,11 @@ class TrainingRun {
   std::optional<StatusLine> status_;    // rank 0 only
   Profiler profiler_;
   Speedometer speedometer_;
-  int64_t saved_at_ = -1;  // batch index of the newest checkpoint
+  int64_t saved_at_ = -1;     // batch index of the newest checkpoint
+  bool skipped_ = false;      // of the step entered last
+  bool stop_wanted_ = false;  // on any rank, in that step
+  int64_t steps_ = 0;         // of this process
+  int64_t redone_ = 0;
 };
 
 TrainingRun::TrainingRun(const RunConfig& config, const RunOptions& options, Context& context,
@@ -183,30 +193,66 @@ void TrainingRun::dump_gradients() {
 }
 
 void TrainingRun::step() {
-  const TrainingCounters& counters = trainer_->counters();
-  const int64_t update = counters.updates + 1;
+  const int64_t update = trainer_->counters().updates + 1;
   if (ledger_) ledger_->begin_update(update);
   profiler_.before_update(update);
-  const StepReport report = trainer_->step();
+  enter(trainer_->advance([this] { return signal_.requested(); }));
+  if (update == options_.profile.last) settle();
   if (profiler_.after_update(update)) show_profile();
+}
+
+void TrainingRun::settle() { enter(trainer_->settle()); }
+
+// Whether weights and counters are needed, or may be, as they are behind the step made last.
+bool TrainingRun::has_to_settle() const {
+  return !config_.optimizer.optimistic || stop_wanted_ ||
+         trainer_->counters().updates >= config_.train.updates || is_due(config_.train.valid_every) ||
+         is_due(config_.checkpoint.every);
+}
+
+bool TrainingRun::is_due(int64_t every) const {
+  return every > 0 && trainer_->counters().updates % every == 0;
+}
+
+void TrainingRun::enter(const std::optional<FinishedStep>& step) {
+  if (!step) return;
+  const StepReport& report = step->report;
+  const TrainingCounters& counters = step->counters;
+  skipped_ = report.skipped;
+  stop_wanted_ = step->stop_wanted;
+  ++steps_;
+  redone_ += report.redone ? 1 : 0;
   const Speed speed = speedometer_.enter_step(report.tokens, config_.train.updates - counters.updates);
   if (metrics_) metrics_->write_step(counters, report, speed);
   if (status_) status_->show_step(counters, report, speed);
-  if (counters.skipped_in_a_row >= config_.train.max_skipped) {
-    throw AgreedError(
-        ExitCode::numeric,
-        fmt::format("{} updates in a row had gradients that are not finite (train.max_skipped): lower "
-                    "optimizer.lr, lengthen optimizer.warmup_updates or set optimizer.clip_norm",
-                    counters.skipped_in_a_row));
+  const std::string limit = limit_reached(*step);
+  if (limit.empty()) return;
+  trainer_->settle();  // so that nothing is on its way when all ranks leave
+  throw AgreedError(ExitCode::numeric, limit);
+}
+
+// Why the run must end behind this step; empty where it may go on.
+std::string TrainingRun::limit_reached(const FinishedStep& step) const {
+  if (step.counters.skipped_in_a_row >= config_.train.max_skipped) {
+    return fmt::format(
+        "{} updates in a row had gradients that are not finite (train.max_skipped): lower "
+        "optimizer.lr, lengthen optimizer.warmup_updates or set optimizer.clip_norm",
+        step.counters.skipped_in_a_row);
   }
-  if (report.skipped && counters.loss_scale.factor() < config_.train.loss_scale_min) {
-    throw AgreedError(
-        ExitCode::numeric,
-        fmt::format("after {} overflows the loss scale fell below {} (train.loss_scale_min): lower "
-                    "optimizer.lr, set optimizer.clip_norm or write train.precision = \"bf16\", whose range "
-                    "is that of fp32",
-                    counters.loss_scale.overflows, config_.train.loss_scale_min));
+  if (step.report.skipped && step.counters.loss_scale.factor() < config_.train.loss_scale_min) {
+    return fmt::format(
+        "after {} overflows the loss scale fell below {} (train.loss_scale_min): lower "
+        "optimizer.lr, set optimizer.clip_norm or write train.precision = \"bf16\", whose range "
+        "is that of fp32",
+        step.counters.loss_scale.overflows, config_.train.loss_scale_min);
   }
+  return {};
+}
+
+void TrainingRun::say_redone() {
+  if (!config_.optimizer.optimistic) return;
+  say(fmt::format("{} of {} updates were wrong and made again or taken back (optimizer.optimistic)", redone_,
+                  steps_));
 }
 
 void TrainingRun::show_profile() {
@@ -275,23 +321,28 @@ ExitCode TrainingRun::run() {
   }
   if (is_root()) metrics_.emplace(folder_.metrics(), trainer_->counters());
 
-  const auto is_due = [&](int64_t every) { return every > 0 && trainer_->counters().updates % every == 0; };
   bool validated = false;
   speedometer_.resume();
   while (trainer_->counters().updates < config_.train.updates) {
     step();
-    validated = is_due(config_.train.valid_every);
+    if (!has_to_settle()) continue;
+    settle();
+    // A step that was skipped has left nothing to look at or to save.
+    validated = !skipped_ && is_due(config_.train.valid_every);
+    const bool saves = !skipped_ && is_due(config_.checkpoint.every);
     if (validated) validate();
     const bool stops = stop_is_wanted();
-    if (stops || is_due(config_.checkpoint.every)) save();
+    if (stops || saves) save();
     if (stops) {
+      say_redone();
       say("stopped cleanly; the same command with --resume goes on from here");
       return ExitCode::stopped;
     }
-    if (validated || is_due(config_.checkpoint.every)) speedometer_.resume();
+    if (validated || saves) speedometer_.resume();
   }
   if (!validated) validate();
   if (saved_at_ != trainer_->counters().batch_index) save();
+  say_redone();
   return ExitCode::success;
 }
 

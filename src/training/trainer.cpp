@@ -1,7 +1,9 @@
 #include "normformer/training/trainer.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <span>
 
 #include "normformer/mesh/layout.h"
 #include "normformer/model/parts.h"
@@ -96,6 +98,7 @@ Trainer::Trainer(ModelInstance& model, const RunConfig& config, BatchSource sour
 Trainer::~Trainer() = default;
 
 void Trainer::set_counters(const TrainingCounters& counters) {
+  NF_CHECK(!unsettled_, "counters are set while a step is not settled");
   counters_ = counters;
   counters_.loss_scale = start_loss_scale(loss_scale_rule_, counters.loss_scale);
   graphed_.clear();
@@ -107,6 +110,7 @@ void Trainer::initialise() {
 }
 
 void Trainer::weights_changed() {
+  NF_CHECK(!unsettled_, "weights are changed while a step is not settled");
   optimizer_.publish_masters();
   model_.prepare();
 }
@@ -137,40 +141,164 @@ std::vector<Stage*> Trainer::pipeline_parts() {
   return parts;
 }
 
-StepReport Trainer::compute_gradients() {
+namespace {
+
+// What a rank tells all others about its gradients.
+struct RankNumbers {
+  double loss_sum = 0.0;
+  double wants_stop = 0.0;
+  GradientSize gradients = {};
+
+  static constexpr size_t kCount = 3 + ops::OrderFreeSumOfSquares::kBins;
+  std::array<double, kCount> packed() const;
+  static RankNumbers unpacked(std::span<const double> numbers);
+};
+
+std::array<double, RankNumbers::kCount> RankNumbers::packed() const {
+  std::array<double, kCount> numbers = {loss_sum, wants_stop, gradients.largest};
+  std::copy(gradients.bins.begin(), gradients.bins.end(), numbers.begin() + 3);
+  return numbers;
+}
+
+RankNumbers RankNumbers::unpacked(std::span<const double> numbers) {
+  RankNumbers made{numbers[0], numbers[1], {numbers[2], {}}};
+  std::copy(numbers.begin() + 3, numbers.end(), made.gradients.bins.begin());
+  return made;
+}
+
+}  // namespace
+
+// This rank's gradients are there: starts to gather what all ranks must know before the update may stand.
+void Trainer::agree_on_gradients(Unsettled& step, const std::function<bool()>& wants_stop) {
+  const RankNumbers mine{.loss_sum = model_.answers_for_loss() ? model_.loss_sum() : 0.0,
+                         .wants_stop = wants_stop && wants_stop() ? 1.0 : 0.0,
+                         .gradients = optimizer_.gradient_size()};
+  step.request = model_.mesh().world().start_gather(model_.context(), mine.packed(), step.numbers);
+}
+
+// Waits for the numbers of all ranks; everyone draws the same conclusions.
+void Trainer::conclude(Unsettled& step) const {
+  step.request.wait();
+  double loss_sum = 0.0;
+  std::vector<GradientSize> sizes;
+  const std::span<const double> numbers(step.numbers);
+  for (size_t at = 0; at < numbers.size(); at += RankNumbers::kCount) {
+    const RankNumbers rank = RankNumbers::unpacked(numbers.subspan(at, RankNumbers::kCount));
+    loss_sum += rank.loss_sum;
+    step.stop_wanted = step.stop_wanted || rank.wants_stop > 0.0;
+    sizes.push_back(rank.gradients);
+  }
+  StepReport& report = step.report;
+  report.loss = loss_sum / static_cast<double>(std::max<int64_t>(1, report.tokens));
+  report.gradient_norm = norm_of(sizes) * report.gradient_factor();
+  report.skipped = !std::isfinite(largest_of(sizes)) || !std::isfinite(report.loss);
+}
+
+// Gradients of the next batch, with all ranks in step.
+void Trainer::compute_at_once(Unsettled& step, const std::function<bool()>& wants_stop) {
   const Group& world = model_.mesh().world();
   std::vector<MicroBatch> batches;
   run_agreed(world, [&] { batches = next_micro_batches(); });
-  StepReport report;
-  report.loss_scale = counters_.loss_scale.factor();
-  report.tokens = world.all_reduce_sum(counted_targets(model_, batches));
-
+  step.report.tokens = world.all_reduce_sum(counted_targets(model_, batches));
   model_.store().zero_gradients();
   model_.set_micro_batches(batches);
   run_schedule(model_.context(), model_.mesh().pipeline(), schedule_, pipeline_parts(),
                config_.parallel.overlap_pipeline);
   optimizer_.reduce_gradients();
+  agree_on_gradients(step, wants_stop);
+}
 
-  const double loss_sum =
-      world.all_reduce(model_.answers_for_loss() ? model_.loss_sum() : 0.0, ReduceOp::sum);
-  report.loss = loss_sum / static_cast<double>(std::max<int64_t>(1, report.tokens));
-  return report;
+// Gradients of the next batch, begun with weights that may be wrong; the step before is settled on the way.
+std::optional<FinishedStep> Trainer::compute_before_settling(Unsettled& step,
+                                                             const std::function<bool()>& wants_stop) {
+  std::vector<MicroBatch> batches = next_micro_batches();
+  const auto counted = static_cast<double>(counted_targets(model_, batches));
+  std::vector<double> counts;
+  CommRequest counting = model_.mesh().world().start_gather(model_.context(), {&counted, 1}, counts);
+  model_.set_micro_batches(batches);
+  std::optional<FinishedStep> finished;
+  const auto begin_again = [&] {
+    finished = settle();
+    model_.store().zero_gradients();  // not before: a wrong update was to be made again with them
+    if (!finished || !finished->report.redone) return false;
+    for (MicroBatch& batch : batches) batch.loss_scale = counters_.loss_scale.factor();
+    model_.set_micro_batches(batches);
+    return true;
+  };
+  run_schedule(model_.context(), model_.mesh().pipeline(), schedule_, pipeline_parts(),
+               config_.parallel.overlap_pipeline, begin_again);
+  optimizer_.reduce_gradients();
+  counting.wait();
+  for (const double count : counts) step.report.tokens += static_cast<int64_t>(count);
+  agree_on_gradients(step, wants_stop);
+  return finished;
+}
+
+StepReport Trainer::compute_gradients() {
+  NF_CHECK(!unsettled_, "gradients are computed while a step is not settled");
+  Unsettled step;
+  step.report.loss_scale = counters_.loss_scale.factor();
+  compute_at_once(step, {});
+  conclude(step);
+  return step.report;
 }
 
 StepReport Trainer::step() {
+  NF_CHECK(!unsettled_, "a step begins while one is not settled");
+  const std::optional<FinishedStep> finished = advance();
+  return finished ? finished->report : settle()->report;
+}
+
+std::optional<FinishedStep> Trainer::advance(const std::function<bool()>& wants_stop) {
   const TraceScope scope(model_.context(), TraceKind::step, "step");
-  StepReport report = compute_gradients();
-  const double largest = optimizer_.largest_gradient();
-  report.gradient_norm = optimizer_.gradient_norm(largest) * report.gradient_factor();
-  report.skipped = !std::isfinite(largest) || !std::isfinite(report.loss);
-  report.lr = learning_rate(config_.optimizer, config_.train.updates, counters_.updates + 1);
-  if (!report.skipped) update_weights(report);
-  count(report);
-  return report;
+  auto step = std::make_unique<Unsettled>();
+  std::optional<FinishedStep> finished;
+  if (config_.optimizer.optimistic)
+    finished = compute_before_settling(*step, wants_stop);
+  else
+    compute_at_once(*step, wants_stop);
+  step->before = counters_;
+  step->report.loss_scale = counters_.loss_scale.factor();
+  step->report.lr = learning_rate(config_.optimizer, config_.train.updates, counters_.updates + 1);
+  if (!config_.optimizer.optimistic) {
+    conclude(*step);
+    if (!step->report.skipped) update_weights(step->report, clip_factor(step->report));
+    return finish(*step);
+  }
+  optimizer_.keep();
+  update_weights(step->report, 1.0);
+  count(step->report);
+  unsettled_ = std::move(step);
+  return finished;
+}
+
+std::optional<FinishedStep> Trainer::settle() {
+  if (!unsettled_) return std::nullopt;
+  const TraceScope scope(model_.context(), TraceKind::step, "settle the update");
+  const std::unique_ptr<Unsettled> step = std::move(unsettled_);
+  conclude(*step);
+  StepReport& report = step->report;
+  const double clip = clip_factor(report);
+  report.redone = report.skipped || clip != 1.0;
+  counters_ = step->before;
+  if (report.redone) {
+    optimizer_.restore();
+    if (report.skipped)
+      weights_changed();
+    else
+      update_weights(report, clip);
+  }
+  return finish(*step);
+}
+
+FinishedStep Trainer::finish(Unsettled& step) {
+  count(step.report);
+  return {step.report, counters_, step.stop_wanted};
 }
 
 void Trainer::count(const StepReport& report) {
   counters_.batch_index += 1;
+  counters_.updates += report.skipped ? 0 : 1;
   counters_.tokens += report.tokens;
   const bool diverged = report.skipped && !loss_scale_rule_.active();
   counters_.skipped_in_a_row = diverged ? counters_.skipped_in_a_row + 1 : 0;
@@ -180,19 +308,23 @@ void Trainer::count(const StepReport& report) {
   if (counters_.loss_scale.value != scale) graphed_.clear();
 }
 
-void Trainer::update_weights(StepReport& report) {
+// torch.nn.utils.clip_grad_norm_: the factor is max / (norm + 1e-6), at most 1.
+double Trainer::clip_factor(const StepReport& report) const {
+  const double largest = config_.optimizer.clip_norm;
+  return largest > 0.0 ? std::min(1.0, largest / (report.gradient_norm + 1e-6)) : 1.0;
+}
+
+// The update behind the one that the counters tell.
+void Trainer::update_weights(const StepReport& report, double clip) {
   const OptimizerConfig& o = config_.optimizer;
-  ops::AdamW update{.lr = report.lr,
-                    .beta1 = o.beta1,
-                    .beta2 = o.beta2,
-                    .eps = o.eps,
-                    .weight_decay = o.weight_decay,
-                    .grad_factor = report.gradient_factor(),
-                    .update = ++counters_.updates,
-                    .fairseq_eps = o.eps_form == AdamEps::fairseq};
-  // torch.nn.utils.clip_grad_norm_: the factor is max / (norm + 1e-6), at most 1.
-  if (o.clip_norm > 0.0) update.grad_factor *= std::min(1.0, o.clip_norm / (report.gradient_norm + 1e-6));
-  optimizer_.step(update);
+  optimizer_.step({.lr = report.lr,
+                   .beta1 = o.beta1,
+                   .beta2 = o.beta2,
+                   .eps = o.eps,
+                   .weight_decay = o.weight_decay,
+                   .grad_factor = report.gradient_factor() * clip,
+                   .update = counters_.updates + 1,
+                   .fairseq_eps = o.eps_form == AdamEps::fairseq});
   model_.prepare();
 }
 

@@ -156,7 +156,8 @@ struct OptimizerConfig {
   double eps = 1e-8;
   double weight_decay = 0.01;  ///< decoupled, on every parameter as in the paper
   AdamEps eps_form = AdamEps::torch;
-  double clip_norm = 0.0;  ///< largest global gradient norm; 0 means none
+  double clip_norm = 0.0;   ///< largest global gradient norm; 0 means none
+  bool optimistic = false;  ///< update before the gradients' norm is known, and take back what was wrong
   int64_t warmup_updates = 0;
   DecayStyle decay = DecayStyle::linear;
   int64_t decay_updates = 0;  ///< updates until min_lr is reached; 0 means train.updates

@@ -32,31 +32,38 @@ void adamw(Context& context, const AdamW& step, const Tensor& gradient, const Te
 /// The largest |x|; +inf where any element is infinite or not a number; 0 for no elements and on meta.
 double absolute_max(Context& context, const Tensor& x);
 
-/// A sum of squares that does not depend on the order or grouping of its terms: each term is cut at fixed
-/// multiples of powers of two below an agreed anchor, and the cuts are added exactly (Demmel, Nguyen,
-/// "Parallel reproducible summation", IEEE Trans. Comput. 64, 2015). Sums over shards, buckets and ranks
-/// therefore have the same bits in every grouping. Absolute error: below 2^-60 of
+/// A sum of squares that does not depend on the order or grouping of its terms: each term is cut at multiples
+/// of powers of two out of one fixed grid, beginning where the largest term asks for it, and the cuts are
+/// added exactly (Demmel, Nguyen, "Parallel reproducible summation", IEEE Trans. Comput. 64, 2015). Sums over
+/// shards, buckets and ranks therefore have the same bits in every grouping, and nobody needs to know the
+/// largest term of all before he adds his own: see add_bins. Absolute error: below 2^-60 of
 /// largest^2 for each term, and of fp64 values the rounding of each square.
 class OrderFreeSumOfSquares {
  public:
-  static constexpr int kBins = 3;
+  static constexpr int kBins = 4;
+  using Bins = std::array<double, kBins>;
 
-  /// `largest` bounds |x| of every element that will be added anywhere; all ranks pass the same. LogicError
+  /// `largest` bounds |x| of every element that will be added. LogicError
   /// unless 0 <= largest < 2^490: above that fp64 has no room for the sum.
   explicit OrderFreeSumOfSquares(double largest);
 
   /// Adds the squares of x's elements (f32 or f64). At most 2^32 elements over all ranks.
   void add(Context& context, const Tensor& x);
 
-  /// The exact partial sums; add those of several ranks element by element, in any order.
-  std::array<double, kBins> bins() const { return bins_; }
+  /// Adds what another sum holds whose `largest` is at most this one's: exact, whatever the order. With the
+  /// largest of all, the result has the bits that adding every element here would give.
+  void add_bins(double largest, const Bins& bins);
 
-  /// The sum of squares that bins (added over ranks) stand for.
-  static double value(const std::array<double, kBins>& bins);
+  /// The exact partial sums, of use together with the `largest` that they were made with.
+  const Bins& bins() const { return bins_; }
+
+  /// The sum of squares.
+  double value() const;
 
  private:
-  std::array<double, kBins> anchors_{};  // 1.5 * 2^k: adding and subtracting one cuts a term at 2^(k - 52)
-  std::array<double, kBins> bins_{};
+  int first_ = 0;   // the grid's place of the first bin, counted downwards
+  Bins anchors_{};  // 1.5 * 2^k: adding and subtracting one cuts a term at 2^(k - 52)
+  Bins bins_{};
 };
 
 }  // namespace normformer::ops

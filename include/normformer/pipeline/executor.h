@@ -1,7 +1,10 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <span>
+#include <vector>
 
 #include "normformer/comm/group.h"
 #include "normformer/pipeline/schedule.h"
@@ -26,6 +29,22 @@ namespace normformer {
 /// of a part leaves the neighbours waiting; whoever runs the ranks ends them. Collective over `pipeline`.
 void run_schedule(Context& context, const Group& pipeline, const Schedule& schedule,
                   std::span<Stage* const> parts, bool receive_ahead = false);
+
+/// Asked once a run, behind forwards only: whether what was computed so far is void, because weights have
+/// changed. All ranks of the pipeline must answer alike. It may communicate, though not over the pipeline.
+using BeginAgain = std::function<bool()>;
+
+/// Where each rank of a pipeline asks: the place in its list of the first action that may add to gradients
+/// (any but a forward, and the last part's forward, which makes the loss' gradient) or that takes what
+/// another rank sends behind its own place.
+std::vector<size_t> places_to_ask(const Schedule& schedule);
+
+/// As above with receive_ahead as given, for forwards that are begun before it is known whether the weights
+/// will stand (optimistic update with post-validation; Qi et al. 2024, section 4). Before its place in
+/// places_to_ask each rank calls `begin_again`. Where that says so, it receives and drops what others have
+/// sent to it, destroys all that was saved and begins its list anew. Collective over `pipeline`.
+void run_schedule(Context& context, const Group& pipeline, const Schedule& schedule,
+                  std::span<Stage* const> parts, bool receive_ahead, const BeginAgain& begin_again);
 
 /// As above, for schedules of one chunk.
 void run_schedule(Context& context, const Group& pipeline, const Schedule& schedule, Stage& stage);

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <span>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,19 @@ struct StatePiece {
   StateRole role;
   ParameterPiece piece;
 };
+
+/// How large gradients are that one rank owns, without the others' knowledge.
+struct GradientSize {
+  double largest = 0.0;                        ///< |x|; +inf where any is not finite
+  ops::OrderFreeSumOfSquares::Bins bins = {};  ///< of the squares, below `largest`; 0 where that is infinite
+};
+
+/// The largest of all; +inf where any is not finite.
+double largest_of(std::span<const GradientSize> sizes);
+
+/// The 2-norm of all gradients, from those of every rank: the same bits in every grouping of the same
+/// gradients. +inf where any is not finite.
+double norm_of(std::span<const GradientSize> sizes);
 
 /// AdamW with its state sharded over the mesh's sharding group: ZeRO stage 1 (Rajbhandari et al. 2020,
 /// section 5.1), and stages 2 and 3 over a store that holds gradients, or values too, in pieces.
@@ -42,18 +56,20 @@ class ShardedOptimizer {
   /// world.
   void reduce_gradients();
 
-  /// The largest |gradient| of the model, agreed by all ranks; +inf where any is not finite. Collective over
-  /// the world.
-  double largest_gradient();
-
-  /// The 2-norm of all gradients, each scalar of the model counted once whoever holds it, with the same bits
-  /// in every grouping of the same gradients. `largest` as agreed by largest_gradient. Collective over the
-  /// world.
-  double gradient_norm(double largest);
+  /// Of the gradients that this rank owns, after reduce_gradients: over all ranks each scalar of the model is
+  /// counted once, whoever holds it.
+  GradientSize gradient_size();
 
   /// Updates this rank's pieces and gathers everyone's, until the store's await_values. Collective over the
   /// sharding group.
   void step(const ops::AdamW& update);
+
+  /// Copies this rank's state to where restore finds it; the first call makes room for the copy.
+  void keep();
+
+  /// Puts back the state that was kept. What stands in the parameters is of no use then until step or
+  /// publish_masters.
+  void restore();
 
   /// Puts values that were written to the masters (by a checkpoint's reader) into the parameters of all
   /// ranks. Collective over the sharding group.
@@ -73,16 +89,19 @@ class ShardedOptimizer {
   void for_each_run(Visit&& visit) const;
   std::vector<Tensor> owned_runs() const;
   Tensor master(size_t bucket) const;
+  Tensor kept_master(size_t bucket) const;
 
   ParameterStore* store_;
   Group tensor_;
   Group embedding_;
-  Group world_;
   bool is_first_block_;
   std::vector<int64_t> state_offsets_;  // of each bucket's piece in the buffers below
   Tensor masters_;                      // undefined where the store's values are the masters
   Tensor moment1_;
   Tensor moment2_;
+  Tensor kept_masters_;  // undefined until keep
+  Tensor kept_moment1_;
+  Tensor kept_moment2_;
 };
 
 }  // namespace normformer

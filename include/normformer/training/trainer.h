@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "normformer/data/token_dataset.h"
@@ -31,12 +32,20 @@ struct StepReport {
   double gradient_norm = 0.0;  ///< of the mean loss, before clipping; inf where not finite
   double lr = 0.0;
   bool skipped = false;     ///< a gradient was not finite: the weights did not move
+  bool redone = false;      ///< an optimistic update was wrong and taken back
   double loss_scale = 1.0;  ///< what the gradient of the summed loss was multiplied by
 
   /// What makes of the gradients in the store those of the mean loss.
   double gradient_factor() const {
     return 1.0 / static_cast<double>(std::max<int64_t>(1, tokens)) / loss_scale;
   }
+};
+
+/// A step that is over: nothing takes back what it did.
+struct FinishedStep {
+  StepReport report;
+  TrainingCounters counters;  ///< behind it
+  bool stop_wanted = false;   ///< on any rank, when its gradients were there
 };
 
 /// Where batches come from: global samples [first, first + count) as rows.
@@ -49,6 +58,13 @@ MicroBatch make_micro_batch(ModelInstance& model, const Batch& batch, int64_t fi
                             uint64_t batch_index, Purpose purpose);
 
 /// Trains one model: batches in, updates out. Everything about files, logs and stopping is in TrainingRun.
+///
+/// With optimizer.optimistic a rank does not wait for the norm and the finiteness of all gradients
+/// (optimistic update with post-validation; Qi et al. 2024, section 4): advance() updates as if neither
+/// clipping nor a skip were needed and keeps what it overwrites. The next advance(), before its first
+/// backward, or settle() decides; a wrong update is taken back and made right, or left out, and what was
+/// computed with its weights is computed again. Every number is as without. A rank that cannot read its batch
+/// then throws its own error: others are not told.
 class Trainer {
  public:
   /// `config` is resolved; `source` must give the same batches on every rank.
@@ -58,32 +74,58 @@ class Trainer {
   /// Draws initial weights from the seed. Collective over the world.
   void initialise();
 
-  /// One update on the next global batch. Throws AgreedError where a rank cannot read it. Collective over the
-  /// world.
+  /// One update on the next global batch, settled. Throws AgreedError where a rank cannot read it. Collective
+  /// over the world.
   StepReport step();
 
+  /// One update on the next global batch, and the step that is over since the last call: this one, or with
+  /// optimizer.optimistic the one before, if that was not settled. `wants_stop` may be empty; it is asked
+  /// when this rank's gradients are there. Throws as step. Collective over the world.
+  std::optional<FinishedStep> advance(const std::function<bool()>& wants_stop = {});
+
+  /// Ends the step whose update may still be wrong, if there is one: to be called before weights are used
+  /// otherwise, and before optimizer state and counters are relied on. Collective over the world.
+  std::optional<FinishedStep> settle();
+
   /// The first half of step: gradients of the next batch, summed over the world, scaled and undivided (see
-  /// StepReport::gradient_factor), in the store; the report has loss, tokens and scale. The counters do not
-  /// move. Collective over the world.
+  /// StepReport::gradient_factor), in the store; the report has all but the learning rate. The counters do
+  /// not move. LogicError where a step is not settled. Collective over the world.
   StepReport compute_gradients();
 
-  /// To be called after weights were written from outside into the optimizer's masters. Collective over the
-  /// world.
+  /// To be called after weights were written from outside into the optimizer's masters. LogicError where a
+  /// step is not settled. Collective over the world.
   void weights_changed();
 
+  /// Where the run stands; taking for granted that an update which is not settled will stand.
   const TrainingCounters& counters() const { return counters_; }
 
-  /// Goes on from there; a loss scale starts where there was none.
+  /// Goes on from there; a loss scale starts where there was none. LogicError where a step is not settled.
   void set_counters(const TrainingCounters& counters);
   ShardedOptimizer& optimizer() { return optimizer_; }
   const Schedule& schedule() const { return schedule_; }
   ModelInstance& model() { return model_; }
 
  private:
+  // A step whose gradients are there, and the numbers of all ranks that decide about its update.
+  struct Unsettled {
+    StepReport report;
+    TrainingCounters before;
+    bool stop_wanted = false;
+    std::vector<double> numbers;  // of every rank
+    CommRequest request;          // of these
+  };
+
   std::vector<MicroBatch> next_micro_batches() const;
   std::vector<Stage*> pipeline_parts();
-  void update_weights(StepReport& report);
+  void agree_on_gradients(Unsettled& step, const std::function<bool()>& wants_stop);
+  void compute_at_once(Unsettled& step, const std::function<bool()>& wants_stop);
+  std::optional<FinishedStep> compute_before_settling(Unsettled& step,
+                                                      const std::function<bool()>& wants_stop);
+  void conclude(Unsettled& step) const;
+  double clip_factor(const StepReport& report) const;
+  void update_weights(const StepReport& report, double clip);
   void count(const StepReport& report);
+  FinishedStep finish(Unsettled& step);
 
   ModelInstance& model_;
   RunConfig config_;
@@ -94,6 +136,7 @@ class Trainer {
   TrainingCounters counters_;
   std::vector<std::unique_ptr<Stage>> graphed_;  // from the second step on, with device.cuda_graphs
   bool has_run_ = false;
+  std::unique_ptr<Unsettled> unsettled_;  // its update is made, and may be wrong
 };
 
 /// Sum of negative log-likelihoods and count of targets over samples [0, sequences) of `source`, computed

@@ -128,9 +128,11 @@ void cut_squares_range(const Tensor& x, const double* anchors, Range range, doub
     const auto a0 = set<double>(anchors[0]);
     const auto a1 = set<double>(anchors[1]);
     const auto a2 = set<double>(anchors[2]);
+    const auto a3 = set<double>(anchors[3]);
     auto b0 = zero<double>();
     auto b1 = zero<double>();
     auto b2 = zero<double>();
+    auto b3 = zero<double>();
     for_columns<double>(range.size(), [&](int64_t i, auto use) HWY_ATTR {
       const auto value = load_wide(in + i, use);
       const auto square = hn::Mul(value, value);
@@ -139,13 +141,17 @@ void cut_squares_range(const Tensor& x, const double* anchors, Range range, doub
       const auto q1 = hn::Sub(hn::Add(r0, a1), a1);
       const auto r1 = hn::Sub(r0, q1);
       const auto q2 = hn::Sub(hn::Add(r1, a2), a2);
+      const auto r2 = hn::Sub(r1, q2);
+      const auto q3 = hn::Sub(hn::Add(r2, a3), a3);
       b0 = hn::Add(b0, q0);
       b1 = hn::Add(b1, q1);
       b2 = hn::Add(b2, q2);
+      b3 = hn::Add(b3, q3);
     });
     bins[0] += sum_lanes<double>(b0);
     bins[1] += sum_lanes<double>(b1);
     bins[2] += sum_lanes<double>(b2);
+    bins[3] += sum_lanes<double>(b3);
   });
 }
 

@@ -425,6 +425,7 @@ const std::map<std::string, std::string>& other_values() {
       {"optimizer.weight_decay", "0.1"},
       {"optimizer.eps_form", "\"fairseq\""},
       {"optimizer.clip_norm", "1.0"},
+      {"optimizer.optimistic", "true"},
       {"optimizer.warmup_updates", "50"},
       {"optimizer.decay", "\"cosine\""},
       {"optimizer.decay_updates", "500"},

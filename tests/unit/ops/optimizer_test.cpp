@@ -193,23 +193,26 @@ TEST(AbsoluteMax, FindsTheLargestAndShowsWhatIsNotFinite) {
   }
 }
 
-/// The sum of squares of `values` cut into shards, each added by itself, then the shards' bins.
-std::array<double, 3> bins_of(DType dtype, const std::vector<double>& values, const std::vector<size_t>& cuts,
-                              int threads) {
+/// The sum of squares of `values` cut into shards, each added by itself below its own largest, then the
+/// shards' bins.
+OrderFreeSumOfSquares sum_of(DType dtype, const std::vector<double>& values, const std::vector<size_t>& cuts,
+                             int threads) {
   Context context(test_device(), threads);
   const double largest =
       absolute_max(context, tensor_of(context, dtype, {static_cast<int64_t>(values.size())}, values));
-  std::array<double, 3> bins{};
+  OrderFreeSumOfSquares all(largest);
   size_t begin = 0;
   for (const size_t end : cuts) {
-    OrderFreeSumOfSquares sum(largest);
     const std::vector<double> part(values.begin() + static_cast<std::ptrdiff_t>(begin),
                                    values.begin() + static_cast<std::ptrdiff_t>(end));
-    sum.add(context, tensor_of(context, dtype, {static_cast<int64_t>(part.size())}, part));
-    for (size_t b = 0; b < bins.size(); ++b) bins[b] += sum.bins()[b];
+    const Tensor x = tensor_of(context, dtype, {static_cast<int64_t>(part.size())}, part);
+    const double largest_here = absolute_max(context, x);
+    OrderFreeSumOfSquares sum(largest_here);
+    sum.add(context, x);
+    all.add_bins(largest_here, sum.bins());
     begin = end;
   }
-  return bins;
+  return all;
 }
 
 TEST(OrderFreeSumOfSquares, HasTheSameBitsForEveryOrderAndGrouping) {
@@ -218,16 +221,36 @@ TEST(OrderFreeSumOfSquares, HasTheSameBitsForEveryOrderAndGrouping) {
       std::vector<double> values = normals(7, 50000, scale);
       for (size_t i = 0; i < values.size(); i += 3) values[i] *= 1e-5;  // terms of many sizes
       const size_t n = values.size();
-      const std::array<double, 3> want = bins_of(dtype, values, {n}, 1);
-      EXPECT_GT(OrderFreeSumOfSquares::value(want), 0.0);
+      const OrderFreeSumOfSquares whole = sum_of(dtype, values, {n}, 1);
+      const OrderFreeSumOfSquares::Bins want = whole.bins();
+      EXPECT_GT(whole.value(), 0.0);
       std::mt19937_64 engine(3);
       for (const std::vector<size_t>& cuts :
            {std::vector<size_t>{n}, {1, n}, {17, 17, 40000, n}, {n / 3, n / 2, n / 2 + 5, n}}) {
-        for (const int threads : {1, 2, 3}) EXPECT_EQ(bins_of(dtype, values, cuts, threads), want);
+        for (const int threads : {1, 2, 3}) EXPECT_EQ(sum_of(dtype, values, cuts, threads).bins(), want);
         std::shuffle(values.begin(), values.end(), engine);
-        EXPECT_EQ(bins_of(dtype, values, cuts, 2), want);
+        EXPECT_EQ(sum_of(dtype, values, cuts, 2).bins(), want);
       }
     }
+  }
+}
+
+// Parts of very different sizes: what one rank adds begins many places below what another does.
+TEST(OrderFreeSumOfSquares, PartsOfAnySizeHaveTheBitsOfTheWhole) {
+  std::mt19937_64 engine(5);
+  std::uniform_real_distribution<double> exponents(-530.0, 489.0);
+  for (int round = 0; round < 200; ++round) {
+    const double center = exponents(engine);
+    std::uniform_real_distribution<double> spread(-1.0, 1.0);
+    std::vector<double> values;
+    std::vector<size_t> cuts;
+    for (size_t part = 0; part < 4; ++part) {
+      const double size = std::exp2(std::min(489.0, center + 60.0 * spread(engine)));
+      for (size_t i = 0; i <= 3 * part; ++i) values.push_back(size * spread(engine));
+      cuts.push_back(values.size());
+    }
+    EXPECT_EQ(sum_of(DType::f64, values, cuts, 1).bins(),
+              sum_of(DType::f64, values, {values.size()}, 1).bins());
   }
 }
 
@@ -248,7 +271,7 @@ TEST(OrderFreeSumOfSquares, IsAsExactAsItSays) {
       }
       std::sort(squares.begin(), squares.end());
       const Real want = std::accumulate(squares.begin(), squares.end(), Real(0));
-      const Real got = OrderFreeSumOfSquares::value(bins_of(dtype, values, {values.size()}, 1));
+      const Real got = sum_of(dtype, values, {values.size()}, 1).value();
       const auto n = static_cast<Real>(values.size());
       // Cuts: 2^-60 largest^2 a term. fp64 squares are themselves rounded (2^-53). The value's sum is rounded
       // twice.
@@ -263,22 +286,23 @@ TEST(OrderFreeSumOfSquares, ZerosSubnormalsAndBounds) {
   Context context(test_device());
   OrderFreeSumOfSquares zero(0.0);
   zero.add(context, tensor_of(context, DType::f32, {3}, {0.0, -0.0, 0.0}));
-  EXPECT_EQ(OrderFreeSumOfSquares::value(zero.bins()), 0.0);
+  EXPECT_EQ(zero.value(), 0.0);
   OrderFreeSumOfSquares none(1.0);
   none.add(context, context.empty({0}, DType::f32));
-  EXPECT_EQ(OrderFreeSumOfSquares::value(none.bins()), 0.0);
+  EXPECT_EQ(none.value(), 0.0);
   // The smallest subnormal float has an exact square in double.
   OrderFreeSumOfSquares tiny(0x1p-149);
   tiny.add(context, tensor_of(context, DType::f32, {4}, {0x1p-149, -0x1p-149, 0x1p-149, 0x1p-149}));
-  EXPECT_EQ(OrderFreeSumOfSquares::value(tiny.bins()), 0x1p-296);
+  EXPECT_EQ(tiny.value(), 0x1p-296);
   // Squares of the smallest doubles vanish or are subnormal; sums of those are exact.
   OrderFreeSumOfSquares smallest(0x1p-536);
   smallest.add(context, tensor_of(context, DType::f64, {3}, {0x1p-536, 0x1p-537, 0x1p-1074}));
-  EXPECT_EQ(OrderFreeSumOfSquares::value(smallest.bins()), 0x1p-1072 + 0x1p-1074);
+  EXPECT_EQ(smallest.value(), 0x1p-1072 + 0x1p-1074);
   // The largest float's square fits.
   OrderFreeSumOfSquares large(0x1.fffffep127);
   large.add(context, tensor_of(context, DType::f32, {2}, {0x1.fffffep127, 1.0}));
-  EXPECT_EQ(OrderFreeSumOfSquares::value(large.bins()), 0x1.fffffep127 * 0x1.fffffep127);
+  EXPECT_EQ(large.value(), 0x1.fffffep127 * 0x1.fffffep127);
+  EXPECT_THROW(tiny.add_bins(1.0, none.bins()), LogicError);
   EXPECT_THROW(OrderFreeSumOfSquares{-1.0}, LogicError);
   EXPECT_THROW(OrderFreeSumOfSquares{std::nan("")}, LogicError);
   EXPECT_THROW(OrderFreeSumOfSquares{std::numeric_limits<double>::infinity()}, LogicError);
@@ -292,7 +316,7 @@ TEST(Optimizer, MetaCountsAlike) {
     EXPECT_EQ(absolute_max(context, x), 0.0);
     OrderFreeSumOfSquares sum(1.0);
     sum.add(context, x);
-    EXPECT_EQ(OrderFreeSumOfSquares::value(sum.bins()), 0.0);
+    EXPECT_EQ(sum.value(), 0.0);
   });
 }
 

@@ -60,8 +60,15 @@ struct RankResult {
   int64_t live_bytes = 0;
 };
 
-RankResult run_rank(const Group& world, const Schedule& schedule, const ToyModel& model) {
+// How forwards go ahead of what is known: not at all, with weights that stand, or with others, which are
+// thrown away.
+enum class Ahead { no, right, wrong };
+
+RankResult run_rank(const Group& world, const Schedule& schedule, const ToyModel& whole, Ahead ahead) {
   Context context(DeviceKind::cpu);
+  ToyModel model = whole;
+  if (ahead == Ahead::wrong)
+    for (auto& of_part : model.weights) std::reverse(of_part.begin(), of_part.end());
   RankResult result;
   std::vector<std::unique_ptr<ToyStage>> stages;
   std::vector<Stage*> parts;
@@ -77,7 +84,19 @@ RankResult run_rank(const Group& world, const Schedule& schedule, const ToyModel
     };
     parts.push_back(stages.back().get());
   }
-  run_schedule(context, world, schedule, parts);
+  int asked = 0;
+  const BeginAgain begin_again = [&] {
+    ++asked;
+    model = whole;
+    for (const auto& stage : stages) EXPECT_EQ(stage->loss, 0.0) << "the last part has gone forward";
+    return ahead == Ahead::wrong;
+  };
+  if (ahead == Ahead::no) {
+    run_schedule(context, world, schedule, parts);
+  } else {
+    run_schedule(context, world, schedule, parts, schedule.micro_batches % 2 == 0, begin_again);
+    EXPECT_EQ(asked, 1);
+  }
   for (const auto& stage : stages) {
     result.loss.push_back(stage->loss);
     result.gradient.push_back(stage->gradient);
@@ -90,12 +109,12 @@ RankResult run_rank(const Group& world, const Schedule& schedule, const ToyModel
 }
 
 // Runs the schedule on ranks as threads and holds all it leaves against the model by plain loops.
-void expect_exact(const Schedule& schedule, const std::vector<int64_t>& rows) {
+void expect_exact(const Schedule& schedule, const std::vector<int64_t>& rows, Ahead ahead) {
   const ToyModel model(schedule.num_parts(), rows);
   const auto peak_saved = check_schedule(schedule).peak_saved;
   std::vector<RankResult> results(static_cast<size_t>(schedule.num_stages()));
   run_local_world(static_cast<int>(schedule.num_stages()), [&](const Group& world) {
-    results[static_cast<size_t>(world.rank())] = run_rank(world, schedule, model);
+    results[static_cast<size_t>(world.rank())] = run_rank(world, schedule, model, ahead);
   });
   std::vector<int64_t> in_order;
   for (int64_t m = 0; m < schedule.micro_batches; ++m) in_order.push_back(m);
@@ -111,6 +130,10 @@ void expect_exact(const Schedule& schedule, const std::vector<int64_t>& rows) {
     EXPECT_EQ(result.peak_alive, peak_saved[static_cast<size_t>(s)]) << "stage " << s;
     EXPECT_EQ(result.live_bytes, 0) << "stage " << s;
   }
+}
+
+void expect_exact(const Schedule& schedule, const std::vector<int64_t>& rows) {
+  for (const Ahead ahead : {Ahead::no, Ahead::right, Ahead::wrong}) expect_exact(schedule, rows, ahead);
 }
 
 class ExecutorSizes : public testing::TestWithParam<std::tuple<int64_t, int64_t>> {};
@@ -156,6 +179,21 @@ TEST(Executor, ChunksOfARankRun) {
   expect_exact(lists(2, {"F0a F0b F1a B0b F1b B0a B1b B1a"}, 2), {3, 2});
   // Rank 1 sends a gradient before an activation, rank 0 takes them the other way round.
   expect_exact(lists(2, {"F0a F0b F1a F1b B0b B1b B0a B1a", "F0a F0b B0b F1a F1b B1b B0a B1a"}, 2), {3, 2});
+}
+
+TEST(Executor, AsksBehindForwardsThatAllAreBeforeTheOthersPlaces) {
+  const auto places = [](const Schedule& schedule) { return places_to_ask(schedule); };
+  using Places = std::vector<size_t>;
+  EXPECT_EQ(places(gpipe_schedule(3, 4)), (Places{4, 4, 0}));
+  EXPECT_EQ(places(one_f_one_b_schedule(3, 4)), (Places{3, 2, 0}));
+  EXPECT_EQ(places(zb_h2_schedule(3, 6)), (Places{5, 3, 0}));
+  // Rank 0 has the last part.
+  EXPECT_EQ(places(zb_v_schedule(2, 3)), (Places{3, 4}));
+  // Rank 1 forwards micro-batch 1 behind its place only, so rank 0 cannot have it in its second chunk.
+  EXPECT_EQ(places(lists(2, {"F0a F0b F1a F1b B0b B1b B0a B1a", "F0a F0b B0b F1a F1b B1b B0a B1a"}, 2)),
+            (Places{3, 1}));
+  EXPECT_EQ(places(one_f_one_b_schedule(1, 2)), (Places{0}));
+  EXPECT_EQ(places(one_f_one_b_schedule(2, 0)), (Places{0, 0}));
 }
 
 TEST(Executor, AllMicroBatchesMayBeEmpty) { expect_exact(one_f_one_b_schedule(3, 4), {0, 0, 0, 0}); }
