@@ -79,8 +79,30 @@ class Resume(unittest.TestCase):
                 for precision in ("fp32", "bf16", "fp64") if soak else (rng.choice(["fp32", "bf16"]),):
                     for _ in range(5 if soak else 1):
                         self.check(folder, degrees, precision, 60, rng)
+            optimistic = {"optimizer__optimistic": "true", "optimizer__clip_norm": 0.6}
+            self.check(folder, (1, 2, 2, dict(optimistic, parallel__schedule='"zb_h2"')), "bf16", 60, rng)
+            self.check(folder, (1, 3, 1, dict(optimistic, parallel__schedule='"zb_h2"')), "fp16", 60, rng)
             for degrees, precision in (((2, 1, 1, {}), "fp16"), ((1, 2, 1, {}), "fp16_memory_efficient")):
                 self.check(folder, degrees, precision, 60, rng)
+
+    def test_optimistic_updates_have_the_bits_of_those_that_wait(self):
+        def without(lines, *keys):
+            return [{k: v for k, v in line.items() if k not in keys} for line in lines]
+
+        with Folder() as folder:
+            settings = dict(layout(1, 2, 1), parallel__schedule='"zb_h2"', train__updates=30, train__precision='"fp16"',
+                            train__loss_scale_init=2.0**24, train__loss_scale_window=4, checkpoint__every=7)
+            runs = {}
+            for name, optimistic in (("waits", "false"), ("optimistic", "true")):
+                run(["train", folder.config(name, **settings, optimizer__optimistic=optimistic)], 2, expect=0)
+                runs[name] = metrics(folder.path / name)
+            speeds = ("tokens_per_second", "flops_per_second")
+            self.assertEqual(without(runs["waits"], *speeds), without(runs["optimistic"], "redone", *speeds))
+            steps = [line for line in runs["optimistic"] if line["kind"] == "step"]
+            redone = sum(line.get("redone", False) for line in steps)
+            self.assertGreater(redone, 0)
+            log = (folder.path / "optimistic" / "log.txt").read_text()
+            self.assertIn(f"{redone} of {len(steps)} updates were wrong", log)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,24 @@ TEST(OracleOverMpi, SequenceParallelFp64) {
   }
 }
 
+// Gradients are always clipped, so that every update is taken back.
+TEST(OracleOverMpi, OptimisticUpdatesChangeNoBit) {
+  OracleFixture fixture = load_oracle_fixture("normformer-resscale");
+  fixture.config.optimizer.clip_norm = 1e-3;
+  for (const MeshDegrees& degrees : oracle_degrees()) {
+    if (num_ranks(degrees) != mpi_world().size()) continue;
+    const OracleLayout layout{
+        .degrees = degrees,
+        .precision = Precision::fp32,
+        .schedule = degrees.pipeline > 1 ? PipelineSchedule::zb_h2 : PipelineSchedule::one_f_one_b,
+        .sharding = Sharding::parameters};
+    fixture.config.optimizer.optimistic = false;
+    const std::vector<double> waiting = dropout_losses(fixture, layout, mpi_world(), 8);
+    fixture.config.optimizer.optimistic = true;
+    EXPECT_EQ(dropout_losses(fixture, layout, mpi_world(), 8), waiting) << to_string(layout);
+  }
+}
+
 // Processes and threads run the same sums in the same order: not a bit differs.
 TEST(OracleOverMpi, ProcessesAndThreadsGiveTheSameBits) {
   const OracleFixture fixture = load_oracle_fixture("normformer-resscale");

@@ -269,7 +269,11 @@ std::vector<double> dropout_losses(const OracleFixture& fixture, const OracleLay
   Run run(dropped, layout, world);
   run.trainer.initialise();
   std::vector<double> losses;
-  for (int64_t i = 0; i < steps; ++i) losses.push_back(run.trainer.step().loss);
+  const auto enter = [&](const std::optional<FinishedStep>& step) {
+    if (step) losses.push_back(step->report.loss);
+  };
+  for (int64_t i = 0; i < steps; ++i) enter(run.trainer.advance());
+  enter(run.trainer.settle());
   losses.push_back(mean_nll(run));
   return losses;
 }

@@ -251,6 +251,10 @@ TEST(RunConfig, CombinationsThatCannotRunAreRefused) {
       refusal("[parallel]\nsharding = 'gradients'\n[device]\ncuda_graphs = true"),
       "x.toml:4:15: device.cuda_graphs = true needs parallel.sharding = \"optimizer\": the others reduce "
       "gradients behind every micro-batch");
+  EXPECT_EQ(
+      refusal("[optimizer]\noptimistic = true\n[device]\ncuda_graphs = true"),
+      "x.toml:4:15: optimizer.optimistic = true makes a micro-batch's forward again where an update was "
+      "wrong, which device.cuda_graphs = true has no graph of: leave out one of them");
   EXPECT_EQ(refusal("[train]\nrecompute_layers = 2"),
             "x.toml:2:20: train.recompute_layers = 2 needs train.recompute = \"selective\" or \"full\"");
   EXPECT_EQ(refusal("[train]\nloss_scale_window = 2"),

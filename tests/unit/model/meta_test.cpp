@@ -91,6 +91,38 @@ TEST(Meta, ForetellsSharding) {
   }
 }
 
+TEST(Meta, ForetellsOptimisticUpdates) {
+  RunConfig config = small_config(Precision::bf16);
+  config.model.layers = 4;
+  config.optimizer.optimistic = true;
+  expect_foretold(config, {.data = 2});
+  config.parallel.schedule = PipelineSchedule::zb_v;
+  config.parallel.sharding = Sharding::parameters;
+  expect_foretold(config, {.tensor = 2, .data = 2, .pipeline = 2});
+}
+
+TEST(Meta, AnOptimisticUpdateKeepsTheStateTwice) {
+  for (const Precision precision : {Precision::fp32, Precision::bf16, Precision::fp16_memory_efficient}) {
+    RunConfig config = small_config(precision);
+    const auto account = [&](bool optimistic) {
+      config.optimizer.optimistic = optimistic;
+      SmallModel small(config, DeviceKind::meta, make_meta_world(1, 3), {.data = 3});
+      small.trainer.step();
+      small.trainer.step();
+      int64_t scalars = 0;
+      for (const Bucket& b : small.model.store().buckets()) scalars += b.piece.size();
+      return std::pair(small.context.memory().report(), scalars);
+    };
+    const auto [without, scalars] = account(false);
+    const auto [with, same_scalars] = account(true);
+    EXPECT_EQ(scalars, same_scalars);
+    const auto optimizer = static_cast<size_t>(MemoryUse::optimizer);
+    const int64_t of_master = precision == Precision::fp16_memory_efficient ? 2 : 4;
+    EXPECT_EQ(with.live_by_use[optimizer] - without.live_by_use[optimizer],
+              Allocator::size_class(of_master * scalars) + 2 * Allocator::size_class(4 * scalars));
+  }
+}
+
 // ZeRO, Rajbhandari et al. 2020, section 5 and 7: what replicas split, and what that costs in traffic.
 TEST(Meta, ShardingDividesMemoryAndMultipliesTrafficByTheMicroBatches) {
   constexpr int kReplicas = 4;
