@@ -61,7 +61,9 @@ const MeshDegrees kLayouts[] = {{.tensor = 2},
                                 {.data = 4, .pipeline = 4},
                                 {.tensor = 2, .data = 2, .pipeline = 4},
                                 {.tensor = 2, .data = 3, .pipeline = 2},
-                                {.tensor = 4, .data = 2, .pipeline = 2}};
+                                {.tensor = 4, .data = 2, .pipeline = 2},
+                                {.context = 3},
+                                {.tensor = 2, .context = 2, .data = 2, .pipeline = 2}};
 
 TEST(StepOrder, IsSoundInEveryLayout) {
   int layouts = 0;
