@@ -184,6 +184,18 @@ class NcclSend final : public CommRequest::Impl {
   Tensor tensor_;
 };
 
+/// What enqueues all of an exchange in a channel.
+auto enqueue_exchange(std::span<const Outgoing> sends, std::span<const Incoming> receives) {
+  return [sends, receives](ncclComm_t communicator, cudaStream_t stream) {
+    for (const Outgoing& s : sends) {
+      check(ncclSend(s.data, static_cast<size_t>(s.bytes), ncclInt8, s.to, communicator, stream));
+    }
+    for (const Incoming& r : receives) {
+      check(ncclRecv(r.data, static_cast<size_t>(r.bytes), ncclInt8, r.from, communicator, stream));
+    }
+  };
+}
+
 /// An exchange in its channel's own queue.
 class NcclTransfer final : public Transfer {
  public:
@@ -289,17 +301,6 @@ class NcclGroup final : public GroupImpl {
   }
 
  private:
-  static auto enqueue_exchange(std::span<const Outgoing> sends, std::span<const Incoming> receives) {
-    return [sends, receives](ncclComm_t communicator, cudaStream_t stream) {
-      for (const Outgoing& s : sends) {
-        check(ncclSend(s.data, static_cast<size_t>(s.bytes), ncclInt8, s.to, communicator, stream));
-      }
-      for (const Incoming& r : receives) {
-        check(ncclRecv(r.data, static_cast<size_t>(r.bytes), ncclInt8, r.from, communicator, stream));
-      }
-    };
-  }
-
   static TraceLane lane_of(bool up) { return up ? TraceLane::gpu_messages_up : TraceLane::gpu_messages_down; }
 
   class Kept final : public CommRequest::Impl {
