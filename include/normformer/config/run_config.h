@@ -124,7 +124,7 @@ struct ParallelConfig {
   bool overlap_parameters = true;  ///< gathered beside what comes before their use
   bool overlap_pipeline = true;    ///< received while computing
   bool overlap_context = true;     ///< keys and values received while computing with others
-  bool overlap_tensor = true;      ///< gradients of inputs reduced beside the computing of those of weights
+  bool overlap_tensor = false;     ///< gradients of inputs reduced beside the computing of those of weights
 
   /// Parts of the model on each rank: `zb_v` always has two.
   int64_t parts_of_rank() const { return schedule == PipelineSchedule::zb_v ? 2 : virtual_stages; }

@@ -417,7 +417,7 @@ const std::map<std::string, std::string>& other_values() {
       {"parallel.overlap_parameters", "false"},
       {"parallel.overlap_pipeline", "false"},
       {"parallel.overlap_context", "false"},
-      {"parallel.overlap_tensor", "false"},
+      {"parallel.overlap_tensor", "true"},
       {"data.train", "[\"a\", \"b\"]"},
       {"data.valid", "[{ prefix = \"c\", weight = 2.5 }]"},
       {"data.tokenizer", "\"t\""},
