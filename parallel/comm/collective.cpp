@@ -50,28 +50,36 @@ Round::Round(Context& context, GroupImpl& impl)
       stages_(context.is_cuda() && !impl.moves_gpu_memory()) {}
 
 void Round::send(int to, const Tensor& tensor) {
-  if (!moves(tensor)) return;
-  kept_.push_back(stages_ ? staged(tensor) : tensor);
-  sends_.push_back({to, bytes_of(kept_.back()), tensor.nbytes()});
+  if (moves(tensor)) departing_.emplace_back(to, tensor);
 }
 
 void Round::receive(int from, const Tensor& tensor) {
-  if (!moves(tensor)) return;
-  kept_.push_back(tensor);
-  if (stages_) {
-    kept_.back() = context_->host().empty(tensor.shape(), tensor.dtype(), MemoryUse::communication);
-    arrivals_.emplace_back(kept_.back(), tensor);
+  if (moves(tensor)) arriving_.emplace_back(from, tensor);
+}
+
+// Where tensors go by way of the host they are copied there now: the round before may have changed them.
+void Round::list_moves() {
+  for (auto& [to, tensor] : departing_) {
+    if (stages_) tensor = staged(tensor);
+    sends_.push_back({to, bytes_of(tensor), tensor.nbytes()});
   }
-  receives_.push_back({from, bytes_of(kept_.back()), tensor.nbytes()});
+  for (auto& [from, tensor] : arriving_) {
+    if (stages_) {
+      const Tensor host = context_->host().empty(tensor.shape(), tensor.dtype(), MemoryUse::communication);
+      landings_.emplace_back(host, tensor);
+      tensor = host;
+    }
+    receives_.push_back({from, bytes_of(tensor), tensor.nbytes()});
+  }
 }
 
 // A tensor that goes to several ranks is copied once.
 Tensor Round::staged(const Tensor& tensor) {
-  for (const auto& [gpu, host] : departures_) {
+  for (const auto& [gpu, host] : copies_) {
     if (gpu.raw() == tensor.raw() && gpu.nbytes() == tensor.nbytes()) return host;
   }
-  departures_.emplace_back(tensor, on_host(*context_, tensor));
-  return departures_.back().second;
+  copies_.emplace_back(tensor, on_host(*context_, tensor));
+  return copies_.back().second;
 }
 
 void Round::combine(ReduceOp op, Inbox inbox, Tensor out) {
@@ -79,18 +87,20 @@ void Round::combine(ReduceOp op, Inbox inbox, Tensor out) {
 }
 
 void Round::run(Context& context) {
+  list_moves();
   if (!sends_.empty() || !receives_.empty()) {
     if (context.is_cuda() && !stages_)
       impl_->exchange_on_gpu(context, sends_, receives_);
     else
       impl_->exchange(sends_, receives_, number_);
   }
-  for (const auto& [host, gpu] : arrivals_) copy(context, host, gpu);
+  for (const auto& [host, gpu] : landings_) copy(context, host, gpu);
   combine_all(context);
 }
 
 void Round::start(Context& context) {
   started_ = true;
+  list_moves();
   if (sends_.empty() && receives_.empty()) return;
   transfer_ = context_->is_cuda() ? impl_->start_exchange_on_gpu(context, sends_, receives_)
                                   : impl_->start_exchange(sends_, receives_, number_);

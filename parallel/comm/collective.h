@@ -68,6 +68,7 @@ class Round {
     Tensor out;
   };
 
+  void list_moves();
   Tensor staged(const Tensor& tensor);
 
   Context* context_;
@@ -75,9 +76,10 @@ class Round {
   int number_;
   bool stages_;
   bool started_ = false;
-  std::vector<Tensor> kept_;
-  std::vector<std::pair<Tensor, Tensor>> departures_;
-  std::vector<std::pair<Tensor, Tensor>> arrivals_;
+  std::vector<std::pair<int, Tensor>> departing_;    // and to whom
+  std::vector<std::pair<int, Tensor>> arriving_;     // and from whom
+  std::vector<std::pair<Tensor, Tensor>> copies_;    // of GPU tensors on the host
+  std::vector<std::pair<Tensor, Tensor>> landings_;  // on the host, and where they belong
   std::vector<Outgoing> sends_;
   std::vector<Incoming> receives_;
   std::vector<Combination> combinations_;
