@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Weak and strong scaling of a configuration over ranks, and one model beside another, in one table.
 
-    scaling.py CONFIG --ranks 1,2,4 [--axis data|tensor|pipeline] [--mode strong|weak|both] [--updates 12]
+    scaling.py CONFIG --ranks 1,2,4 [--axis data|tensor|pipeline|context] [--mode strong|weak|both] [--updates 12]
                [--beside CONFIG] [--repeats 3] [--others 1] [--hosts a:8,b:8] [--program build/cpu/src/app/normformer]
                [--set section.key=value ...]
 
@@ -75,7 +75,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("--ranks", default="1,2", type=lambda text: [int(n) for n in text.split(",")])
-    parser.add_argument("--axis", default="data", choices=["data", "tensor", "pipeline"])
+    parser.add_argument("--axis", default="data", choices=["data", "tensor", "pipeline", "context"])
     parser.add_argument("--mode", default="both", choices=["strong", "weak", "both"])
     parser.add_argument("--updates", default=12, type=int)
     parser.add_argument("--beside")
