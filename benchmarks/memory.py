@@ -9,9 +9,10 @@ corpus must be prepared before, and model.vocab be set.
 """
 import argparse
 import pathlib
-import subprocess
 import sys
 import tempfile
+
+from launches import PROGRAM, mpirun, run_or_exit, set_words
 
 WAYS = [("ZeRO-1", []),
         ("ZeRO-2", ["parallel.sharding=gradients"]),
@@ -28,38 +29,28 @@ WATCH = ("import os, resource, subprocess, sys\n"
          "sys.exit(code)\n")
 
 
-def words(settings):
-    return [word for setting in settings for word in ("--set", setting)]
-
-
 def measured(options, settings):
     """MiB of the rank that took most."""
     with tempfile.TemporaryDirectory(prefix="normformer_memory_") as folder:
-        done = subprocess.run(["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n",
-                               str(options.ranks), sys.executable, "-c", WATCH, f"{folder}/rank", options.program,
-                               "train", options.config, *words(settings), "--set", f"checkpoint.folder={folder}/run"],
-                              capture_output=True, text=True)
-        if done.returncode != 0:
-            sys.exit(done.stderr[-2000:])
+        run_or_exit([*mpirun("-n", str(options.ranks)), sys.executable, "-c", WATCH, f"{folder}/rank", options.program,
+                     "train", options.config, *set_words([*settings, f"checkpoint.folder={folder}/run"])])
         return max(int(file.read_text()) for file in pathlib.Path(folder).glob("rank*")) / 1024
 
 
 def foretold(options, settings):
     """MiB of the rank that needs most."""
-    done = subprocess.run([options.program, "plan", options.config, "-n", str(options.ranks), *words(settings)],
-                          capture_output=True, text=True)
-    if done.returncode != 0:
-        sys.exit(done.stderr)
-    lines = done.stdout.splitlines()
-    table = next(i for i, line in enumerate(lines) if line.startswith("stage "))
-    return 1024 * float(lines[table + 1].split()[-1])
+    lines = run_or_exit([options.program, "plan", options.config, "-n", str(options.ranks),
+                         *set_words(settings)]).splitlines()
+    title = next(i for i, line in enumerate(lines) if line.startswith("peak memory in "))
+    in_mib = {"KiB": 1 / 1024, "MiB": 1, "GiB": 1024}[lines[title].split()[3]]
+    return in_mib * float(lines[title + 2].split()[-1])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config")
     parser.add_argument("--ranks", default=2, type=int)
-    parser.add_argument("--program", default=str(pathlib.Path(__file__).resolve().parents[1] / "build/cpu/src/app/normformer"))
+    parser.add_argument("--program", default=PROGRAM)
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
     common = [f"parallel.data={options.ranks}", "device.threads=1", *options.set, "train.updates=2",

@@ -11,13 +11,14 @@ Needs root, iproute2 and Open MPI. The corpus must be prepared before.
 """
 import argparse
 import contextlib
-import json
 import os
 import pathlib
 import statistics
 import subprocess
 import sys
 import tempfile
+
+from launches import PROGRAM, mpirun, run_or_exit, set_words, steps_of
 
 NODES = {"10.79.0.11": "nfoverlap1", "10.79.0.12": "nfoverlap2"}
 BRIDGE = "nfoverlap0"
@@ -66,19 +67,14 @@ def two_hosts(mbit):
 def run(options, agent, settings):
     """Tokens per second as the metrics of the last update have them, and the losses of all updates."""
     with tempfile.TemporaryDirectory(prefix="normformer_overlap_") as folder:
-        command = ["mpirun", "--allow-run-as-root", "--mca", "plm_rsh_agent", str(agent), "--mca", "btl", "tcp,self",
-                   "--mca", "btl_tcp_if_include", "10.79.0.0/24", "--mca", "oob_tcp_if_include", "10.79.0.0/24",
-                   "--bind-to", "none", "--oversubscribe", "-H", ",".join(f"{address}:1" for address in NODES), "-n",
-                   "2", "bash", "-c", 'exec taskset -c "$OMPI_COMM_WORLD_RANK" "$0" "$@"',
-                   str(pathlib.Path(options.program).resolve()), "train", options.config]
-        for setting in ["device.threads=1", *options.set, *settings, f"train.updates={options.updates}",
-                        f"checkpoint.folder={folder}", "train.valid_sequences=1", "train.log_every=1000"]:
-            command += ["--set", setting]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr[-2000:]}")
-        lines = [json.loads(line) for line in (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()]
-        steps = [line for line in lines if line["kind"] == "step"]
+        launcher = mpirun("--mca", "plm_rsh_agent", str(agent), "--mca", "btl", "tcp,self", "--mca",
+                          "btl_tcp_if_include", "10.79.0.0/24", "--mca", "oob_tcp_if_include", "10.79.0.0/24", "-H",
+                          ",".join(f"{address}:1" for address in NODES), "-n", "2")
+        run_or_exit([*launcher, "bash", "-c", 'exec taskset -c "$OMPI_COMM_WORLD_RANK" "$0" "$@"',
+                     str(pathlib.Path(options.program).resolve()), "train", options.config,
+                     *set_words(["device.threads=1", *options.set, *settings, f"train.updates={options.updates}",
+                                 f"checkpoint.folder={folder}", "train.valid_sequences=1", "train.log_every=1000"])])
+        steps = steps_of(folder)
         return steps[-1]["tokens_per_second"], [s["loss"] for s in steps]
 
 
@@ -89,7 +85,7 @@ def main():
     parser.add_argument("--updates", default=8, type=int)
     parser.add_argument("--repeats", default=3, type=int)
     parser.add_argument("--layouts", nargs="+", default=[name for name, _, _ in LAYOUTS])
-    parser.add_argument("--program", default=str(pathlib.Path(__file__).resolve().parents[1] / "build/cpu/src/app/normformer"))
+    parser.add_argument("--program", default=PROGRAM)
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
     if os.getuid() != 0:

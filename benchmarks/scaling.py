@@ -12,17 +12,16 @@ machine does falls on all alike; each rank has one thread unless the configurati
 last column is the speed of CONFIG over that of the other one, under the same layout. Corpora must be prepared before.
 """
 import argparse
-import json
 import os
 import pathlib
-import subprocess
-import sys
 import tempfile
 
 try:
     import tomllib
 except ImportError:  # Python below 3.11
     tomllib = None
+
+from launches import PROGRAM, mpirun, run_or_exit, set_words, steps_of
 
 
 def read_global_batch(config, overrides):
@@ -43,19 +42,10 @@ def speed_of(options, config, ranks, global_batch, folder):
                 "train.log_every=1000"]
     if not any(s.startswith("device.threads") for s in options.set):
         settings.insert(0, "device.threads=1")
-    command = ["mpirun", "--bind-to", "none", "--oversubscribe", "-n", str(ranks * options.others)]
-    if options.hosts:
-        command += ["--host", options.hosts]
-    if os.getuid() == 0:
-        command.append("--allow-run-as-root")
-    command += [options.program, "train", config]
-    for setting in settings:
-        command += ["--set", setting]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr[-2000:]}")
-    lines = [json.loads(line) for line in (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if line["kind"] == "step"]
+    hosts = ["--host", options.hosts] if options.hosts else []
+    run_or_exit([*mpirun("-n", str(ranks * options.others), *hosts), options.program, "train", config,
+                 *set_words(settings)])
+    steps = steps_of(folder)
     return steps[-1]["tokens_per_second"], steps[-1]["flops_per_second"]
 
 
@@ -82,7 +72,7 @@ def main():
     parser.add_argument("--repeats", default=3, type=int)
     parser.add_argument("--others", default=1, type=int, help="product of the configuration's other degrees")
     parser.add_argument("--hosts")
-    parser.add_argument("--program", default=str(pathlib.Path(__file__).resolve().parents[1] / "build/cpu/src/app/normformer"))
+    parser.add_argument("--program", default=PROGRAM)
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
     print(f"{os.cpu_count()} processors here; ranks along {options.axis}, best of {options.repeats}")

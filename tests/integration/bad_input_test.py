@@ -9,18 +9,10 @@ import sys
 import time
 import unittest
 
-from program import Folder, command, environment, losses, metrics, run
+from program import WithCorpus, command, environment, losses, metrics, run
 
 
-class BadInput(unittest.TestCase):
-    @classmethod
-    def setUpClass(cls):
-        cls.folder = Folder().__enter__()
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.folder.__exit__()
-
+class BadInput(WithCorpus):
     def refused(self, arguments, code, *words, ranks=1):
         """The command fails with this code and says exactly one sentence, which has all of these words."""
         outcome = run(arguments, ranks)

@@ -7,7 +7,7 @@ import subprocess
 import time
 import unittest
 
-from program import Folder, command, environment, metrics, run
+from program import WithCorpus, command, environment, metrics, run
 
 
 def ledger(folder):
@@ -18,15 +18,7 @@ def missing(text):
     return re.findall(r"^missing: (?:rank )?(\d+|nobody)", text, re.MULTILINE)
 
 
-class Ledger(unittest.TestCase):
-    @classmethod
-    def setUpClass(cls):
-        cls.folder = Folder().__enter__()
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.folder.__exit__()
-
+class Ledger(WithCorpus):
     def stop(self, process, run_folder, rank):
         """Stops a rank where others have to wait for it: not inside a call that all have begun."""
         for _ in range(60):

@@ -203,9 +203,9 @@ std::vector<OracleLayout> sequence_layouts() {
   return layouts;
 }
 
-TEST_P(Oracle, SequenceParallelFp64) {
-  const OracleFixture fixture = load_oracle_fixture(GetParam());
-  for (OracleLayout layout : sequence_layouts()) {
+// In both forms of the FFN LayerNorm, where there is one.
+void expect_oracle_in_fp64(const OracleFixture& fixture, const std::vector<OracleLayout>& layouts) {
+  for (OracleLayout layout : layouts) {
     for (const FfnNormForm form : {FfnNormForm::folded, FfnNormForm::plain}) {
       if (form == FfnNormForm::plain && !fixture.config.model.ffn_norm) continue;
       layout.form = form;
@@ -214,12 +214,19 @@ TEST_P(Oracle, SequenceParallelFp64) {
   }
 }
 
-TEST_P(Oracle, SequenceParallelFp32) {
-  const OracleFixture fixture = load_oracle_fixture(GetParam());
-  for (OracleLayout layout : sequence_layouts()) {
+void expect_oracle_in_fp32(const OracleFixture& fixture, const std::vector<OracleLayout>& layouts) {
+  for (OracleLayout layout : layouts) {
     layout.precision = Precision::fp32;
     EXPECT_EQ(run_on(fixture, layout, 1e-5), std::vector<std::string>{}) << to_string(layout);
   }
+}
+
+TEST_P(Oracle, SequenceParallelFp64) {
+  expect_oracle_in_fp64(load_oracle_fixture(GetParam()), sequence_layouts());
+}
+
+TEST_P(Oracle, SequenceParallelFp32) {
+  expect_oracle_in_fp32(load_oracle_fixture(GetParam()), sequence_layouts());
 }
 
 // Sequences split, beside every other axis and what it can do; the fixtures' lengths fall into parts of
@@ -247,22 +254,11 @@ std::vector<OracleLayout> context_layouts() {
 }
 
 TEST_P(Oracle, ContextParallelFp64) {
-  const OracleFixture fixture = load_oracle_fixture(GetParam());
-  for (OracleLayout layout : context_layouts()) {
-    for (const FfnNormForm form : {FfnNormForm::folded, FfnNormForm::plain}) {
-      if (form == FfnNormForm::plain && !fixture.config.model.ffn_norm) continue;
-      layout.form = form;
-      EXPECT_EQ(run_on(fixture, layout, 1e-9), std::vector<std::string>{}) << to_string(layout);
-    }
-  }
+  expect_oracle_in_fp64(load_oracle_fixture(GetParam()), context_layouts());
 }
 
 TEST_P(Oracle, ContextParallelFp32) {
-  const OracleFixture fixture = load_oracle_fixture(GetParam());
-  for (OracleLayout layout : context_layouts()) {
-    layout.precision = Precision::fp32;
-    EXPECT_EQ(run_on(fixture, layout, 1e-5), std::vector<std::string>{}) << to_string(layout);
-  }
+  expect_oracle_in_fp32(load_oracle_fixture(GetParam()), context_layouts());
 }
 
 INSTANTIATE_TEST_SUITE_P(Fixtures, Oracle, testing::ValuesIn(oracle_fixture_names()),

@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import subprocess
 import tempfile
+import unittest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROGRAM = os.environ["NORMFORMER_PROGRAM"]
@@ -48,6 +49,18 @@ class Folder:
         path = self.path / f"{name}.toml"
         path.write_text("\n".join(f"[{s}]\n" + "\n".join(lines) + "\n" for s, lines in sections.items()))
         return path
+
+
+class WithCorpus(unittest.TestCase):
+    """Tests that share one folder."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = Folder().__enter__()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.folder.__exit__()
 
 
 def environment():
