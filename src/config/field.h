@@ -38,6 +38,7 @@ struct Field {
   bool text;  ///< an unquoted override is text, even where it reads as a number
   std::function<void(RunConfig&, const toml::node&, const Origin&)> read;
   std::function<std::string(const RunConfig&)> write;  ///< the value as TOML
+  ResumePolicy on_resume = ResumePolicy::told;
 
   std::string name() const { return section + "." + key; }
 };

@@ -115,11 +115,20 @@ class SectionFields {
         write_sources, true);
   }
 
+  /// For these keys of the section, or for all that were added so far.
+  void on_resume(ResumePolicy policy, std::initializer_list<std::string_view> keys = {}) {
+    for (Field& field : all_) {
+      if (field.section != name_) continue;
+      if (keys.size() == 0 || std::find(keys.begin(), keys.end(), field.key) != keys.end())
+        field.on_resume = policy;
+    }
+  }
+
  private:
   template <class T, class Read, class Write>
   void add(const char* key, std::string kind, const char* doc, T Section::*value, Read read, Write write,
            bool text = false) {
-    Field field{name_, key, std::move(kind), doc, text, {}, {}};
+    Field field{name_, key, std::move(kind), doc, text, {}, {}, ResumePolicy::told};
     field.read = [read = std::move(read), value, member = member_, self = field](
                      RunConfig& config, const toml::node& node, const Origin& origin) {
       config.*member.*value = read(self, node, origin);
@@ -175,6 +184,9 @@ void add_model(std::vector<Field>& all) {
   s.real("attention_dropout", &M::attention_dropout, {0, 1}, "dropout on attention probabilities");
   s.real("activation_dropout", &M::activation_dropout, {0, 1},
          "dropout after the feed-forward block's activation");
+  s.on_resume(ResumePolicy::must_equal);
+  s.on_resume(ResumePolicy::told, {"ffn_norm_form", "embedding_dropout", "residual_dropout",
+                                   "attention_dropout", "activation_dropout"});
 }
 
 void add_parallel(std::vector<Field>& all) {
@@ -229,6 +241,8 @@ void add_parallel(std::vector<Field>& all) {
             "receive the keys and values of one rank while computing with those of another");
   s.boolean("overlap_tensor", &P::overlap_tensor,
             "reduce gradients over the ranks that share a layer while computing those of its weights");
+  s.on_resume(ResumePolicy::irrelevant, {"overlap_gradients", "overlap_parameters", "overlap_pipeline",
+                                         "overlap_context", "overlap_tensor", "bucket_mib"});
 }
 
 void add_data(std::vector<Field>& all) {
@@ -267,6 +281,7 @@ void add_optimizer(std::vector<Field>& all) {
             "updates until min_lr is reached; 0 means train.updates");
   s.real("min_lr", &O::min_lr, {0}, "learning rate at the end of the decay");
   s.real("decay_power", &O::decay_power, {.low = 0, .above = true}, "exponent of the polynomial decay");
+  s.on_resume(ResumePolicy::irrelevant, {"optimistic"});
 }
 
 void add_train(std::vector<Field>& all) {
@@ -301,6 +316,9 @@ void add_train(std::vector<Field>& all) {
             "micro-batches of a global batch, as fairseq has it");
   s.real("loss_scale_min", &T::loss_scale_min, {.low = 0, .above = true},
          "in fp16: the run ends where overflows halve the scale below this");
+  s.on_resume(ResumePolicy::must_equal, {"global_batch"});  // it numbers the samples that were seen
+  s.on_resume(ResumePolicy::irrelevant,
+              {"recompute", "recompute_layers", "valid_every", "valid_sequences", "log_every"});
 }
 
 void add_checkpoint(std::vector<Field>& all) {
@@ -310,6 +328,44 @@ void add_checkpoint(std::vector<Field>& all) {
          "the run's folder: log, metrics, resolved configuration and checkpoints");
   s.integer("every", &C::every, {0}, "updates between checkpoints; 0 means only at the end and when stopped");
   s.integer("keep", &C::keep, {1}, "newest checkpoints that stay");
+  s.integer("keep_every", &C::keep_every, {0},
+            "checkpoints after a multiple of so many updates stay for ever, too; 0 means none");
+  s.boolean("async", &C::async, "write checkpoints beside training, which waits for a copy in memory only");
+  s.real("staging_mib", &C::staging_mib, {.low = 0},
+         "memory of each rank for that copy; with less than what the rank saves training waits for the disk "
+         "to make room; 0 means as much as the rank saves");
+  s.choice("on_failure", &C::on_failure, {{SaveFailure::go_on, "continue"}, {SaveFailure::stop, "stop"}},
+           "what happens where a checkpoint cannot be saved: training goes on, and says so, or the run ends");
+  s.choice("on_damage", &C::on_damage, {{DamagePolicy::older, "older"}, {DamagePolicy::stop, "stop"}},
+           "what --resume does where the newest checkpoint is damaged: it takes the one before, or ends");
+  s.on_resume(ResumePolicy::irrelevant);
+}
+
+void add_health(std::vector<Field>& all) {
+  using H = HealthConfig;
+  SectionFields<H> s(all, "health", &RunConfig::health);
+  s.real(
+      "watchdog_seconds", &H::watchdog_seconds, {.low = 0},
+      "a rank that has made no progress for so long reports what every rank does and ends the job; 0 means "
+      "never");
+  s.integer("replica_check_every", &H::replica_check_every, {0},
+            "updates between comparisons of the weights that several ranks hold; 0 means none");
+  s.real("straggler_factor", &H::straggler_factor, {.low = 0},
+         "a rank whose computing takes so many times the median of all ranks is named; 0 means none is");
+  s.on_resume(ResumePolicy::irrelevant);
+  s.real("spike_zscore", &H::spike_zscore, {.low = 0},
+         "a loss or gradient norm so many robust standard deviations above the median of the batches before "
+         "is a spike; 0 means none is");
+  s.integer("spike_window", &H::spike_window, {8, 100000}, "batches that a batch is compared with");
+  s.choice("on_spike", &H::on_spike,
+           {{SpikePolicy::log, "log"}, {SpikePolicy::skip, "skip"}, {SpikePolicy::rollback, "rollback"}},
+           "a spike is told only, its update is left out, or the run goes back to its newest checkpoint and "
+           "leaves out the batches since");
+  s.choice("on_nonfinite", &H::on_nonfinite,
+           {{NonfinitePolicy::skip, "skip"}, {NonfinitePolicy::rollback, "rollback"}},
+           "the same for a loss or gradient that is not finite; overflows in fp16 are always skipped");
+  s.integer("max_rollbacks", &H::max_rollbacks, {0},
+            "times that a run goes back without coming to a new checkpoint; then it ends");
 }
 
 void add_device(std::vector<Field>& all) {
@@ -331,6 +387,7 @@ void add_device(std::vector<Field>& all) {
   s.choice("transport", &D::transport,
            {{GpuTransport::automatic, "auto"}, {GpuTransport::nccl, "nccl"}, {GpuTransport::host, "host"}},
            "between GPUs: nccl needs a GPU for each rank; host goes by way of host memory");
+  s.on_resume(ResumePolicy::irrelevant, {"threads", "tune_products", "cuda_graphs", "transport"});
 }
 
 }  // namespace
@@ -344,6 +401,7 @@ const std::vector<Field>& fields() {
     add_optimizer(all);
     add_train(all);
     add_checkpoint(all);
+    add_health(all);
     add_device(all);
     return all;
   }();

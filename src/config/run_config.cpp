@@ -257,14 +257,16 @@ std::vector<ConfigKey> config_keys() {
   const RunConfig defaults;
   std::vector<ConfigKey> keys;
   for (const Field& field : fields())
-    keys.push_back({field.name(), field.kind, field.write(defaults), field.doc});
+    keys.push_back({field.name(), field.kind, field.write(defaults), field.doc, field.on_resume});
   return keys;
 }
 
 std::string describe_config_keys() {
   std::string out;
   for (const ConfigKey& key : config_keys()) {
-    out += fmt::format("{} = {}\n    {}\n    {}\n", key.name, key.default_value, key.doc, key.kind);
+    out +=
+        fmt::format("{} = {}\n    {}\n    {}\n{}", key.name, key.default_value, key.doc, key.kind,
+                    key.on_resume == ResumePolicy::must_equal ? "    the same for the whole of a run\n" : "");
   }
   return out;
 }

@@ -1,7 +1,5 @@
 #include "normformer/training/run_checkpoint.h"
 
-#include <map>
-#include <sstream>
 #include <vector>
 
 #include <fmt/ranges.h>
@@ -26,40 +24,23 @@ Role role_of(StateRole role) {
   return Role::master;
 }
 
-// "section.key" to its value as written.
-std::map<std::string, std::string> keys_of(const RunConfig& config) {
-  std::map<std::string, std::string> keys;
-  std::istringstream text(to_toml(config));
-  std::string section;
-  for (std::string line; std::getline(text, line);) {
-    if (line.starts_with("[")) section = line.substr(1, line.find(']') - 1);
-    const size_t equals = line.find(" = ");
-    if (equals != std::string::npos) keys[section + "." + line.substr(0, equals)] = line.substr(equals + 3);
-  }
-  return keys;
-}
-
-bool makes_another_model(const std::string& key) {
-  return key.starts_with("model.") && key != "model.ffn_norm_form" && !key.ends_with("_dropout");
-}
-
-// A run may go on with other settings, said aloud, but not with another model.
+// A run may go on with other settings, said aloud where they change what it computes, but not with another
+// model.
 void compare_configurations(const RunConfig& saved, const RunConfig& now, const std::string& folder) {
-  const auto before = keys_of(saved);
   std::vector<std::string> refused;
-  for (const auto& [key, value] : keys_of(now)) {
-    const auto old = before.find(key);
-    if (old == before.end() || old->second == value) continue;
-    const std::string change = fmt::format("{} was {} and is {} now", key, old->second, value);
-    if (makes_another_model(key))
+  for (const ConfigKey& key : config_keys()) {
+    const std::string before = toml_value(saved, key.name);
+    const std::string value = toml_value(now, key.name);
+    if (before == value || key.on_resume == ResumePolicy::irrelevant) continue;
+    const std::string change = fmt::format("{} was {} and is {} now", key.name, before, value);
+    if (key.on_resume == ResumePolicy::must_equal)
       refused.push_back(change);
     else
       log_root(LogLevel::warning, "resuming with another setting: {}", change);
   }
   if (refused.empty()) return;
-  throw DataError(
-      fmt::format("{} is of another model: {}; change it back or choose another checkpoint.folder", folder,
-                  fmt::join(refused, ", ")));
+  throw DataError(fmt::format("{} is of another run: {}; change it back or choose another checkpoint.folder",
+                              folder, fmt::join(refused, ", ")));
 }
 
 TrainingCounters counters_of(const CheckpointInfo& info) {

@@ -73,6 +73,19 @@ enum class AdamEps { torch, fairseq };
 /// The computing device of every rank.
 enum class DeviceChoice { cpu, cuda };
 
+/// What a run does about a save that failed.
+enum class SaveFailure { go_on, stop };
+
+/// What a run does about a newest checkpoint that is damaged: resume from the one before, or end.
+enum class DamagePolicy { older, stop };
+
+/// What becomes of a batch whose loss or gradient norm is far above those before it: it is told only; its
+/// update is left out; or the run goes back to its newest checkpoint and leaves out all batches since.
+enum class SpikePolicy { log, skip, rollback };
+
+/// What becomes of a batch whose loss or gradient is not finite: as of a spike's.
+enum class NonfinitePolicy { skip, rollback };
+
 /// What carries tensors between GPUs: NCCL, which `automatic` takes where every rank has a GPU of its own, or
 /// what joins the hosts (MPI, TCP), by way of host memory.
 enum class GpuTransport { automatic, nccl, host };
@@ -191,10 +204,30 @@ struct TrainConfig {
 /// Where a run's files go and which checkpoints stay.
 struct CheckpointConfig {
   std::string folder =
-      "runs/run";     ///< the run's folder: log, metrics, resolved configuration and checkpoints
-  int64_t every = 0;  ///< updates between checkpoints; 0 means only at the end and when stopped
-  int64_t keep = 3;   ///< newest checkpoints that stay; at least 1
+      "runs/run";            ///< the run's folder: log, metrics, resolved configuration and checkpoints
+  int64_t every = 0;         ///< updates between checkpoints; 0 means only at the end and when stopped
+  int64_t keep = 3;          ///< newest checkpoints that stay; at least 1
+  int64_t keep_every = 0;    ///< checkpoints after a multiple of so many updates stay for ever; 0 means none
+  bool async = true;         ///< written beside training, which waits for a copy in memory only
+  double staging_mib = 0.0;  ///< of that copy, per rank; 0 means all that the rank saves
+  SaveFailure on_failure = SaveFailure::go_on;
+  DamagePolicy on_damage = DamagePolicy::older;
   bool operator==(const CheckpointConfig&) const = default;
+};
+
+/// What a run watches itself for.
+struct HealthConfig {
+  double watchdog_seconds =
+      600.0;  ///< without progress after which a rank reports and ends the job; 0: never
+  int64_t replica_check_every = 100;  ///< updates between comparisons of what ranks hold alike; 0 means none
+  double straggler_factor =
+      1.5;                     ///< a rank that computes so many times as long as the median is named; 0: none
+  double spike_zscore = 0.0;   ///< robust standard deviations above the median that make a spike; 0: none
+  int64_t spike_window = 128;  ///< batches that a batch is compared with
+  SpikePolicy on_spike = SpikePolicy::log;
+  NonfinitePolicy on_nonfinite = NonfinitePolicy::skip;
+  int64_t max_rollbacks = 3;  ///< of one run without a new checkpoint; then it ends
+  bool operator==(const HealthConfig&) const = default;
 };
 
 /// The machine a rank uses.
@@ -217,6 +250,7 @@ struct RunConfig {
   OptimizerConfig optimizer;
   TrainConfig train;
   CheckpointConfig checkpoint;
+  HealthConfig health;
   DeviceConfig device;
   bool operator==(const RunConfig&) const = default;
 };
@@ -238,12 +272,17 @@ std::string to_toml(const RunConfig& config);
 /// The value of one key, "section.key", as to_toml writes it. LogicError where there is no such key.
 std::string toml_value(const RunConfig& config, const std::string& key);
 
+/// What a resumed run may do with a key: have the checkpoint's value only; have another, which is told; or
+/// have another, which changes nothing that it computes.
+enum class ResumePolicy { must_equal, told, irrelevant };
+
 /// One key of the configuration, as documentation shows it.
 struct ConfigKey {
   std::string name;           ///< "section.key"
   std::string kind;           ///< what may be written: "an integer of at least 1"
   std::string default_value;  ///< as TOML
   std::string doc;            ///< what it means
+  ResumePolicy on_resume = ResumePolicy::told;
 };
 
 /// Every key that a configuration has, in the order of to_toml.

@@ -122,7 +122,7 @@ TEST(RunConfig, UnknownSectionsNameTheNearest) {
   EXPECT_EQ(
       refusal("[zzzzzz]"),
       "x.toml:1:2: [zzzzzz] is not a section; the sections are model, parallel, data, optimizer, train, "
-      "checkpoint, device");
+      "checkpoint, health, device");
   EXPECT_EQ(refusal("layers = 3"),
             "x.toml:1:1: layers stands outside any section; did you mean model.layers?");
   EXPECT_EQ(refusal("model = 3"), "x.toml:1:1: model is a section and must be a table, not the integer 3");
@@ -202,6 +202,14 @@ TEST(RunConfig, RangesAreChecked) {
       {"train.loss_scale_min", "0"},
       {"checkpoint.every", "-1"},
       {"checkpoint.keep", "0"},
+      {"checkpoint.keep_every", "-1"},
+      {"checkpoint.staging_mib", "-1"},
+      {"health.watchdog_seconds", "-1"},
+      {"health.replica_check_every", "-1"},
+      {"health.straggler_factor", "-1"},
+      {"health.spike_zscore", "-1"},
+      {"health.spike_window", "7"},
+      {"health.max_rollbacks", "-1"},
       {"device.threads", "-1"},
   };
   for (const ConfigKey& key : config_keys()) {
@@ -452,6 +460,19 @@ const std::map<std::string, std::string>& other_values() {
       {"checkpoint.folder", "\"elsewhere\""},
       {"checkpoint.every", "11"},
       {"checkpoint.keep", "1"},
+      {"checkpoint.keep_every", "1000"},
+      {"checkpoint.async", "false"},
+      {"checkpoint.staging_mib", "64.5"},
+      {"checkpoint.on_failure", "\"stop\""},
+      {"checkpoint.on_damage", "\"stop\""},
+      {"health.watchdog_seconds", "60.5"},
+      {"health.replica_check_every", "10"},
+      {"health.straggler_factor", "2.5"},
+      {"health.spike_zscore", "6.5"},
+      {"health.spike_window", "64"},
+      {"health.on_spike", "\"skip\""},
+      {"health.on_nonfinite", "\"rollback\""},
+      {"health.max_rollbacks", "5"},
       {"device.kind", "\"cuda\""},
       {"device.tf32", "true"},
       {"device.tune_products", "false"},
