@@ -10,25 +10,16 @@ namespace {
 /// How many data files a reader keeps open: far below the usual limit of a process.
 constexpr size_t kMaxOpenFiles = 64;
 
-/// The bytes of a tensor: where they are if that is on the host, else copied into `buffer`.
-std::span<const std::byte> host_bytes(const Tensor& tensor, std::vector<std::byte>& buffer) {
-  const auto bytes = static_cast<size_t>(tensor.nbytes());
-  if (tensor.device() != DeviceKind::cuda) return {static_cast<const std::byte*>(tensor.raw()), bytes};
-  buffer.resize(bytes);
-  tensor.copy_out(buffer.data());
-  return buffer;
-}
-
-StoredPiece append_piece(WritableFile& file, const TensorPiece& piece, int64_t block_bytes) {
+StoredPiece append_piece(WritableFile& file, const PieceOutline& outline, StagingRing& ring,
+                         int64_t block_bytes) {
   StoredPiece stored;
-  stored.place = {piece.rectangle, piece.range};
-  const int64_t elements = piece.data.numel();
-  const int64_t step = block_bytes / size_of(piece.data.dtype());
-  std::vector<std::byte> buffer;
-  for (int64_t at = 0; at < elements; at += step) {
-    const auto block = host_bytes(piece.data.flat(at, std::min(step, elements - at)), buffer);
+  stored.place = outline.place;
+  for (int64_t left = outline.bytes(); left > 0; left -= block_bytes) {
+    const std::span<const std::byte> block = ring.oldest();
+    if (block.empty()) throw IoError("the save was given up");
     stored.block_checksums.push_back(checksum_of(block));
     file.append(block);
+    ring.release();
   }
   return stored;
 }
@@ -50,21 +41,42 @@ void check_piece(const TensorPiece& piece) {
            "a piece of '{}' of {} elements in {}", piece.name, piece.range.size(), to_string(piece.data));
 }
 
-RankReport write_pieces(FileSystem& files, const std::filesystem::path& path,
-                        std::span<const TensorPiece> pieces, int64_t block_bytes) {
+std::vector<PieceOutline> outlines_of(std::span<const TensorPiece> pieces) {
+  std::vector<PieceOutline> outlines;
+  for (const TensorPiece& piece : pieces) {
+    if (!piece.range.empty()) outlines.push_back({info_of(piece), {piece.rectangle, piece.range}});
+  }
+  return outlines;
+}
+
+void stage_pieces(StagingRing& ring, std::span<const TensorPiece> pieces, int64_t block_bytes) {
+  for (const TensorPiece& piece : pieces) {
+    const int64_t elements = piece.data.numel();
+    const int64_t step = block_bytes / size_of(piece.data.dtype());
+    for (int64_t at = 0; at < elements; at += step) {
+      const Tensor block = piece.data.flat(at, std::min(step, elements - at));
+      const std::span<std::byte> room = ring.reserve(block.nbytes());
+      if (room.empty()) return;
+      block.copy_out(room.data());
+      ring.commit();
+    }
+  }
+}
+
+RankReport write_staged(FileSystem& files, const std::filesystem::path& path,
+                        std::span<const PieceOutline> outlines, StagingRing& ring, int64_t block_bytes) {
   RankReport report;
-  for (const TensorPiece& piece : pieces) report.file.bytes += piece.range.empty() ? 0 : piece.data.nbytes();
+  for (const PieceOutline& outline : outlines) report.file.bytes += outline.bytes();
   if (report.file.bytes == 0) return report;
   report.file.name = path.filename().string();
   const auto file = files.create(path);
   file->reserve(report.file.bytes);
   int64_t offset = 0;
-  for (const TensorPiece& piece : pieces) {
-    if (piece.range.empty()) continue;
-    StoredPiece stored = append_piece(*file, piece, block_bytes);
+  for (const PieceOutline& outline : outlines) {
+    StoredPiece stored = append_piece(*file, outline, ring, block_bytes);
     stored.offset = offset;
-    offset += piece.data.nbytes();
-    report.tensors.push_back({info_of(piece), {std::move(stored)}});
+    offset += outline.bytes();
+    report.tensors.push_back({outline.info, {std::move(stored)}});
   }
   file->sync();
   file->close();

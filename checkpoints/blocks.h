@@ -10,17 +10,32 @@
 #include "normformer/core/file_system.h"
 
 #include "manifest.h"
+#include "staging.h"
 
 namespace normformer {
 
 /// LogicError where a piece's parts do not agree with each other.
 void check_piece(const TensorPiece& piece);
 
-/// Writes a rank's pieces, one after another, into a new file at `path`, each block with the checksum of the
-/// memory that it is written from, and returns once the file is on the disk. The report's pieces have file 0.
-/// Writes nothing where there are no elements. Throws IoError.
-RankReport write_pieces(FileSystem& files, const std::filesystem::path& path,
-                        std::span<const TensorPiece> pieces, int64_t block_bytes);
+/// What is to be written of a piece, without its values.
+struct PieceOutline {
+  StoredTensorInfo info;
+  PiecePlace place;
+  int64_t bytes() const { return place.range.size() * size_of(info.dtype); }
+};
+
+/// Those of all pieces that have elements.
+std::vector<PieceOutline> outlines_of(std::span<const TensorPiece> pieces);
+
+/// Copies the pieces' values into the ring, block by block; ends early where the ring is stopped.
+void stage_pieces(StagingRing& ring, std::span<const TensorPiece> pieces, int64_t block_bytes);
+
+/// Writes what stage_pieces puts into the ring, one piece after another, into a new file at `path`, each
+/// block with the checksum of the memory that it is written from, and returns once the file is on the disk.
+/// The report's pieces have file 0. Writes nothing where there are no outlines. Throws IoError, also where
+/// the ring is stopped.
+RankReport write_staged(FileSystem& files, const std::filesystem::path& path,
+                        std::span<const PieceOutline> outlines, StagingRing& ring, int64_t block_bytes);
 
 /// Reads verified blocks of a checkpoint's data files, through one buffer. Not for several threads.
 class BlockReader {

@@ -450,6 +450,8 @@ std::string write_report(const RankReport& report) {
   r.set_failure(report.failure);
   put_file(report.file, *r.mutable_file());
   for (const StoredTensor& tensor : report.tensors) put_tensor(tensor, *r.add_tensors());
+  r.set_copy_seconds(report.copy_seconds);
+  r.set_write_seconds(report.write_seconds);
   return serialise(r);
 }
 
@@ -457,7 +459,7 @@ RankReport read_report(const std::string& bytes) {
   format::RankReport r;
   NF_CHECK(r.ParseFromString(bytes), "a rank's report is malformed");
   try {
-    RankReport report{r.failure(), take_file(r.file()), {}};
+    RankReport report{r.failure(), take_file(r.file()), {}, r.copy_seconds(), r.write_seconds()};
     for (const format::LogicalTensor& t : r.tensors()) report.tensors.push_back(take_tensor(t));
     return report;
   } catch (const Fault& fault) {

@@ -73,6 +73,8 @@ struct RankReport {
   std::string failure;  ///< "" where it wrote everything
   DataFile file;        ///< without a name where it had nothing to write
   std::vector<StoredTensor> tensors;
+  double copy_seconds = 0.0;   ///< for which it stood still to copy
+  double write_seconds = 0.0;  ///< from the first byte to the end of the sync
 };
 
 std::string write_report(const RankReport& report);

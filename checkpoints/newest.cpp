@@ -79,7 +79,7 @@ std::vector<std::string> list_on_root(const Group& world, FileSystem& files, con
 
 std::optional<CheckpointReader> open_newest_checkpoint(
     const Group& world, FileSystem& files, const fs::path& folder,
-    const std::function<void(const CheckpointReader&)>& use) {
+    const std::function<void(const CheckpointReader&)>& use, bool older_too) {
   const std::vector<std::string> names = list_on_root(world, files, folder);
   std::string newest_reason;
   for (const std::string& name : names) {
@@ -98,6 +98,12 @@ std::optional<CheckpointReader> open_newest_checkpoint(
                         return "";
                       }));
       if (finding.kind == Finding::Kind::good) return reader;
+    }
+    if (!older_too) {
+      throw DataError(
+          fmt::format("the newest checkpoint, {}, cannot be used: {}. Restore it, or set "
+                      "checkpoint.on_damage = \"older\" to go on from the one before",
+                      (folder / name).string(), finding.text));
     }
     if (newest_reason.empty()) newest_reason = finding.text;
     log_root(LogLevel::error, "cannot use {}: {}", (folder / name).string(), finding.text);

@@ -96,7 +96,8 @@ void remove_leftovers(FileSystem& files, const fs::path& folder) {
   }
 }
 
-void retain(FileSystem& files, const fs::path& folder, const CheckpointName& saved, int64_t keep) {
+void retain(FileSystem& files, const fs::path& folder, const CheckpointName& saved, int64_t keep,
+            int64_t keep_every) {
   log_failures_of("cannot look for older checkpoints", [&] {
     int64_t kept = 1;
     for (const CheckpointName& name : checkpoints_in(files, folder)) {
@@ -105,7 +106,7 @@ void retain(FileSystem& files, const fs::path& folder, const CheckpointName& sav
         log_failures_of("cannot set a checkpoint aside", [&] { set_aside(files, folder, name); });
       } else if (name.updates < saved.updates && kept < keep) {
         ++kept;
-      } else {
+      } else if (name.updates == saved.updates || keep_every == 0 || name.updates % keep_every != 0) {
         log_failures_of("cannot remove an older checkpoint",
                         [&] { remove_folder_durably(files, folder / to_string(name)); });
       }

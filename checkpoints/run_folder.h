@@ -32,9 +32,13 @@ std::filesystem::path temporary_folder(const std::filesystem::path& folder, cons
 /// Removes what saves and removals that did not end have left behind; logs what cannot be removed.
 void remove_leftovers(FileSystem& files, const std::filesystem::path& folder);
 
-/// After `saved` was written: keeps it and the `keep` - 1 before it, removes older ones and those of as many
-/// updates that it replaces, and renames those of more updates to "set-aside-...". Logs what fails.
-void retain(FileSystem& files, const std::filesystem::path& folder, const CheckpointName& saved,
-            int64_t keep);
+/// The file of a run's folder of checkpoints that says which start of the run may write there.
+inline constexpr const char* kAttemptName = "ATTEMPT";
+
+/// After `saved` was written: keeps it, the `keep` - 1 before it and those after a multiple of `keep_every`
+/// updates (0: none), removes other older ones and those of as many updates that it replaces, and renames
+/// those of more updates to "set-aside-...". Logs what fails.
+void retain(FileSystem& files, const std::filesystem::path& folder, const CheckpointName& saved, int64_t keep,
+            int64_t keep_every);
 
 }  // namespace normformer

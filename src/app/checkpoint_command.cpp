@@ -113,7 +113,7 @@ int import_weights(const std::filesystem::path& input, const std::filesystem::pa
   const RunFolder folder{config.checkpoint.folder};
   make_folders(*files, folder.root);
   const SaveResult result =
-      save_checkpoint(world, *files, folder.checkpoints(), info, pieces, config.checkpoint.keep);
+      save_checkpoint(world, *files, folder.checkpoints(), info, pieces, {.keep = config.checkpoint.keep});
   if (!result) throw IoError(result.reason);
   write_durably(*files, folder.config(), to_toml(config));
   fmt::print("wrote {}; train on with `normformer train {} --resume`\n", result.folder.string(),

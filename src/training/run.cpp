@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <fstream>
+#include <map>
 #include <optional>
 
 #include "normformer/comm/ledger_file.h"
@@ -19,6 +20,16 @@
 namespace normformer {
 
 namespace {
+
+std::string describe(const SaveResult& save) {
+  const SaveTimes& t = save.times;
+  return fmt::format(
+      "saved a checkpoint after update {}: {} copied in {:.3f} s, for which training stood still, as for "
+      "{:.3f} s to "
+      "agree; written in {:.2f} s and published in {:.3f} s beside it",
+      save.update_count, with_prefix(static_cast<double>(save.bytes), "B"), t.copy, t.agree, t.write,
+      t.publish);
+}
 
 // One rank's run, from opened data to the last checkpoint.
 class TrainingRun {
@@ -47,7 +58,11 @@ class TrainingRun {
   void say_redone();
   void show_profile();
   void validate();
-  void save();
+  void begin_save();
+  void finish_save();
+  void tell(const std::optional<SaveResult>& result);
+  void leave_nothing_on_its_way();
+  ExitCode end(ExitCode code);
   bool stop_is_wanted();
   bool is_root() const { return world_.rank() == 0; }
   void say(const std::string& message);
@@ -69,10 +84,12 @@ class TrainingRun {
   std::optional<StatusLine> status_;    // rank 0 only
   Profiler profiler_;
   Speedometer speedometer_;
-  int64_t saved_at_ = -1;     // batch index of the newest checkpoint
-  bool skipped_ = false;      // of the step entered last
-  bool stop_wanted_ = false;  // on any rank, in that step
-  int64_t steps_ = 0;         // of this process
+  int64_t saving_at_ = -1;  // batch index of the newest checkpoint, or of the one that is being saved
+  int64_t saved_at_ = -1;   // batch index of the newest checkpoint
+  std::map<std::string, double> last_numbers_;  // of the step entered last, for checkpoints
+  bool skipped_ = false;                        // of the step entered last
+  bool stop_wanted_ = false;                    // on any rank, in that step
+  int64_t steps_ = 0;                           // of this process
   int64_t redone_ = 0;
 };
 
@@ -174,7 +191,7 @@ void TrainingRun::print_banner() {
 
 void TrainingRun::restore() {
   if (options_.resume && checkpoints_->load_newest(*trainer_)) {
-    saved_at_ = trainer_->counters().batch_index;
+    saving_at_ = saved_at_ = trainer_->counters().batch_index;
     say(fmt::format("resumed after update {}", trainer_->counters().updates));
   } else {
     trainer_->initialise();
@@ -196,7 +213,9 @@ void TrainingRun::step() {
   const int64_t update = trainer_->counters().updates + 1;
   if (ledger_) ledger_->begin_update(update);
   profiler_.before_update(update);
-  enter(trainer_->advance([this] { return signal_.requested(); }));
+  enter(trainer_->advance([this] {
+    return RankWord{.wants_stop = signal_.requested(), .save_progress = checkpoints_->writer().progress()};
+  }));
   if (update == options_.profile.last) settle();
   if (profiler_.after_update(update)) show_profile();
 }
@@ -225,9 +244,11 @@ void TrainingRun::enter(const std::optional<FinishedStep>& step) {
   const Speed speed = speedometer_.enter_step(report.tokens, config_.train.updates - counters.updates);
   if (metrics_) metrics_->write_step(counters, report, speed);
   if (status_) status_->show_step(counters, report, speed);
+  last_numbers_ = {{"loss", report.loss}, {"gradient_norm", report.gradient_norm}};
+  tell(checkpoints_->writer().advance(step->save_progress));
   const std::string limit = limit_reached(*step);
   if (limit.empty()) return;
-  trainer_->settle();  // so that nothing is on its way when all ranks leave
+  leave_nothing_on_its_way();
   throw AgreedError(ExitCode::numeric, limit);
 }
 
@@ -288,16 +309,57 @@ void TrainingRun::validate() {
                   trainer_->counters().updates, result.mean(), std::exp(result.mean()), result.tokens));
 }
 
-void TrainingRun::save() {
+void TrainingRun::begin_save() {
+  finish_save();
   const TraceScope scope(context_, TraceKind::step, "saving a checkpoint");
-  const std::string problem = checkpoints_->save(*trainer_);
-  if (problem.empty()) {
-    saved_at_ = trainer_->counters().batch_index;
-    say(fmt::format("saved a checkpoint after update {}", trainer_->counters().updates));
-  } else {
-    log_root(LogLevel::error, "no checkpoint was saved after update {}: {}; earlier ones are as they were",
-             trainer_->counters().updates, problem);
+  saving_at_ = trainer_->counters().batch_index;
+  tell(checkpoints_->begin_save(*trainer_, last_numbers_));
+  if (!config_.checkpoint.async) finish_save();
+}
+
+void TrainingRun::finish_save() {
+  if (!checkpoints_->writer().in_flight()) return;
+  const TraceScope scope(context_, TraceKind::step, "waiting for a checkpoint");
+  tell(checkpoints_->writer().finish());
+}
+
+// What became of a save; nothing where it is on its way.
+void TrainingRun::tell(const std::optional<SaveResult>& result) {
+  if (!result) return;
+  if (result->saved) {
+    saved_at_ = saving_at_;
+    say(describe(*result));
+    return;
   }
+  saving_at_ = saved_at_;
+  const std::string failure =
+      fmt::format("no checkpoint was saved after update {}: {}; earlier ones are as they were",
+                  result->update_count, result->reason);
+  if (config_.checkpoint.on_failure == SaveFailure::stop) {
+    leave_nothing_on_its_way();
+    throw AgreedError(ExitCode::io_failure, failure);
+  }
+  log_root(LogLevel::error, "{}", failure);
+}
+
+// To be called before all ranks leave with an error.
+void TrainingRun::leave_nothing_on_its_way() {
+  trainer_->settle();
+  finish_save();
+}
+
+// The run ends behind its last save.
+ExitCode TrainingRun::end(ExitCode code) {
+  finish_save();
+  say_redone();
+  if (saved_at_ != trainer_->counters().batch_index) {
+    throw AgreedError(
+        ExitCode::io_failure,
+        "the run has ended, but its last updates are in no checkpoint: make room, and start the "
+        "same command with --resume");
+  }
+  if (code == ExitCode::stopped) say("stopped cleanly; the same command with --resume goes on from here");
+  return code;
 }
 
 bool TrainingRun::stop_is_wanted() {
@@ -307,7 +369,8 @@ bool TrainingRun::stop_is_wanted() {
 ExitCode TrainingRun::run() {
   if (is_root()) status_.emplace(config_.train.updates, config_.train.log_every);
   open_data();
-  checkpoints_.emplace(folder_.checkpoints(), config_, fmt::format("tokenizer {:016x}", tokenizer_->hash()));
+  checkpoints_.emplace(world_, folder_.checkpoints(), config_,
+                       fmt::format("tokenizer {:016x}", tokenizer_->hash()));
   prepare_folder();
   open_ledger();
   const Mesh mesh = make_mesh(world_, config_.parallel);
@@ -332,18 +395,13 @@ ExitCode TrainingRun::run() {
     const bool saves = !skipped_ && is_due(config_.checkpoint.every);
     if (validated) validate();
     const bool stops = stop_is_wanted();
-    if (stops || saves) save();
-    if (stops) {
-      say_redone();
-      say("stopped cleanly; the same command with --resume goes on from here");
-      return ExitCode::stopped;
-    }
+    if (stops || saves) begin_save();
+    if (stops) return end(ExitCode::stopped);
     if (validated || saves) speedometer_.resume();
   }
   if (!validated) validate();
-  if (saved_at_ != trainer_->counters().batch_index) save();
-  say_redone();
-  return ExitCode::success;
+  if (saving_at_ != trainer_->counters().batch_index) begin_save();
+  return end(ExitCode::success);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 #include "normformer/training/run_checkpoint.h"
 
+#include <cstdlib>
 #include <vector>
 
 #include <fmt/ranges.h>
@@ -43,6 +44,14 @@ void compare_configurations(const RunConfig& saved, const RunConfig& now, const 
                               folder, fmt::join(refused, ", ")));
 }
 
+SaveOptions save_options(const CheckpointConfig& config) {
+  const char* const attempt = std::getenv("NORMFORMER_ATTEMPT");
+  return {.keep = config.keep,
+          .keep_every = config.keep_every,
+          .staging_bytes = static_cast<int64_t>(config.staging_mib * 1024 * 1024),
+          .attempt = attempt == nullptr ? 0 : std::atoll(attempt)};
+}
+
 TrainingCounters counters_of(const CheckpointInfo& info) {
   return {.batch_index = info.batch_index,
           .updates = info.update_count,
@@ -65,9 +74,10 @@ std::vector<TensorPiece> checkpoint_pieces(const ShardedOptimizer& optimizer, bo
 
 std::optional<CheckpointReader> open_newest_agreed(const Group& world, FileSystem& files,
                                                    const std::filesystem::path& folder,
-                                                   const std::function<void(const CheckpointReader&)>& use) {
+                                                   const std::function<void(const CheckpointReader&)>& use,
+                                                   bool older_too) {
   try {
-    return open_newest_checkpoint(world, files, folder, use);
+    return open_newest_checkpoint(world, files, folder, use, older_too);
   } catch (const CommError&) {
     throw;
   } catch (const LogicError&) {
@@ -77,16 +87,18 @@ std::optional<CheckpointReader> open_newest_agreed(const Group& world, FileSyste
   }
 }
 
-RunCheckpoints::RunCheckpoints(std::filesystem::path folder, const RunConfig& config,
+RunCheckpoints::RunCheckpoints(const Group& world, std::filesystem::path folder, const RunConfig& config,
                                std::string tokenizer_hash)
     : files_(make_system_files()),
       folder_(std::move(folder)),
       config_(config),
-      tokenizer_hash_(std::move(tokenizer_hash)) {}
+      tokenizer_hash_(std::move(tokenizer_hash)),
+      writer_(world, *files_, folder_, save_options(config.checkpoint)) {}
 
 bool RunCheckpoints::any() const { return !list_checkpoints(*files_, folder_).empty(); }
 
-std::string RunCheckpoints::save(Trainer& trainer) {
+std::optional<SaveResult> RunCheckpoints::begin_save(Trainer& trainer,
+                                                     const std::map<std::string, double>& metrics) {
   const TrainingCounters& counters = trainer.counters();
   const Mesh& mesh = trainer.model().mesh();
   const CheckpointInfo info{.run_id = folder_.parent_path().filename().string(),
@@ -98,7 +110,7 @@ std::string RunCheckpoints::save(Trainer& trainer) {
                             .seed = config_.train.seed,
                             .config_toml = to_toml(config_),
                             .tokenizer_hash = tokenizer_hash_,
-                            .metrics = {},
+                            .metrics = metrics,
                             .layout = {{"tensor", mesh.tensor().size()},
                                        {"context", mesh.context().size()},
                                        {"pipeline", mesh.pipeline().size()},
@@ -106,10 +118,7 @@ std::string RunCheckpoints::save(Trainer& trainer) {
                             .loss_scale = counters.loss_scale.value,
                             .clean_updates = counters.loss_scale.clean_updates,
                             .overflows = counters.loss_scale.overflows};
-  const std::vector<TensorPiece> pieces = checkpoint_pieces(trainer.optimizer(), true);
-  const SaveResult result =
-      save_checkpoint(mesh.world(), *files_, folder_, info, pieces, config_.checkpoint.keep);
-  return result.reason;
+  return writer_.begin(info, checkpoint_pieces(trainer.optimizer(), true));
 }
 
 bool RunCheckpoints::load_newest(Trainer& trainer) {
@@ -124,7 +133,8 @@ bool RunCheckpoints::load_newest(Trainer& trainer) {
     }
     reader.read(pieces);
   };
-  const auto reader = open_newest_agreed(trainer.model().mesh().world(), *files_, folder_, use);
+  const auto reader = open_newest_agreed(trainer.model().mesh().world(), *files_, folder_, use,
+                                         config_.checkpoint.on_damage == DamagePolicy::older);
   if (!reader) return false;
   trainer.set_counters(counters_of(reader->info()));
   trainer.weights_changed();

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <span>
 
 #include "normformer/mesh/layout.h"
@@ -147,31 +148,35 @@ namespace {
 struct RankNumbers {
   double loss_sum = 0.0;
   double wants_stop = 0.0;
+  double save_progress = 0.0;
   GradientSize gradients = {};
 
-  static constexpr size_t kCount = 3 + ops::OrderFreeSumOfSquares::kBins;
+  static constexpr size_t kScalars = 4;
+  static constexpr size_t kCount = kScalars + ops::OrderFreeSumOfSquares::kBins;
   std::array<double, kCount> packed() const;
   static RankNumbers unpacked(std::span<const double> numbers);
 };
 
 std::array<double, RankNumbers::kCount> RankNumbers::packed() const {
-  std::array<double, kCount> numbers = {loss_sum, wants_stop, gradients.largest};
-  std::copy(gradients.bins.begin(), gradients.bins.end(), numbers.begin() + 3);
+  std::array<double, kCount> numbers = {loss_sum, wants_stop, save_progress, gradients.largest};
+  std::copy(gradients.bins.begin(), gradients.bins.end(), numbers.begin() + kScalars);
   return numbers;
 }
 
 RankNumbers RankNumbers::unpacked(std::span<const double> numbers) {
-  RankNumbers made{numbers[0], numbers[1], {numbers[2], {}}};
-  std::copy(numbers.begin() + 3, numbers.end(), made.gradients.bins.begin());
+  RankNumbers made{numbers[0], numbers[1], numbers[2], {numbers[3], {}}};
+  std::copy(numbers.begin() + kScalars, numbers.end(), made.gradients.bins.begin());
   return made;
 }
 
 }  // namespace
 
 // This rank's gradients are there: starts to gather what all ranks must know before the update may stand.
-void Trainer::agree_on_gradients(Unsettled& step, const std::function<bool()>& wants_stop) {
+void Trainer::agree_on_gradients(Unsettled& step, const std::function<RankWord()>& word) {
+  const RankWord said = word ? word() : RankWord{};
   const RankNumbers mine{.loss_sum = model_.answers_for_loss() ? model_.loss_sum() : 0.0,
-                         .wants_stop = wants_stop && wants_stop() ? 1.0 : 0.0,
+                         .wants_stop = said.wants_stop ? 1.0 : 0.0,
+                         .save_progress = static_cast<double>(said.save_progress),
                          .gradients = optimizer_.gradient_size()};
   step.request = model_.mesh().world().start_gather(model_.context(), mine.packed(), step.numbers);
 }
@@ -180,14 +185,17 @@ void Trainer::agree_on_gradients(Unsettled& step, const std::function<bool()>& w
 void Trainer::conclude(Unsettled& step) const {
   step.request.wait();
   double loss_sum = 0.0;
+  double save_progress = std::numeric_limits<double>::infinity();
   std::vector<GradientSize> sizes;
   const std::span<const double> numbers(step.numbers);
   for (size_t at = 0; at < numbers.size(); at += RankNumbers::kCount) {
     const RankNumbers rank = RankNumbers::unpacked(numbers.subspan(at, RankNumbers::kCount));
     loss_sum += rank.loss_sum;
     step.stop_wanted = step.stop_wanted || rank.wants_stop > 0.0;
+    save_progress = std::min(save_progress, rank.save_progress);
     sizes.push_back(rank.gradients);
   }
+  step.save_progress = static_cast<int64_t>(save_progress);
   StepReport& report = step.report;
   report.loss = loss_sum / static_cast<double>(std::max<int64_t>(1, report.tokens));
   report.gradient_norm = norm_of(sizes) * report.gradient_factor();
@@ -195,7 +203,7 @@ void Trainer::conclude(Unsettled& step) const {
 }
 
 // Gradients of the next batch, with all ranks in step.
-void Trainer::compute_at_once(Unsettled& step, const std::function<bool()>& wants_stop) {
+void Trainer::compute_at_once(Unsettled& step, const std::function<RankWord()>& word) {
   const Group& world = model_.mesh().world();
   std::vector<MicroBatch> batches;
   run_agreed(world, [&] { batches = next_micro_batches(); });
@@ -205,12 +213,12 @@ void Trainer::compute_at_once(Unsettled& step, const std::function<bool()>& want
   run_schedule(model_.context(), model_.mesh().pipeline(), schedule_, pipeline_parts(),
                config_.parallel.overlap_pipeline);
   optimizer_.reduce_gradients();
-  agree_on_gradients(step, wants_stop);
+  agree_on_gradients(step, word);
 }
 
 // Gradients of the next batch, begun with weights that may be wrong; the step before is settled on the way.
 std::optional<FinishedStep> Trainer::compute_before_settling(Unsettled& step,
-                                                             const std::function<bool()>& wants_stop) {
+                                                             const std::function<RankWord()>& word) {
   std::vector<MicroBatch> batches = next_micro_batches();
   const auto counted = static_cast<double>(counted_targets(model_, batches));
   std::vector<double> counts;
@@ -230,7 +238,7 @@ std::optional<FinishedStep> Trainer::compute_before_settling(Unsettled& step,
   optimizer_.reduce_gradients();
   counting.wait();
   for (const double count : counts) step.report.tokens += static_cast<int64_t>(count);
-  agree_on_gradients(step, wants_stop);
+  agree_on_gradients(step, word);
   return finished;
 }
 
@@ -249,14 +257,14 @@ StepReport Trainer::step() {
   return finished ? finished->report : settle()->report;
 }
 
-std::optional<FinishedStep> Trainer::advance(const std::function<bool()>& wants_stop) {
+std::optional<FinishedStep> Trainer::advance(const std::function<RankWord()>& word) {
   const TraceScope scope(model_.context(), TraceKind::step, "step");
   auto step = std::make_unique<Unsettled>();
   std::optional<FinishedStep> finished;
   if (config_.optimizer.optimistic)
-    finished = compute_before_settling(*step, wants_stop);
+    finished = compute_before_settling(*step, word);
   else
-    compute_at_once(*step, wants_stop);
+    compute_at_once(*step, word);
   step->before = counters_;
   step->report.loss_scale = counters_.loss_scale.factor();
   step->report.lr = learning_rate(config_.optimizer, config_.train.updates, counters_.updates + 1);
@@ -293,7 +301,7 @@ std::optional<FinishedStep> Trainer::settle() {
 
 FinishedStep Trainer::finish(Unsettled& step) {
   count(step.report);
-  return {step.report, counters_, step.stop_wanted};
+  return {step.report, counters_, step.stop_wanted, step.save_progress};
 }
 
 void Trainer::count(const StepReport& report) {

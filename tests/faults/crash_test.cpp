@@ -34,7 +34,7 @@ std::optional<SaveResult> save(const std::function<FileSystem&(int)>& disk_of, i
       Context context(DeviceKind::cpu);
       const auto pieces = toy_pieces(context, {2, 1}, world.rank(), version, true);
       results[world.rank()] = save_checkpoint(world, disk_of(world.rank()), kFolder, toy_info(version),
-                                              pieces, keep, kBlockBytes);
+                                              pieces, {.keep = keep, .block_bytes = kBlockBytes});
     });
   } catch (const Killed&) {
     return std::nullopt;
@@ -180,7 +180,7 @@ TEST(DiskFull, OnOneRankOfThreeIsToldToAll) {
     FailingFiles full(disk, Fault::disk_full, 0);
     FileSystem& mine = world.rank() == 2 ? static_cast<FileSystem&>(full) : disk;
     const auto pieces = toy_pieces(context, {1, 3}, world.rank(), 1, true);
-    const SaveResult result = save_checkpoint(world, mine, kFolder, toy_info(1), pieces, 1);
+    const SaveResult result = save_checkpoint(world, mine, kFolder, toy_info(1), pieces, {.keep = 1});
     EXPECT_FALSE(result);
     reasons[world.rank()] = result.reason;
   });

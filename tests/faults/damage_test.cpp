@@ -29,7 +29,8 @@ class Damage : public ::testing::Test {
       run_local_world(2, [&](const Group& world) {
         Context context(DeviceKind::cpu);
         const auto pieces = toy_pieces(context, {2, 1}, world.rank(), version, true);
-        ASSERT_TRUE(save_checkpoint(world, disk_, kFolder, toy_info(version), pieces, 2, 64));
+        ASSERT_TRUE(save_checkpoint(world, disk_, kFolder, toy_info(version), pieces,
+                                    {.keep = 2, .block_bytes = 64}));
       });
     }
     ASSERT_EQ(newest(), 2);
@@ -173,7 +174,8 @@ TEST_F(Damage, IsReplacedWhenTheRunComesThereAgain) {
   run_local_world(2, [&](const Group& world) {
     Context context(DeviceKind::cpu);
     const auto pieces = toy_pieces(context, {2, 1}, world.rank(), 2, true);
-    const SaveResult result = save_checkpoint(world, disk_, kFolder, toy_info(2), pieces, 2, 64);
+    const SaveResult result =
+        save_checkpoint(world, disk_, kFolder, toy_info(2), pieces, {.keep = 2, .block_bytes = 64});
     EXPECT_EQ(result.folder, kFolder / "step-0000000002-2");
   });
   EXPECT_EQ(newest(), 2);

@@ -74,35 +74,96 @@ class DamagedCheckpoint : public DataError {
   using DataError::DataError;
 };
 
+/// How checkpoints are written, and which stay.
+struct SaveOptions {
+  int64_t keep = 3;        ///< the newest so many stay; at least 1
+  int64_t keep_every = 0;  ///< those after a multiple of so many updates stay for ever, too; 0: none
+  /// So many bytes (a multiple of 8, at most 64 MiB) of a piece have a checksum: what a reader must read to
+  /// have one element of them, and the size of its buffer.
+  int64_t block_bytes = int64_t{4} << 20;
+  /// Memory of a rank for values on their way to the disk, at least two blocks; 0: as much as it saves.
+  int64_t staging_bytes = 0;
+  /// Which start of the run this is. Where the folder's file ATTEMPT holds a larger number another one has
+  /// begun since, and nothing is written or removed any more. 0: no such file is looked for.
+  int64_t attempt = 0;
+};
+
+/// How long a save took, in seconds; the slowest rank's.
+struct SaveTimes {
+  double agree = 0.0;    ///< training stood still for all ranks to know the folder
+  double copy = 0.0;     ///< training stood still for the copy
+  double write = 0.0;    ///< beside training: from the first byte to the end of the sync
+  double publish = 0.0;  ///< beside training: manifest, rename and removal of what is too old
+};
+
 /// What became of a save, the same on every rank.
 struct SaveResult {
   bool saved = false;
   std::string reason;  ///< why not, in one sentence that names the first rank that failed; "" if saved
   std::filesystem::path folder;  ///< the checkpoint
+  int64_t update_count = 0;      ///< that it was to be of
   int64_t bytes = 0;             ///< of its data files
+  SaveTimes times;
   explicit operator bool() const { return saved; }
 };
 
-/// Writes a checkpoint into a new folder "step-<updates>" of `folder` (made where absent). Each rank writes
-/// one data file with the pieces that it owns; each scalar of a logical tensor must be in one rank's pieces
-/// exactly, or LogicError is thrown on all ranks. `info` is rank 0's. One run at a time may write into a
-/// folder.
+/// Writes checkpoints of one run into new folders "step-<updates>" of a folder (made where absent) beside
+/// what the ranks compute. Each rank writes one data file with the pieces that it owns; each scalar of a
+/// logical tensor must be in one rank's pieces exactly, or LogicError is thrown on all ranks. One run at a
+/// time may write into a folder.
 ///
-/// The checkpoint appears under its name only when every byte of it is on the disk, so a crash at any moment
+/// begin() returns when the pieces' values are copied into a bounded ring in memory; where that is smaller
+/// than what the rank saves, it waits for the disk to make room. A thread takes checksums of what stands
+/// there, writes and syncs. Two things then need all ranks and are done in advance(), whose caller tells when
+/// all are ready: rank 0 learns of everyone's file, and all learn of its publishing, which a thread of rank 0
+/// does.
+///
+/// A checkpoint appears under its name only when every byte of it is on the disk, so a crash at any moment
 /// leaves the older checkpoints as they were and at most a ".tmp-" folder, which the next save removes. Where
-/// any rank's file operation fails, nothing is left behind, and all ranks return the reason: training may go
+/// any rank's file operation fails, nothing is left behind, and all ranks receive the reason: training may go
 /// on. A checkpoint of the same number of updates is replaced by "step-<updates>-<n>" (n = 2, 3, ...), which
 /// readers prefer.
 ///
-/// Then the newest `keep` (>= 1) checkpoints stay and older ones are removed. Those of more updates, left by
-/// a run that went back, are renamed to "set-aside-step-...", which nothing reads or removes. Failures of
-/// this clean-up are logged and do not fail the save.
-///
-/// Every `block_bytes` bytes (a multiple of 8, at most 64 MiB) of a piece have a checksum: what a reader must
-/// read to have one element of them, and the size of its buffer. Collective over `world`.
+/// Then checkpoints that SaveOptions does not keep are removed. Those of more updates, left by a run that
+/// went back, are renamed to "set-aside-step-...", which nothing reads or removes. Failures of this clean-up
+/// are logged and do not fail the save.
+class CheckpointWriter {
+ public:
+  /// `files` must outlive the writer.
+  CheckpointWriter(Group world, FileSystem& files, std::filesystem::path folder, const SaveOptions& options);
+
+  /// Gives up a save that is on its way, once the operation that is being done returns; what it has written
+  /// stays as after a crash.
+  ~CheckpointWriter();
+  CheckpointWriter(const CheckpointWriter&) = delete;
+  CheckpointWriter& operator=(const CheckpointWriter&) = delete;
+
+  /// Begins a save; returns what became of it where that is known already: it cannot be written. `info` is
+  /// rank 0's. LogicError while a save is on its way. Collective over the world.
+  std::optional<SaveResult> begin(const CheckpointInfo& info, std::span<const TensorPiece> mine);
+
+  bool in_flight() const;
+
+  /// How far this rank is, over all of its saves; never falls.
+  int64_t progress();
+
+  /// Does what all ranks are ready for, `progress_of_all` being the least of their progress() at some time
+  /// since, the same on every rank; the result of a save that has come to its end. Does not wait for disks.
+  /// Collective over the world.
+  std::optional<SaveResult> advance(int64_t progress_of_all);
+
+  /// Waits for the end of the save on its way. Collective over the world.
+  SaveResult finish();
+
+ private:
+  class Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+/// Writes one checkpoint and waits for its end. Collective over `world`.
 SaveResult save_checkpoint(const Group& world, FileSystem& files, const std::filesystem::path& folder,
-                           const CheckpointInfo& info, std::span<const TensorPiece> mine, int64_t keep,
-                           int64_t block_bytes = int64_t{4} << 20);
+                           const CheckpointInfo& info, std::span<const TensorPiece> mine,
+                           const SaveOptions& options);
 
 /// A checkpoint open for reading under any layout. A cheap value; reads are not collective.
 class CheckpointReader {
@@ -131,7 +192,7 @@ class CheckpointReader {
   struct Contents;
   friend std::optional<CheckpointReader> open_newest_checkpoint(
       const Group&, FileSystem&, const std::filesystem::path&,
-      const std::function<void(const CheckpointReader&)>&);
+      const std::function<void(const CheckpointReader&)>&, bool);
 
   CheckpointReader(FileSystem& files, const std::filesystem::path& folder, std::string_view manifest);
   void check_files() const;
@@ -147,11 +208,11 @@ std::vector<std::string> list_checkpoints(FileSystem& files, const std::filesyst
 /// Opens the newest good checkpoint of those that save_checkpoint wrote into `folder` and calls `use` with
 /// it, which checks the info and reads what its rank needs; it must not communicate. Where the checkpoint is
 /// damaged for any rank (DamagedCheckpoint or IoError), that is logged and all ranks go on with the next
-/// older one. Any other Error of `use` on any rank becomes one of the same text and exit code on every rank.
-/// None where there is no checkpoint at all; DataError, never none, where there are and all are damaged.
-/// Collective over `world`.
+/// older one, or where not `older_too` ends with that reason as a DataError. Any other Error of `use` on any
+/// rank becomes one of the same text and exit code on every rank. None where there is no checkpoint at all;
+/// DataError, never none, where there are and all are damaged. Collective over `world`.
 std::optional<CheckpointReader> open_newest_checkpoint(
     const Group& world, FileSystem& files, const std::filesystem::path& folder,
-    const std::function<void(const CheckpointReader&)>& use);
+    const std::function<void(const CheckpointReader&)>& use, bool older_too = true);
 
 }  // namespace normformer

@@ -22,21 +22,25 @@ std::vector<TensorPiece> checkpoint_pieces(const ShardedOptimizer& optimizer, bo
 /// `world`.
 std::optional<CheckpointReader> open_newest_agreed(const Group& world, FileSystem& files,
                                                    const std::filesystem::path& folder,
-                                                   const std::function<void(const CheckpointReader&)>& use);
+                                                   const std::function<void(const CheckpointReader&)>& use,
+                                                   bool older_too = true);
 
 /// The checkpoints of one run's folder, in terms of its trainer. Holds no tensors.
 class RunCheckpoints {
  public:
   /// `tokenizer_hash` identifies what the tokens mean, for comparison on resume.
-  RunCheckpoints(std::filesystem::path folder, const RunConfig& config, std::string tokenizer_hash);
+  RunCheckpoints(const Group& world, std::filesystem::path folder, const RunConfig& config,
+                 std::string tokenizer_hash);
 
   /// Whether the folder holds any. Not collective.
   bool any() const;
 
-  /// Saves everything that the run needs to go on with the same bits, and removes all but the newest `keep`.
-  /// Returns an empty string, or a sentence that says why nothing was saved: earlier checkpoints are then as
-  /// they were. Collective over the world.
-  std::string save(Trainer& trainer);
+  /// Begins to save everything that the run needs to go on with the same bits; `metrics` are for people. As
+  /// CheckpointWriter::begin. Collective over the world.
+  std::optional<SaveResult> begin_save(Trainer& trainer, const std::map<std::string, double>& metrics);
+
+  /// What moves the save on.
+  CheckpointWriter& writer() { return writer_; }
 
   /// Fills the trainer from the newest checkpoint that can be read. False where there is none at all. Throws
   /// AgreedError where there are some but none is readable, or where it is of another model. Collective over
@@ -48,6 +52,7 @@ class RunCheckpoints {
   std::filesystem::path folder_;
   RunConfig config_;
   std::string tokenizer_hash_;
+  CheckpointWriter writer_;
 };
 
 }  // namespace normformer

@@ -41,11 +41,18 @@ struct StepReport {
   }
 };
 
+/// What a rank tells all others once a step, when its gradients are there.
+struct RankWord {
+  bool wants_stop = false;
+  int64_t save_progress = 0;  ///< CheckpointWriter::progress
+};
+
 /// A step that is over: nothing takes back what it did.
 struct FinishedStep {
   StepReport report;
   TrainingCounters counters;  ///< behind it
-  bool stop_wanted = false;   ///< on any rank, when its gradients were there
+  bool stop_wanted = false;   ///< by any rank
+  int64_t save_progress = 0;  ///< the least of all ranks
 };
 
 /// Where batches come from: global samples [first, first + count) as rows.
@@ -79,9 +86,9 @@ class Trainer {
   StepReport step();
 
   /// One update on the next global batch, and the step that is over since the last call: this one, or with
-  /// optimizer.optimistic the one before, if that was not settled. `wants_stop` may be empty; it is asked
+  /// optimizer.optimistic the one before, if that was not settled. `word` may be empty; it is asked
   /// when this rank's gradients are there. Throws as step. Collective over the world.
-  std::optional<FinishedStep> advance(const std::function<bool()>& wants_stop = {});
+  std::optional<FinishedStep> advance(const std::function<RankWord()>& word = {});
 
   /// Ends the step whose update may still be wrong, if there is one: to be called before weights are used
   /// otherwise, and before optimizer state and counters are relied on. Collective over the world.
@@ -111,16 +118,16 @@ class Trainer {
     StepReport report;
     TrainingCounters before;
     bool stop_wanted = false;
+    int64_t save_progress = 0;
     std::vector<double> numbers;  // of every rank
     CommRequest request;          // of these
   };
 
   std::vector<MicroBatch> next_micro_batches() const;
   std::vector<Stage*> pipeline_parts();
-  void agree_on_gradients(Unsettled& step, const std::function<bool()>& wants_stop);
-  void compute_at_once(Unsettled& step, const std::function<bool()>& wants_stop);
-  std::optional<FinishedStep> compute_before_settling(Unsettled& step,
-                                                      const std::function<bool()>& wants_stop);
+  void agree_on_gradients(Unsettled& step, const std::function<RankWord()>& word);
+  void compute_at_once(Unsettled& step, const std::function<RankWord()>& word);
+  std::optional<FinishedStep> compute_before_settling(Unsettled& step, const std::function<RankWord()>& word);
   void conclude(Unsettled& step) const;
   double clip_factor(const StepReport& report) const;
   void update_weights(const StepReport& report, double clip);

@@ -25,8 +25,8 @@ void save(FileSystem& files, const std::filesystem::path& folder, ToyLayout layo
   run_local_world(static_cast<int>(layout.ranks()), [&](const Group& world) {
     Context context(DeviceKind::cpu);
     const auto pieces = toy_pieces(context, layout, world.rank(), version, true);
-    const SaveResult result =
-        save_checkpoint(world, files, folder, toy_info(version), pieces, keep, block_bytes);
+    const SaveResult result = save_checkpoint(world, files, folder, toy_info(version), pieces,
+                                              {.keep = keep, .block_bytes = block_bytes});
     EXPECT_TRUE(result) << result.reason;
   });
 }
@@ -120,7 +120,7 @@ TEST(Checkpoint, RanksWithoutPiecesWriteNoFile) {
     Context context(DeviceKind::cpu);
     std::vector<TensorPiece> pieces;
     if (world.rank() == 1) pieces = toy_pieces(context, {1, 1}, 0, 1, true);
-    EXPECT_TRUE(save_checkpoint(world, files, kFolder, toy_info(1), pieces, 1));
+    EXPECT_TRUE(save_checkpoint(world, files, kFolder, toy_info(1), pieces, {.keep = 1}));
   });
   EXPECT_THAT(files.list(kFolder / "step-0000000001"), ElementsAre("MANIFEST", "rank-00001-of-00002.bin"));
   load(files, kFolder, {2, 1}, 1);
@@ -232,7 +232,7 @@ TEST(Checkpoint, PiecesThatDoNotFitAreABugOnAllRanks) {
       if (world.rank() == 1 && twice) pieces.push_back(pieces[2]);
       if (world.rank() == 1 && !twice) pieces.erase(pieces.begin() + 2);
       try {
-        save_checkpoint(world, files, kFolder, toy_info(1), pieces, 1);
+        save_checkpoint(world, files, kFolder, toy_info(1), pieces, {.keep = 1});
         ADD_FAILURE();
       } catch (const LogicError& e) {
         EXPECT_THAT(e.what(), HasSubstr("ranks save 'decoder.layers.0.fc1.weight' (parameter)"));

@@ -246,7 +246,8 @@ TEST(Optimistic, AskedOnEveryRankToStopAllKnow) {
       SmallModel small(config, DeviceKind::cpu, world, {.data = 2});
       std::vector<bool> wanted;
       for (int step = 0; step < 3; ++step) {
-        const auto finished = small.trainer.advance([&] { return step == 1 && world.rank() == 1; });
+        const auto finished =
+            small.trainer.advance([&] { return RankWord{.wants_stop = step == 1 && world.rank() == 1}; });
         if (finished) wanted.push_back(finished->stop_wanted);
       }
       if (const auto finished = small.trainer.settle()) wanted.push_back(finished->stop_wanted);
