@@ -72,7 +72,7 @@ struct CheckpointReader::Contents {
     if (info.dtype != wanted.data.dtype()) {
       throw DataError(
           fmt::format("checkpoint {} has tensor '{}' ({}) in {} where this run computes in {}; set "
-                      "train.precision as it was",
+                      "train.precision as it was, or convert it with `normformer checkpoint reshard`",
                       folder.string(), wanted.name, name_of(wanted.role), name_of(info.dtype),
                       name_of(wanted.data.dtype())));
     }

@@ -11,25 +11,13 @@
 #include "normformer/training/run.h"
 #include "normformer/training/run_checkpoint.h"
 
+#include "checkpoint_copies.h"
 #include "commands.h"
 #include "ranks.h"
 
 namespace normformer {
 
 namespace {
-
-bool is_checkpoint(const std::filesystem::path& folder) {
-  return folder.filename().string().starts_with("step-");
-}
-
-// A run's newest checkpoint, or the checkpoint itself.
-CheckpointReader open_checkpoint(FileSystem& files, const std::filesystem::path& where) {
-  if (is_checkpoint(where)) return CheckpointReader(files, where);
-  const std::filesystem::path folder = RunFolder{where}.checkpoints();
-  auto reader = open_newest_checkpoint(make_self_world(), files, folder, [](const CheckpointReader&) {});
-  if (!reader) throw DataError(fmt::format("{} holds no checkpoint", folder.string()));
-  return *reader;
-}
 
 Rectangle whole(const StoredTensorInfo& tensor) {
   return {{0, tensor.rows}, {0, tensor.columns}, tensor.rows, tensor.columns};
@@ -121,6 +109,12 @@ int import_weights(const std::filesystem::path& input, const std::filesystem::pa
   return 0;
 }
 
+// As train.precision is written; none for "".
+std::optional<Precision> parse_precision(const std::string& name) {
+  if (name.empty()) return std::nullopt;
+  return parse_run_config("", "--precision", {"train.precision=" + name}).train.precision;
+}
+
 }  // namespace
 
 void add_checkpoint_command(CLI::App& app, Command& chosen) {
@@ -130,9 +124,11 @@ void add_checkpoint_command(CLI::App& app, Command& chosen) {
     std::filesystem::path config;
     std::vector<std::string> overrides;
     DType dtype = DType::f32;
+    std::string precision;
   };
   auto options = std::make_shared<Options>();
-  CLI::App* group = app.add_subcommand("checkpoint", "Look at, verify, import and export checkpoints");
+  CLI::App* group =
+      app.add_subcommand("checkpoint", "Look at, verify, compare, rewrite, import and export checkpoints");
   group->require_subcommand(1);
   const auto choose = [&chosen](CLI::App* command, std::function<int()> body) {
     command->callback([body, &chosen] {
@@ -151,6 +147,28 @@ void add_checkpoint_command(CLI::App& app, Command& chosen) {
   command = group->add_subcommand("verify", "Read every byte and compare it with its checksum");
   command->add_option("checkpoint", options->from, where)->required();
   choose(command, [options] { return verify(options->from); });
+
+  command = group->add_subcommand("diff",
+                                  "What differs between two checkpoints, whatever layouts wrote them; "
+                                  "ends with 1 where anything does");
+  command->add_option("first", options->from, where)->required();
+  command->add_option("second", options->to, where)->required();
+  choose(command, [options] { return diff_checkpoints(options->from, options->to); });
+
+  command = group->add_subcommand("reshard",
+                                  "Write a checkpoint anew, with a data file for each rank: mpirun -n N "
+                                  "normformer checkpoint reshard FROM TO");
+  command->add_option("checkpoint", options->from, where)->required();
+  command->add_option("run", options->to, "The folder of a new run, which receives it")->required();
+  command->add_option("--precision", options->precision,
+                      "Convert it for this train.precision: fp64, fp32, bf16, ...");
+  command->callback([options, &chosen] {
+    chosen = [options](int* argc, char*** argv) {
+      return run_on_ranks(argc, argv, [&](const RankProcess& process) {
+        return reshard_checkpoint(options->from, options->to, parse_precision(options->precision), process);
+      });
+    };
+  });
 
   command = group->add_subcommand("export", "Write the weights as one safetensors file");
   command->add_option("checkpoint", options->from, where)->required();

@@ -259,6 +259,35 @@ class Commands(unittest.TestCase):
         self.assertRegex(out, r"parameters  2\.65 G")
         self.assertIn("calls of 32 of 512 ranks", out)
 
+    def reshard(self, name, ranks, *options):
+        to = self.folder.path / name
+        run(["checkpoint", "reshard", self.run_folder, to, *options], ranks, expect=0)
+        return to
+
+    def test_a_checkpoint_written_anew_is_the_same(self):
+        to = self.reshard("resharded", 3)
+        files = sorted(path.name for path in (to / "checkpoints" / "step-0000000040").iterdir())
+        self.assertEqual(files, ["MANIFEST", *(f"rank-{r:05}-of-00003.bin" for r in range(3))])
+        out = run(["checkpoint", "diff", self.run_folder, to], expect=0).out
+        self.assertRegex(out, r"\A0 of \d+ tensors differ\n\Z")
+        run(["train", to / "config.toml", "--resume", "--set", "train.updates=41"], expect=0)
+        outcome = run(["checkpoint", "diff", self.run_folder, to], expect=1)
+        self.assertIn("update_count: 40 and 41\n", outcome.out)
+        self.assertIn("train.updates: 40 and 41\n", outcome.out)
+        self.assertRegex(outcome.out, r"decoder.embed_tokens.weight \(moment1\): \d+ of \d+ elements differ, by at most ")
+        outcome = run(["checkpoint", "reshard", self.run_folder, to], expect=64)
+        self.assertIn("already holds checkpoints", outcome.err)
+
+    def test_a_checkpoint_of_another_precision_goes_on(self):
+        to = self.reshard("fp64", 2, "--precision", "fp64")
+        outcome = run(["checkpoint", "diff", self.run_folder, to], expect=1)
+        self.assertIn("decoder.embed_tokens.weight (master): f32 300 x 24 and f64 300 x 24", outcome.out)
+        run(["train", to / "config.toml", "--resume", "--set", "train.updates=42"], expect=0)
+        refused = run(["train", to / "config.toml", "--resume", "--set", "train.updates=43", "--set",
+                       "train.precision=fp32"], expect=65)
+        self.assertIn("checkpoint reshard", refused.err)
+        run(["checkpoint", "reshard", self.run_folder, self.folder.path / "x", "--precision", "fp8"], expect=64)
+
     def test_inspect_names_every_tensor(self):
         out = run(["checkpoint", "inspect", self.run_folder], expect=0).out
         for name in ("decoder.embed_tokens.weight", "decoder.layers.2.ffn_layernorm.bias", "decoder.layers.0.c_attn"):

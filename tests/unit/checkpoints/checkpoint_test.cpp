@@ -195,7 +195,9 @@ TEST(Checkpoint, AnotherModelIsToldFromDamage) {
       HasSubstr(
           "has tensor 'decoder.embed_tokens.weight' (parameter) as 37 x 6 where this model has 38 x 6"));
   EXPECT_THAT(read([&](TensorPiece& p) { p.data = context.empty({222}, DType::f32); }),
-              HasSubstr("in bf16 where this run computes in f32; set train.precision as it was"));
+              HasSubstr("in bf16 where this run computes in f32; set train.precision as it was, or convert "
+                        "it with `normformer "
+                        "checkpoint reshard`"));
 }
 
 // One rank's objection ends the loading on all, with its own words and exit code.

@@ -1,0 +1,128 @@
+#include "checkpoint_copies.h"
+
+#include <cstdio>
+#include <vector>
+
+#include "normformer/checkpoints/difference.h"
+#include "normformer/mesh/layout.h"
+#include "normformer/model/model_instance.h"
+#include "normformer/training/agreement.h"
+#include "normformer/training/run.h"
+
+namespace normformer {
+
+CheckpointReader open_checkpoint(FileSystem& files, const std::filesystem::path& where) {
+  if (where.filename().string().starts_with("step-")) return CheckpointReader(files, where);
+  const std::filesystem::path folder = RunFolder{where}.checkpoints();
+  auto reader = open_newest_checkpoint(make_self_world(), files, folder, [](const CheckpointReader&) {});
+  if (!reader) throw DataError(fmt::format("{} holds no checkpoint", folder.string()));
+  return *reader;
+}
+
+int diff_checkpoints(const std::filesystem::path& a, const std::filesystem::path& b) {
+  const auto files = make_system_files();
+  const CheckpointReader first = open_checkpoint(*files, a);
+  const CheckpointReader second = open_checkpoint(*files, b);
+  const std::vector<std::string> infos = compare_infos(first.info(), second.info());
+  for (const std::string& sentence : infos) fmt::print("{}\n", sentence);
+  const std::vector<TensorDifference> tensors = compare_tensors(first, second);
+  for (const TensorDifference& t : tensors) {
+    const std::string what =
+        !t.shape_fault.empty()
+            ? t.shape_fault
+            : fmt::format(
+                  "{} of {} elements differ, by at most {:.3g}; the norm of the difference is {:.3g} of the "
+                  "first's",
+                  t.different, t.elements, t.largest, t.relative);
+    fmt::print("{} ({}): {}\n", t.name, name_of(t.role), what);
+  }
+  fmt::print("{} of {} tensors differ\n", tensors.size(), first.tensors().size());
+  return infos.empty() && tensors.empty() ? 0 : 1;
+}
+
+namespace {
+
+DType type_under(const StoredTensorInfo& tensor, std::optional<Precision> precision) {
+  if (!precision) return tensor.dtype;
+  switch (tensor.role) {
+    case Role::parameter:
+      return model_dtype(*precision);
+    case Role::master:
+      return master_dtype(*precision);
+    case Role::moment1:
+    case Role::moment2:
+      return accumulator_of(model_dtype(*precision));
+  }
+  return tensor.dtype;
+}
+
+// This rank's even part of every tensor, in the types that are wanted.
+std::vector<TensorPiece> read_parts(Context& context, const CheckpointReader& reader,
+                                    std::optional<Precision> precision, const Group& world) {
+  std::vector<TensorPiece> pieces;
+  for (const StoredTensorInfo& tensor : reader.tensors()) {
+    const Rectangle whole{{0, tensor.rows}, {0, tensor.columns}, tensor.rows, tensor.columns};
+    const Range part = even_part(whole.numel(), world.size(), world.rank());
+    TensorPiece piece{tensor.name, tensor.role, whole, part, context.empty({part.size()}, tensor.dtype)};
+    reader.read({&piece, 1});
+    const DType wanted = type_under(tensor, precision);
+    if (wanted != tensor.dtype) {
+      const Tensor converted = context.empty({part.size()}, wanted);
+      copy(context, piece.data, converted);
+      piece.data = converted;
+    }
+    pieces.push_back(std::move(piece));
+  }
+  return pieces;
+}
+
+// As of the run in the new folder. A loss scale belongs to its precision.
+CheckpointInfo info_for(CheckpointInfo info, const RunFolder& folder, std::optional<Precision> precision) {
+  RunConfig config = parse_run_config(info.config_toml, "the checkpoint's configuration", {});
+  config.checkpoint.folder = folder.root.string();
+  if (precision && *precision != config.train.precision) {
+    const TrainConfig defaults;
+    config.train.precision = *precision;
+    if (!scales_loss(*precision)) {
+      config.train.loss_scale_init = defaults.loss_scale_init;
+      config.train.loss_scale_window = defaults.loss_scale_window;
+      config.train.loss_scale_min = defaults.loss_scale_min;
+    }
+    info.loss_scale = 0.0;
+    info.clean_updates = 0;
+  }
+  info.run_id = folder.root.filename().string();
+  info.config_toml = to_toml(config);
+  return info;
+}
+
+}  // namespace
+
+int reshard_checkpoint(const std::filesystem::path& from, const std::filesystem::path& to,
+                       std::optional<Precision> precision, const RankProcess& process) {
+  const Group& world = process.world;
+  const auto files = make_system_files();
+  const RunFolder folder{to};
+  Context context(DeviceKind::cpu);
+  std::vector<TensorPiece> pieces;
+  CheckpointInfo info;
+  run_agreed(world, [&] {
+    if (world.rank() == 0 && !list_checkpoints(*files, folder.checkpoints()).empty())
+      throw ConfigError(fmt::format("{} already holds checkpoints: name another folder", to.string()));
+    const CheckpointReader reader = open_checkpoint(*files, from);
+    info = info_for(reader.info(), folder, precision);
+    pieces = read_parts(context, reader, precision, world);
+  });
+  const SaveResult result =
+      save_checkpoint(world, *files, folder.checkpoints(), info, pieces, {.staging_bytes = 1});
+  run_agreed(world, [&] {
+    if (!result) throw IoError(result.reason);
+    if (world.rank() != 0) return;
+    write_durably(*files, folder.config(), info.config_toml);
+    fmt::print("wrote {} in {} files; train on with `normformer train {} --resume`\n", result.folder.string(),
+               world.size(), folder.config().string());
+  });
+  return 0;
+}
+
+}  // namespace normformer
