@@ -150,6 +150,7 @@ void put_info(const CheckpointInfo& info, format::RunInfo& out) {
   out.set_loss_scale(info.loss_scale);
   out.set_clean_updates(static_cast<uint64_t>(info.clean_updates));
   out.set_overflows(static_cast<uint64_t>(info.overflows));
+  out.set_data_fingerprint(info.data_fingerprint);
   for (const auto& [name, value] : info.layout) (*out.mutable_layout())[name] = value;
 }
 
@@ -218,6 +219,7 @@ CheckpointInfo take_info(const format::RunInfo& r) {
           "the loss scale {} is not a power of two", info.loss_scale);
   info.clean_updates = to_count(r.clean_updates(), "the number of updates since the loss scale changed");
   info.overflows = to_count(r.overflows(), "the number of overflows");
+  info.data_fingerprint = r.data_fingerprint();
   return info;
 }
 

@@ -189,8 +189,7 @@ void CheckpointWriter::Impl::stage(std::span<const TensorPiece> mine) {
   std::vector<PieceOutline> outlines = outlines_of(mine);
   int64_t bytes = 0;
   for (const PieceOutline& outline : outlines) bytes += outline.bytes();
-  const int64_t wanted =
-      options_.staging_bytes == 0 ? bytes : std::max(options_.staging_bytes, 2 * options_.block_bytes);
+  const int64_t wanted = options_.staging_for(bytes);
   if (ring_ == nullptr || ring_->capacity() < wanted) ring_ = std::make_unique<StagingRing>(wanted);
   ring_->restart();
   const Stopwatch copying;

@@ -1,9 +1,12 @@
 #include <cstdio>
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
+#include "normformer/core/mapped_file.h"
 #include "normformer/training/agreement.h"
 #include "normformer/training/run.h"
 #include "normformer/training/run_data.h"
@@ -32,6 +35,13 @@ ProfiledUpdates profiled_updates(const std::string& text, const RunConfig& confi
   return updates;
 }
 
+// The version and a hash of the program's own file.
+std::string build_of_program() {
+  const MappedFile file("/proc/self/exe");
+  return fmt::format("version {}, {} bytes, hash {:016x}", NORMFORMER_VERSION, file.size(),
+                     std::hash<std::string_view>{}(file.text()));
+}
+
 int train(const TrainOptions& options, const RankProcess& process) {
   RunConfig config;
   RunOptions run = options.run;
@@ -40,6 +50,8 @@ int train(const TrainOptions& options, const RankProcess& process) {
     config = resolve_layout(config, process.world.size());
     run.profile = profiled_updates(options.profile, config);
   });
+  require_same(process.world, "build of the program", build_of_program());
+  require_same(process.world, "configuration", to_toml(config));
   const RankDevice device = make_rank_device(config, process);
   // mpirun gives its ranks no time on Ctrl-C; a process on its own can take its time.
   run.stop_on_terminal_signals = std::getenv("OMPI_COMM_WORLD_SIZE") == nullptr;

@@ -87,7 +87,10 @@ std::string describe_memory(const Plan& plan) {
     for (const int64_t bytes : memory.at_peak_by_use) text += fmt::format("{:>15}", in(unit, bytes));
     text += fmt::format("{:>12}{:>12}\n", in(unit, memory.peak_live), in(unit, memory.peak_reserved));
   }
-  return text;
+  int64_t staging = 0;
+  for (const StagePlan& stage : plan.stages) staging = std::max(staging, stage.largest.staging_bytes);
+  return text +
+         fmt::format("and {} of host memory for checkpoints on their way to the disk\n", with_unit(staging));
 }
 
 std::string describe_traffic(const Plan& plan) {

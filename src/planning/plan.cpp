@@ -7,6 +7,7 @@
 #include "normformer/comm/launch_order.h"
 #include "normformer/core/error.h"
 #include "normformer/model/parts.h"
+#include "normformer/training/run_checkpoint.h"
 #include "normformer/training/trainer.h"
 
 namespace normformer {
@@ -61,7 +62,8 @@ RankPlan run_step(PlannedRank& planned, std::vector<TrafficEvent>* events) {
           .memory = planned.context.memory().report(),
           .traffic = ledger.records(),
           .flops = planned.context.costs().total_flops(),
-          .calls = events != nullptr ? static_cast<int64_t>(events->size()) : 0};
+          .calls = events != nullptr ? static_cast<int64_t>(events->size()) : 0,
+          .staging_bytes = staging_bytes(planned.config.checkpoint, planned.trainer.optimizer())};
 }
 
 // Even parts give the first ranks of an axis the most and the last ones the least.

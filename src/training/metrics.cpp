@@ -1,6 +1,7 @@
 #include "normformer/training/metrics.h"
 
 #include <array>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -22,6 +23,12 @@ constexpr double kForget = 0.95;  // of what earlier steps count, after each ste
 nlohmann::ordered_json number(double value) {
   if (!std::isfinite(value)) return nullptr;
   return value;
+}
+
+// To the millisecond.
+double unix_seconds() {
+  const auto now = std::chrono::system_clock::now().time_since_epoch();
+  return 1e-3 * static_cast<double>(std::chrono::duration_cast<std::chrono::milliseconds>(now).count());
 }
 
 // The batch index of a line of metrics; none for a torn or foreign line.
@@ -93,6 +100,7 @@ void MetricsFile::write_line(const std::string& line) {
 void MetricsFile::write_step(const TrainingCounters& counters, const StepReport& report, const Speed& speed) {
   nlohmann::ordered_json line;
   line["kind"] = "step";
+  line["time"] = unix_seconds();
   line["batch"] = counters.batch_index;
   line["update"] = counters.updates;
   line["tokens"] = counters.tokens;
@@ -113,6 +121,7 @@ void MetricsFile::write_step(const TrainingCounters& counters, const StepReport&
 void MetricsFile::write_validation(const TrainingCounters& counters, const EvaluationResult& result) {
   nlohmann::ordered_json line;
   line["kind"] = "validation";
+  line["time"] = unix_seconds();
   line["batch"] = counters.batch_index;
   line["update"] = counters.updates;
   line["tokens"] = counters.tokens;

@@ -369,8 +369,9 @@ bool TrainingRun::stop_is_wanted() {
 ExitCode TrainingRun::run() {
   if (is_root()) status_.emplace(config_.train.updates, config_.train.log_every);
   open_data();
+  require_same(world_, "training data", fmt::format("{:016x}", train_data_->fingerprint()));
   checkpoints_.emplace(world_, folder_.checkpoints(), config_,
-                       fmt::format("tokenizer {:016x}", tokenizer_->hash()));
+                       fmt::format("tokenizer {:016x}", tokenizer_->hash()), train_data_->fingerprint());
   prepare_folder();
   open_ledger();
   const Mesh mesh = make_mesh(world_, config_.parallel);

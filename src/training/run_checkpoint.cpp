@@ -72,6 +72,12 @@ std::vector<TensorPiece> checkpoint_pieces(const ShardedOptimizer& optimizer, bo
   return pieces;
 }
 
+int64_t staging_bytes(const CheckpointConfig& config, const ShardedOptimizer& optimizer) {
+  int64_t saved = 0;
+  for (const TensorPiece& piece : checkpoint_pieces(optimizer, true)) saved += piece.data.nbytes();
+  return save_options(config).staging_for(saved);
+}
+
 std::optional<CheckpointReader> open_newest_agreed(const Group& world, FileSystem& files,
                                                    const std::filesystem::path& folder,
                                                    const std::function<void(const CheckpointReader&)>& use,
@@ -88,11 +94,12 @@ std::optional<CheckpointReader> open_newest_agreed(const Group& world, FileSyste
 }
 
 RunCheckpoints::RunCheckpoints(const Group& world, std::filesystem::path folder, const RunConfig& config,
-                               std::string tokenizer_hash)
+                               std::string tokenizer_hash, uint64_t data_fingerprint)
     : files_(make_system_files()),
       folder_(std::move(folder)),
       config_(config),
       tokenizer_hash_(std::move(tokenizer_hash)),
+      data_fingerprint_(data_fingerprint),
       writer_(world, *files_, folder_, save_options(config.checkpoint)) {}
 
 bool RunCheckpoints::any() const { return !list_checkpoints(*files_, folder_).empty(); }
@@ -117,7 +124,8 @@ std::optional<SaveResult> RunCheckpoints::begin_save(Trainer& trainer,
                                        {"data", mesh.data().size()}},
                             .loss_scale = counters.loss_scale.value,
                             .clean_updates = counters.loss_scale.clean_updates,
-                            .overflows = counters.loss_scale.overflows};
+                            .overflows = counters.loss_scale.overflows,
+                            .data_fingerprint = data_fingerprint_};
   return writer_.begin(info, checkpoint_pieces(trainer.optimizer(), true));
 }
 
@@ -130,6 +138,12 @@ bool RunCheckpoints::load_newest(Trainer& trainer) {
     // Imported weights come without a tokenizer.
     if (!info.tokenizer_hash.empty() && info.tokenizer_hash != tokenizer_hash_) {
       throw DataError(fmt::format("{} was trained with another tokenizer than the corpus now has", name));
+    }
+    if (info.data_fingerprint != 0 && info.data_fingerprint != data_fingerprint_) {
+      log_root(LogLevel::warning,
+               "{} was trained on other data, or on the same in another order: it goes on with batch {} of "
+               "these",
+               name, info.batch_index);
     }
     reader.read(pieces);
   };

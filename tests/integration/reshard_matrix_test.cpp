@@ -92,7 +92,7 @@ Continued run(const Layout& layout, const std::filesystem::path& folder, Precisi
   Continued result;
   run_local_world(static_cast<int>(num_ranks(degrees)), [&](const Group& world) {
     SmallModel small(config, DeviceKind::cpu, world, degrees);
-    RunCheckpoints checkpoints(world, folder, config, "tokenizer");
+    RunCheckpoints checkpoints(world, folder, config, "tokenizer", 1);
     if (resume) {
       EXPECT_TRUE(checkpoints.load_newest(small.trainer));
     } else {

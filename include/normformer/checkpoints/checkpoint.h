@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
@@ -56,6 +57,7 @@ struct CheckpointInfo {
   double loss_scale = 0.0;                ///< dynamic loss scaling: a power of two; 0 where the run has none
   int64_t clean_updates = 0;              ///< updates since the scale doubled or a batch overflowed
   int64_t overflows = 0;                  ///< batches of the whole run that were skipped for an overflow
+  uint64_t data_fingerprint = 0;          ///< TokenDataset::fingerprint of what it trains on; 0: not known
   bool operator==(const CheckpointInfo&) const = default;
 };
 
@@ -83,6 +85,12 @@ struct SaveOptions {
   int64_t block_bytes = int64_t{4} << 20;
   /// Memory of a rank for values on their way to the disk, at least two blocks; 0: as much as it saves.
   int64_t staging_bytes = 0;
+
+  /// The memory that a rank takes for that, which saves `bytes`.
+  int64_t staging_for(int64_t bytes) const {
+    return staging_bytes == 0 ? bytes : std::max(staging_bytes, 2 * block_bytes);
+  }
+
   /// Which start of the run this is. Where the folder's file ATTEMPT holds a larger number another one has
   /// begun since, and nothing is written or removed any more. 0: no such file is looked for.
   int64_t attempt = 0;

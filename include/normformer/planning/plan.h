@@ -20,8 +20,9 @@ struct RankPlan {
   MeshCoordinates at;
   MemoryReport memory;  ///< after a first step; its peaks are those of training
   std::vector<TrafficRecord> traffic;
-  int64_t flops = 0;  ///< that the rank computes, recomputation included
-  int64_t calls = 0;  ///< of communication, from the start of the run to the end of the step
+  int64_t flops = 0;          ///< that the rank computes, recomputation included
+  int64_t calls = 0;          ///< of communication, from the start of the run to the end of the step
+  int64_t staging_bytes = 0;  ///< of host memory, for checkpoints on their way to the disk
 
   /// Payload of all its communication, in bytes.
   int64_t traffic_bytes() const;

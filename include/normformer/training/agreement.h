@@ -19,4 +19,9 @@ class AgreedError : public Error {
 /// exceptions pass through. Collective over `world`.
 void run_agreed(const Group& world, const std::function<void()>& body);
 
+/// Throws an AgreedError (ConfigError's exit code) where `value`, of lines, is not the same on every rank; it
+/// names `what`, the first rank that has another value than rank 0, both hosts, and the first line that
+/// differs. Collective over `world`.
+void require_same(const Group& world, const std::string& what, const std::string& value);
+
 }  // namespace normformer

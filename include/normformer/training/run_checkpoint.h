@@ -18,6 +18,9 @@ namespace normformer {
 /// memory.
 std::vector<TensorPiece> checkpoint_pieces(const ShardedOptimizer& optimizer, bool owned_only);
 
+/// Memory that a rank takes to stage what it saves; on the host, whatever the device.
+int64_t staging_bytes(const CheckpointConfig& config, const ShardedOptimizer& optimizer);
+
 /// open_newest_checkpoint, which fails on every rank alike, with its failures as AgreedError. Collective over
 /// `world`.
 std::optional<CheckpointReader> open_newest_agreed(const Group& world, FileSystem& files,
@@ -28,9 +31,10 @@ std::optional<CheckpointReader> open_newest_agreed(const Group& world, FileSyste
 /// The checkpoints of one run's folder, in terms of its trainer. Holds no tensors.
 class RunCheckpoints {
  public:
-  /// `tokenizer_hash` identifies what the tokens mean, for comparison on resume.
+  /// `tokenizer_hash` identifies what the tokens mean and `data_fingerprint` which they are, for comparison
+  /// on resume.
   RunCheckpoints(const Group& world, std::filesystem::path folder, const RunConfig& config,
-                 std::string tokenizer_hash);
+                 std::string tokenizer_hash, uint64_t data_fingerprint);
 
   /// Whether the folder holds any. Not collective.
   bool any() const;
@@ -52,6 +56,7 @@ class RunCheckpoints {
   std::filesystem::path folder_;
   RunConfig config_;
   std::string tokenizer_hash_;
+  uint64_t data_fingerprint_;
   CheckpointWriter writer_;
 };
 

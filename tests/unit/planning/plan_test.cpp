@@ -50,7 +50,8 @@ std::map<int64_t, RankPlan> real_ranks(const RunConfig& config) {
                            .memory = small.context.memory().report(),
                            .traffic = world.ledger().records(),
                            .flops = small.context.costs().total_flops(),
-                           .calls = 0};
+                           .calls = 0,
+                           .staging_bytes = 0};
   });
   return ranks;
 }
