@@ -11,6 +11,7 @@
 
 #include "small_model.h"
 #include "temporary_folder.h"
+#include "test_device.h"
 
 namespace normformer::testing_support {
 namespace {
@@ -86,12 +87,13 @@ struct Continued {
 
 /// Trains `updates` updates from scratch, or from what is in the folder where `resume`, and saves in the
 /// first case.
-Continued run(const Layout& layout, const std::filesystem::path& folder, Precision precision, bool resume) {
+Continued run(const Layout& layout, const std::filesystem::path& folder, Precision precision, bool resume,
+              DeviceKind device = DeviceKind::cpu) {
   const RunConfig config = config_of(layout, folder, precision);
   const MeshDegrees degrees = mesh_degrees(config.parallel);
   Continued result;
   run_local_world(static_cast<int>(num_ranks(degrees)), [&](const Group& world) {
-    SmallModel small(config, DeviceKind::cpu, world, degrees);
+    SmallModel small(config, device, world, degrees);
     RunCheckpoints checkpoints(world, folder, config, "tokenizer", 1);
     if (resume) {
       EXPECT_TRUE(checkpoints.load_newest(small.trainer));
@@ -112,6 +114,13 @@ Continued run(const Layout& layout, const std::filesystem::path& folder, Precisi
   return result;
 }
 
+void expect_same_run(const Continued& read, const Continued& written) {
+  EXPECT_EQ(read.counters, written.counters);
+  EXPECT_EQ(read.state, written.state);
+  for (size_t i = 0; i < written.losses.size(); ++i)
+    EXPECT_NEAR(read.losses[i], written.losses[i], 1e-12 * written.losses[i]) << "step " << i;
+}
+
 class Reshard : public ::testing::TestWithParam<size_t> {};
 
 TEST_P(Reshard, EveryLayoutGoesOnWithWhatThisOneSaved) {
@@ -121,11 +130,7 @@ TEST_P(Reshard, EveryLayoutGoesOnWithWhatThisOneSaved) {
   ASSERT_EQ(written.losses.size(), static_cast<size_t>(kAfter));
   for (const Layout& to : layouts()) {
     SCOPED_TRACE(std::string(from.name) + " to " + to.name);
-    const Continued read = run(to, folder.path(), Precision::fp64, true);
-    EXPECT_EQ(read.counters, written.counters);
-    EXPECT_EQ(read.state, written.state);
-    for (size_t i = 0; i < written.losses.size(); ++i)
-      EXPECT_NEAR(read.losses[i], written.losses[i], 1e-12 * written.losses[i]) << "step " << i;
+    expect_same_run(run(to, folder.path(), Precision::fp64, true), written);
   }
 }
 
@@ -143,6 +148,19 @@ TEST(ReshardInOtherPrecisions, StateIsTheSameBits) {
       EXPECT_EQ(read.counters, written.counters);
       EXPECT_EQ(read.state, written.state);
     }
+  }
+}
+
+// From the host to the device and back.
+TEST(ReshardOverDevices, ARunGoesOnOnTheOther) {
+  const Layout& one = layouts()[0];
+  const Layout& many = layouts()[7];
+  for (const auto& [from, to] :
+       {std::pair(DeviceKind::cpu, test_device()), std::pair(test_device(), DeviceKind::cpu)}) {
+    const TemporaryFolder folder;
+    const Continued written = run(many, folder.path(), Precision::fp64, false, from);
+    expect_same_run(run(one, folder.path(), Precision::fp64, true, to), written);
+    expect_same_run(run(many, folder.path(), Precision::fp64, true, to), written);
   }
 }
 
