@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import subprocess
 import tempfile
+import time
 import unittest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -106,3 +107,41 @@ def losses(folder):
     keys = ("kind", "batch", "update", "tokens", "loss", "gradient_norm", "lr", "skipped", "loss_scale", "overflows",
             "perplexity")
     return [{key: line.get(key) for key in keys} for line in metrics(folder)]
+
+
+def weights(folder, dtype="f32"):
+    """The bytes of a run's final weights, as `checkpoint export` writes them."""
+    path = pathlib.Path(f"{folder}.safetensors")
+    run(["checkpoint", "export", folder, path, "--dtype", dtype], expect=0)
+    return path.read_bytes()
+
+
+def checkpoints(folder):
+    """The steps of a run's published checkpoints."""
+    path = pathlib.Path(folder) / "checkpoints"
+    names = os.listdir(path) if path.exists() else []
+    return sorted(int(name.removeprefix("step-").partition("-")[0]) for name in names if name.startswith("step-"))
+
+
+def rank_processes(config, program=PROGRAM):
+    """The processes that train a configuration, by rank."""
+    found = {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            words = pathlib.Path(f"/proc/{entry}/cmdline").read_bytes().split(b"\0")
+            values = pathlib.Path(f"/proc/{entry}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(program).encode() in words[:2] and str(config).encode() in words:
+            found.update({int(v.partition(b"=")[2]): int(entry) for v in values if v.startswith(b"OMPI_COMM_WORLD_RANK=")})
+    return found
+
+
+def wait_until(condition, seconds=60):
+    """Waits for a condition; whether it came."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.005)
+    return False
