@@ -87,7 +87,7 @@ def _report(host: str, result: Optional[subprocess.CompletedProcess[str]], secon
     facts = read_facts(result.stdout)
     if facts:
         return Report(host, facts)
-    said = [line.strip() for line in result.stderr.splitlines() if line.strip(" -\t")]
+    said = [line.strip() for line in result.stderr.splitlines() if line.startswith("ssh:") or host in line]
     return Report(host, {}, f"cannot be reached ({said[0] if said else f'mpirun ended with {result.returncode}'})")
 
 
