@@ -22,7 +22,7 @@ inline int64_t checked_add(int64_t a, int64_t b) {
 }
 
 /// The smallest integer >= a / b, for a >= 0 and b > 0.
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0 ? 1 : 0); }
 
 /// The smallest multiple of `step` that is >= a, for a >= 0 and step > 0.
 constexpr int64_t round_up(int64_t a, int64_t step) { return ceil_div(a, step) * step; }

@@ -1,9 +1,9 @@
 #include "manifest.h"
 
-#include <cstring>
-
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+
+#include "support/manifest_frame.h"
 
 namespace normformer {
 namespace {
@@ -40,20 +40,6 @@ std::string complaint_after(Change&& change) {
   Manifest m = small_manifest();
   change(m);
   return complaint(write_manifest(m));
-}
-
-template <class T>
-std::string raw(T number) {
-  std::string bytes(sizeof(T), '\0');
-  std::memcpy(bytes.data(), &number, sizeof(T));
-  return bytes;
-}
-
-/// A frame around any payload, as FORMAT.md describes it.
-std::string framed(const std::string& payload, uint32_t version = 1) {
-  std::string bytes = "NFCKPT01" + raw(version) + raw(uint32_t{0}) + raw(uint64_t{payload.size()});
-  bytes += raw(checksum_of(as_bytes(bytes)));
-  return bytes + payload + raw(checksum_of(as_bytes(payload))) + "10TPKCFN";
 }
 
 TEST(Manifest, ComesBackAsItWas) {
@@ -135,6 +121,12 @@ TEST(Manifest, HostileContentsAreRefusedWithTheirFault) {
        [](Manifest& m) {
          m.tensors[0].pieces[0].block_checksums = {1, 1};
        }},
+      {"has 1 checksums",
+       [&](Manifest& m) {
+         m.files = {{"a.bin", huge}};
+         m.tensors = {{{"t", Role::parameter, DType::u8, huge, 1}, {}}};
+         m.tensors[0].pieces.push_back({0, 0, {{{0, huge}, {0, 1}, huge, 1}, {0, huge}}, {1}});
+       }},
       {"tensor 'm' (parameter): the element at row 0, column 1 is held twice",
        [](Manifest& m) {
          m.tensors[0].pieces[0].place.rectangle.columns = {1, 2};
@@ -177,7 +169,7 @@ TEST(Manifest, NewerVersionsAreRefusedAsSuch) {
 
 TEST(Manifest, ANewerWritersUnknownFieldsAreNoObstacle) {
   const std::string bytes = write_manifest(small_manifest());
-  const std::string payload = bytes.substr(32, bytes.size() - 48) + std::string("\xfa\x06\x03new", 6);
+  const std::string payload = payload_in(bytes) + std::string("\xfa\x06\x03new", 6);
   EXPECT_EQ(complaint(framed(payload)), "accepted");
 }
 
