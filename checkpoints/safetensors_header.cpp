@@ -127,12 +127,14 @@ class HeaderEvents : public nlohmann::json_sax<Json> {
     if (!type_ || !fields_.contains("shape") || offsets_.size() != 2) {
       return stop(fmt::format("tensor '{}' lacks its dtype, its shape or its two data_offsets", name_));
     }
+    // A zero must not hide that the product of the other extents overflows.
     int64_t bytes = type_->bytes;
     for (const int64_t extent : shape_) {
-      if (__builtin_mul_overflow(bytes, extent, &bytes)) {
+      if (__builtin_mul_overflow(bytes, std::max<int64_t>(extent, 1), &bytes)) {
         return stop(fmt::format("the size of tensor '{}' leaves 64 bits", name_));
       }
     }
+    if (std::find(shape_.begin(), shape_.end(), 0) != shape_.end()) bytes = 0;
     const Range place{offsets_[0], offsets_[1]};
     if (place.end < place.begin || place.size() != bytes) {
       return stop(fmt::format("tensor '{}' takes bytes {} to {}, but its shape and type take {} bytes", name_,

@@ -297,6 +297,8 @@ TEST(SafetensorsReader, HostileHeadersAreRefusedWithTheirFault) {
       {make_file(
            tensor("a", R"({"dtype":"F32","shape":[0,)" + huge + "," + huge + R"(],"data_offsets":[0,4]})"),
            4),
+       "the size of tensor 'a' leaves 64 bits"},
+      {make_file(tensor("a", R"({"dtype":"F32","shape":[0,3],"data_offsets":[0,4]})"), 4),
        "takes bytes 0 to 4, but its shape and type take 0 bytes"},
       {make_file(tensor("a", R"({"dtype":"F32","shape":[2],"data_offsets":[0,4]})"), 4),
        "takes bytes 0 to 4, but its shape and type take 8 bytes"},
