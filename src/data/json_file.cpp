@@ -8,10 +8,31 @@
 namespace normformer {
 
 namespace {
+
 constexpr std::size_t kMostBytes = std::size_t{64} << 20;
+constexpr int64_t kMostLevels = 256;  // the library writes and copies values by recursion
+
+/// Whether lists and objects stand in each other deeper than kMostLevels.
+bool is_deep(std::string_view text) {
+  int64_t level = 0;
+  bool in_string = false;
+  for (std::size_t i = 0; i < text.size(); ++i) {
+    const char c = text[i];
+    if (c == '"') in_string = !in_string;
+    if (in_string && c == '\\') ++i;
+    if (in_string) continue;
+    if (c == '[' || c == '{') ++level;
+    if (c == ']' || c == '}') --level;
+    if (level > kMostLevels) return true;
+  }
+  return false;
 }
 
+}  // namespace
+
 nlohmann::json parse_json(std::string_view text, std::string_view place) {
+  if (is_deep(text))
+    throw DataError(fmt::format("{} is nested more than {} levels deep", place, kMostLevels));
   try {
     return nlohmann::json::parse(text);
   } catch (const nlohmann::json::exception& e) {

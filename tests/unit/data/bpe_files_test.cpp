@@ -129,6 +129,17 @@ TEST_F(BpeFiles, RefusesFilesThatAreTooLarge) {
               HasSubstr("67108864 is the most"));
 }
 
+// Values as deep as a file can hold would be written and copied by recursion.
+TEST_F(BpeFiles, RefusesDeepValues) {
+  const std::string deep = std::string(1'000'000, '[') + std::string(1'000'000, ']');
+  write_bytes(folder_ / "vocab.json", "{\"a\": " + deep + "}");
+  EXPECT_THAT(NF_SENTENCE_OF(DataError, BpeTokenizer::load(folder_.path())),
+              HasSubstr("is nested more than 256 levels deep"));
+  write_bytes(folder_ / "tokenizer.json", "{\"model\": {\"vocab\": {\"a\": " + deep + "}, \"merges\": []}}");
+  EXPECT_THAT(NF_SENTENCE_OF(DataError, BpeTokenizer::load(folder_.path())),
+              HasSubstr("is nested more than 256 levels deep"));
+}
+
 TEST_F(BpeFiles, SaysWhatAFolderLacks) {
   const TemporaryFolder empty;
   EXPECT_THAT(NF_SENTENCE_OF(DataError, BpeTokenizer::load(empty.path())), HasSubstr("holds no tokenizer"));

@@ -267,6 +267,11 @@ TEST_F(Prepare, NamesTheLineOfBadJson) {
               AllOf(HasSubstr("line 2 has no \"text\" (it has \"body\", \"id\")"), HasSubstr("--json-key")));
   EXPECT_THAT(sentence("{\"text\": 5}"), HasSubstr("line 2: \"text\" is not a string"));
   EXPECT_THAT(sentence("{\"text\": \"\\ud800\"}"), HasSubstr("line 2 is not valid JSON"));
+  const auto nested = [](int levels) { return std::string(levels, '[') + std::string(levels, ']'); };
+  EXPECT_THAT(sentence("{\"text\": 5, \"\\\"]\":" + nested(255) + "}"),
+              HasSubstr("\"text\" is not a string"));
+  EXPECT_THAT(sentence("{\"text\": 5, \"\\\"]\":" + nested(256) + "}"),
+              HasSubstr("a.jsonl line 2 is nested more than 256 levels deep"));
 }
 
 TEST_F(Prepare, TheFirstErrorIsReportedWhateverTheThreads) {
