@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <limits>
 
 #include <fmt/format.h>
 #include <xxhash.h>
@@ -34,13 +35,39 @@ uint64_t from_hex(const std::string& text, const std::string& name) {
   return value;
 }
 
+/// The whole number under `key`, which must lie in [least, most].
+int64_t number_at(const nlohmann::json& json, const char* key, int64_t least, int64_t most,
+                  const std::string& name) {
+  const nlohmann::json& value = json.at(key);
+  const bool fits = value.is_number_integer() &&
+                    (!value.is_number_unsigned() || value.get<uint64_t>() <= static_cast<uint64_t>(most)) &&
+                    value.get<int64_t>() >= least && value.get<int64_t>() <= most;
+  if (fits) return value.get<int64_t>();
+  throw DataError(fmt::format("{}: \"{}\" is {}, not a whole number from {} to {}", name, key, value.dump(),
+                              least, most));
+}
+
+int64_t count_at(const nlohmann::json& json, const char* key, const std::string& name) {
+  return number_at(json, key, 0, std::numeric_limits<int64_t>::max(), name);
+}
+
+/// The name under `key` of something in the manifest's folder.
+std::string file_name_at(const nlohmann::json& json, const char* key, const std::string& name) {
+  auto value = json.at(key).get<std::string>();
+  if (value.empty() || value == "." || value == ".." || value.find('/') != std::string::npos) {
+    throw DataError(
+        fmt::format("{}: \"{}\" is \"{}\", which names nothing in the manifest's folder", name, key, value));
+  }
+  return value;
+}
+
 CorpusSplit split_from(const nlohmann::json& json, const std::string& name) {
   CorpusSplit split;
   split.name = json.at("name").get<std::string>();
-  split.dataset = json.at("dataset").get<std::string>();
-  split.documents = json.at("documents").get<int64_t>();
-  split.tokens = json.at("tokens").get<int64_t>();
-  split.bytes = json.at("bytes").get<int64_t>();
+  split.dataset = file_name_at(json, "dataset", name);
+  split.documents = count_at(json, "documents", name);
+  split.tokens = count_at(json, "tokens", name);
+  split.bytes = count_at(json, "bytes", name);
   split.tokens_hash = from_hex(json.at("bin_xxh3").get<std::string>(), name);
   split.index_hash = from_hex(json.at("idx_xxh3").get<std::string>(), name);
   return split;
@@ -51,23 +78,22 @@ CorpusManifest manifest_from(const nlohmann::json& json, const fs::path& path) {
   if (json.value("format", "") != kFormat) {
     throw DataError(fmt::format("{} is not the manifest of a prepared corpus", name));
   }
-  if (const auto version = json.at("version").get<int64_t>(); version != kVersion) {
+  if (const int64_t version = count_at(json, "version", name); version != kVersion) {
     throw DataError(
         fmt::format("{} has version {}; version {} is the only one known", name, version, kVersion));
   }
   CorpusManifest manifest;
   manifest.folder = path.parent_path();
-  manifest.tokenizer = json.at("tokenizer").get<std::string>();
+  manifest.tokenizer = file_name_at(json, "tokenizer", name);
   manifest.tokenizer_hash = from_hex(json.at("tokenizer_xxh3").get<std::string>(), name);
-  manifest.vocab_size = json.at("vocab_size").get<int64_t>();
-  if (manifest.vocab_size < 1 || manifest.vocab_size > kAnyVocabulary) {
-    throw DataError(fmt::format("{}: a vocabulary of {} tokens", name, manifest.vocab_size));
-  }
+  manifest.vocab_size = number_at(json, "vocab_size", 1, kAnyVocabulary, name);
   manifest.unicode_version = json.at("unicode_version").get<std::string>();
-  if (const auto& end = json.at("end_of_document"); !end.is_null())
-    manifest.end_of_document = end.get<int32_t>();
+  if (!json.at("end_of_document").is_null()) {
+    manifest.end_of_document =
+        static_cast<int32_t>(number_at(json, "end_of_document", 0, manifest.vocab_size - 1, name));
+  }
   manifest.invalid_utf8 = json.at("invalid_utf8").get<std::string>();
-  manifest.replaced = json.at("replaced").get<int64_t>();
+  manifest.replaced = count_at(json, "replaced", name);
   for (const auto& split : json.at("splits")) manifest.splits.push_back(split_from(split, name));
   return manifest;
 }

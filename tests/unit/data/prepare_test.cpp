@@ -379,8 +379,18 @@ TEST_F(Prepare, ManifestsAreFoundBesideTheirDatasetsOnly) {
   };
   EXPECT_THAT(refused("format", "other"), HasSubstr("not the manifest"));
   EXPECT_THAT(refused("version", 2), HasSubstr("version 2"));
-  EXPECT_THAT(refused("vocab_size", 0), HasSubstr("vocabulary of 0"));
-  EXPECT_THAT(refused("vocab_size", "x"), HasSubstr("incomplete"));
+  EXPECT_THAT(refused("vocab_size", 0),
+              HasSubstr("\"vocab_size\" is 0, not a whole number from 1 to 2147483648"));
+  EXPECT_THAT(refused("vocab_size", "x"), HasSubstr("\"vocab_size\" is \"x\", not a whole number"));
+  EXPECT_THAT(refused("vocab_size", nlohmann::json::array()), HasSubstr("not a whole number"));
+  EXPECT_THAT(refused("version", 1e300), HasSubstr("\"version\" is 1e+300, not a whole number"));
+  EXPECT_THAT(refused("replaced", -1), HasSubstr("\"replaced\" is -1, not a whole number"));
+  EXPECT_THAT(refused("replaced", UINT64_MAX), HasSubstr("not a whole number"));
+  EXPECT_THAT(refused("end_of_document", 1 << 30), HasSubstr("\"end_of_document\" is 1073741824, not"));
+  EXPECT_THAT(refused("unicode_version", 3), HasSubstr("incomplete"));
+  EXPECT_THAT(refused("tokenizer", "../other"), HasSubstr("names nothing in the manifest's folder"));
+  EXPECT_THAT(refused("tokenizer", ".."), HasSubstr("names nothing in the manifest's folder"));
+  EXPECT_THAT(refused("splits", {{{"name", "all"}, {"dataset", "/x"}}}), HasSubstr("\"/x\", which names"));
   EXPECT_THAT(refused("tokenizer_xxh3", "12z"), HasSubstr("not a hash"));
 }
 
