@@ -21,6 +21,8 @@ namespace normformer {
 namespace {
 
 constexpr uintmax_t largest_file = uintmax_t{1} << 20;
+/// Each may begin a table within a table, and the TOML library destroys those by recursion.
+constexpr std::ptrdiff_t most_dots = 10'000;
 
 std::vector<std::string> all_keys() {
   std::vector<std::string> names;
@@ -183,6 +185,11 @@ void refuse_large(const std::string& name, uintmax_t bytes) {
   refuse(name, fmt::format("{} bytes are more than a configuration may have ({})", bytes, largest_file));
 }
 
+void refuse_deep(const std::string& name, std::string_view text) {
+  if (std::count(text.begin(), text.end(), '.') <= most_dots) return;
+  refuse(name, fmt::format("more than {} dots could be tables as deep in each other", most_dots));
+}
+
 /// The file's name with another of its folder's .toml files that it may stand for.
 std::string missing_file(const std::filesystem::path& path) {
   std::error_code ignored;
@@ -218,6 +225,8 @@ std::string read_text(const std::string& path) {
 RunConfig parse_run_config(const std::string& text, const std::string& name,
                            const std::vector<std::string>& overrides) {
   refuse_large(name, text.size());
+  refuse_deep(name, text);
+  for (const std::string& text_of_one : overrides) refuse_deep("--set", text_of_one);
   Reader reader;
   try {
     reader.read_file(toml::parse(text), Origin::file(name));

@@ -318,6 +318,16 @@ TEST(RunConfig, LargeTextsAreRefused) {
             "x.toml: 1048577 bytes are more than a configuration may have (1048576)");
 }
 
+// Tables as deep in each other as dotted keys can make them would be destroyed by recursion.
+TEST(RunConfig, DeepTablesAreRefused) {
+  std::string key = "a";
+  for (int i = 0; i < 400'000; ++i) key += ".a";
+  const std::string sentence = ": more than 10000 dots could be tables as deep in each other";
+  EXPECT_EQ(refusal(key + " = 1"), "x.toml" + sentence);
+  EXPECT_EQ(refusal("[" + key + "]"), "x.toml" + sentence);
+  EXPECT_EQ(refusal("", {"data.train={ " + key + " = 1 }"}), "--set" + sentence);
+}
+
 TEST(Overrides, ComeAfterTheFileAndInOrder) {
   EXPECT_EQ(parse("model.layers = 3", {"model.layers=5", "model.layers = 7"}).model.layers, 7);
 }
