@@ -97,7 +97,12 @@ class Supervisor:
         if isinstance(start, str):
             return after_silence(self._history, start)
         before = self._record.newest()
-        end = self._run_job(start)
+        attempt = self._record.begin_attempt()
+        end = self._run_job(start, attempt)
+        newest = self._record.last_attempt()
+        if newest != attempt:
+            return Decision(False, end.code, 0, f"the job ended with {end.code}; attempt {newest} of this run has begun "
+                            f"elsewhere, and this was attempt {attempt}: leaving the run to it")
         after = self._record.newest()
         progress = after is not None and after != before
         decision = after_job(self._history, end.code, self._signals.stops > 0, progress)
@@ -152,8 +157,7 @@ class Supervisor:
         return dict(os.environ, NORMFORMER_LAUNCHER="run", NORMFORMER_ATTEMPT=str(attempt),
                     NORMFORMER_TERMINAL="1" if os.isatty(1) else "0")
 
-    def _run_job(self, start: Start) -> JobEnd:
-        attempt = self._record.begin_attempt()
+    def _run_job(self, start: Start, attempt: int) -> JobEnd:
         placed = [f"{host.name or 'this machine'}:{ranks}" for host, ranks in start.placed()]
         facts = {"attempt": attempt, "ranks": start.shape.ranks, "hosts": placed}
         self._record.write_line(event="start", time=now(), checkpoint=self._record.newest(), **facts)

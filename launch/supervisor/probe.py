@@ -17,7 +17,8 @@ size_of() { if [ -r "$1" ]; then stat -Lc %s "$1"; else echo missing; fi; }
 numbers() { tr ',' '\n' | while IFS=- read -r first last; do seq "$first" "${last:-$first}"; done; }
 cpus=/sys/devices/system/cpu
 allowed=$(sed -n 's/^Cpus_allowed_list:[[:space:]]*//p' /proc/self/status)
-tell cores "$(echo "$allowed" | numbers | while read -r p; do cat $cpus/cpu"$p"/topology/thread_siblings_list; done | sort -u | wc -l)"
+siblings() { while read -r p; do cat $cpus/cpu"$p"/topology/thread_siblings_list; done; }
+tell cores "$(echo "$allowed" | numbers | siblings | sort -u | wc -l)"
 tell allowed "$allowed"
 tell online "$(cat $cpus/online)"
 tell "program $1" "$(hash_of "$1")"

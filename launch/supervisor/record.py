@@ -89,15 +89,18 @@ class RunRecord:
         """The newest checkpoint's name; None where there is none."""
         return newest_checkpoint(os.listdir(self.checkpoints))
 
+    def last_attempt(self) -> int:
+        """The number of the newest attempt; 0 before the first."""
+        try:
+            return int((self.checkpoints / "ATTEMPT").read_text())
+        except (OSError, ValueError):
+            return max((line.get("attempt", 0) for line in self.lines()), default=0)
+
     def begin_attempt(self) -> int:
         """Numbers the next attempt. From here on no older one may publish a checkpoint (checkpoints/ATTEMPT)."""
-        path = self.checkpoints / "ATTEMPT"
-        try:
-            last = int(path.read_text())
-        except (OSError, ValueError):
-            last = max((line.get("attempt", 0) for line in self.lines()), default=0)
-        write_durably(path, f"{last + 1}\n")
-        return last + 1
+        number = self.last_attempt() + 1
+        write_durably(self.checkpoints / "ATTEMPT", f"{number}\n")
+        return number
 
     def lines(self) -> list[dict[str, Any]]:
         """What attempts.jsonl holds; a torn last line is left out."""

@@ -15,7 +15,7 @@ import sys
 import time
 import unittest
 
-from program import PROGRAM, ROOT, Folder, checkpoints, environment, losses, rank_processes, run, weights
+from program import PROGRAM, ROOT, Folder, checkpoints, environment, last_update, losses, rank_processes, run, weights
 
 sys.dont_write_bytecode = True
 sys.path.insert(0, str(ROOT / "launch"))
@@ -86,21 +86,10 @@ class KilledRun:
             time.sleep(self.rng.choice([0, 0.001, 0.002, 0.004]))
         elif kind == "update":
             wanted = self.newest + self.rng.randrange(1, 40)
-            self.poll(launch, lambda: self.last_update() >= wanted, 60)
+            self.poll(launch, lambda: last_update(self.folder) >= wanted, 60)
         else:
             self.poll(launch, lambda: False, self.rng.uniform(0, 0.5))
         return kind
-
-    def last_update(self):
-        """The update of the last line of metrics.jsonl."""
-        try:
-            with open(self.folder / "metrics.jsonl", "rb") as file:
-                file.seek(0, os.SEEK_END)
-                file.seek(max(0, file.tell() - 2000))
-                found = re.findall(rb'"update":(\d+),.*\}\n', file.read())
-        except OSError:
-            return 0
-        return int(found[-1]) if found else 0
 
     def kill(self, processes):
         """Kills one rank; sometimes all, or mpirun."""

@@ -10,7 +10,8 @@ import sys
 import tempfile
 import unittest
 
-from program import PROGRAM, ROOT, Folder, WithCorpus, checkpoints, losses, metrics, rank_processes, run, wait_until, weights
+from program import (PROGRAM, ROOT, Folder, WithCorpus, checkpoints, last_update, losses, metrics, rank_processes, run,
+                     wait_until, weights)
 
 sys.dont_write_bytecode = True
 sys.path.insert(0, str(ROOT / "launch"))
@@ -253,10 +254,15 @@ def fake(folder, text):
     return path
 
 
-def start(config, ranks, *options, program=PROGRAM, **more):
-    return subprocess.Popen([LAUNCH, config, "-n", str(ranks), "--restart-pause", "0.05", *map(str, options)],
-                            env=dict(os.environ, NORMFORMER=str(program)), stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, errors="replace", **more)
+started = []
+
+
+def start(config, ranks, *options, program=PROGRAM):
+    launch = subprocess.Popen([LAUNCH, config, "-n", str(ranks), "--restart-pause", "0.05", *map(str, options)],
+                              env=dict(os.environ, NORMFORMER=str(program)), stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True, errors="replace")
+    started.append(launch)
+    return launch
 
 
 def ended(process, timeout=120):
@@ -266,6 +272,14 @@ def ended(process, timeout=120):
 
 
 class Jobs(WithCorpus):
+    def tearDown(self):
+        """What a failed test has left running goes, its job with it."""
+        while started:
+            launch = started.pop()
+            if launch.poll() is None:
+                launch.kill()
+                launch.communicate()
+
     def attempts(self, name):
         text = (self.folder.path / name / "attempts.jsonl").read_text()
         return [line for line in map(json.loads, text.splitlines()) if line["event"] == "end"]
@@ -309,11 +323,11 @@ class Jobs(WithCorpus):
     def test_a_stop_saves_and_ends_with_75(self):
         config = self.folder.config("stopped", train__updates=1000000)
         launch = start(config, 2)
-        self.assertTrue(wait_until(lambda: metrics(self.folder.path / "stopped")))
+        self.assertTrue(wait_until(lambda: last_update(self.folder.path / "stopped") > 0))
         launch.send_signal(signal.SIGINT)
         code, text = ended(launch)
         self.assertEqual(code, 75, text)
-        update = metrics(self.folder.path / "stopped")[-1]["update"]
+        update = last_update(self.folder.path / "stopped")
         self.assertEqual(checkpoints(self.folder.path / "stopped"), [update])
         code, text = ended(start(config, 2, "--", "--resume", "--set", f"train.updates={update + 3}"))
         self.assertEqual(code, 0, text)
@@ -369,6 +383,29 @@ class Jobs(WithCorpus):
         launch.send_signal(signal.SIGKILL)
         launch.communicate()
         self.assertTrue(wait_until(lambda: ended(start(config, 1, program="true"))[0] == 0))
+
+    def test_a_job_that_was_replaced_publishes_no_checkpoint(self):
+        folder = self.folder.path / "replaced"
+        launch = start(self.folder.config("replaced", train__updates=1000000, checkpoint__every=100), 2)
+
+        def wait_for_saves(count):
+            """Waits until so many more checkpoints are due."""
+            update = last_update(folder) + 100 * count
+            self.assertTrue(wait_until(lambda: last_update(folder) >= update))
+
+        self.assertTrue(wait_until(lambda: checkpoints(folder)))
+        record.write_durably(folder / "checkpoints" / "ATTEMPT", "2\n")
+        wait_for_saves(3)  # one may have been under way
+        published = checkpoints(folder)
+        wait_for_saves(3)
+        self.assertEqual(checkpoints(folder), published)
+        launch.send_signal(signal.SIGINT)
+        code, text = ended(launch)
+        self.assertIn("says that attempt 2 of this run has begun", text)
+        self.assertIn("leaving the run to it", text)
+        self.assertEqual(checkpoints(folder), published)
+        self.assertEqual((folder / "checkpoints" / "ATTEMPT").read_text(), "2\n")
+        self.assertNotEqual(code, 0)
 
     def test_it_gives_up_where_nothing_is_gained(self):
         config = self.folder.config("hopeless")

@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import tempfile
@@ -100,6 +101,18 @@ def metrics(folder):
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+def last_update(folder):
+    """The update of the last line of a run's metrics, which may be long; 0 where there is none."""
+    try:
+        with open(pathlib.Path(folder) / "metrics.jsonl", "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 2000))
+            found = re.findall(rb'"update":(\d+),.*\}\n', file.read())
+    except OSError:
+        return 0
+    return int(found[-1]) if found else 0
 
 
 def losses(folder):
