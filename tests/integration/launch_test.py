@@ -230,6 +230,34 @@ class Hosts(unittest.TestCase):
             self.assertGreater(int(facts["cores"]), 0)
 
 
+class Starts(unittest.TestCase):
+    """Where the next attempt runs, by what the hosts have answered."""
+
+    def start_on(self, *answering, elastic=True, ranks=4, lost=()):
+        arguments = ["c.toml", "-n", str(ranks), "--hosts", "a:2,b:2", *(["--elastic"] if elastic else [])]
+        supervisor = main.Supervisor(main.parse_options(arguments), Settings(FOLDER, tensor=2), None, None, "program")
+        supervisor._history.losses = {host: 2 for host in lost}
+        reports = [probe.Report(host, {"cores": "4"} if host in answering else {},
+                                "" if host in answering else "did not answer") for host in ("a", "b")]
+        return supervisor._start_on(reports)
+
+    def names(self, begun):
+        return [host.name for host in begun.hosts], begun.shape.ranks
+
+    def test_all_hosts_that_answer_are_used(self):
+        self.assertEqual(self.names(self.start_on("a", "b")), (["a", "b"], 4))
+        self.assertEqual(self.names(self.start_on("b")), (["b"], 2))
+        self.assertEqual(self.start_on("b", elastic=False), "a did not answer")
+        self.assertRegex(self.start_on(), "a did not answer; b did not answer; a replica takes 2 ranks, .* have 0")
+
+    def test_a_host_lost_again_and_again_is_done_without(self):
+        self.assertEqual(self.names(self.start_on("a", "b", lost=["a"])), (["b"], 2))
+        self.assertEqual(self.names(self.start_on("a", "b", lost=["a"], elastic=False)), (["a", "b"], 4))
+
+    def test_too_few_slots_are_refused(self):
+        self.assertRaisesRegex(Refusal, "the hosts take 4 ranks, not 6", self.start_on, "a", "b", ranks=6)
+
+
 class Records(unittest.TestCase):
     def test_attempts_are_numbered_on(self):
         with Scratch() as folder:
