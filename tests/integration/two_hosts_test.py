@@ -56,21 +56,25 @@ class TwoHosts:
         ip("addr", "add", f"{self.network}.1/24", "dev", self.bridge)
         ip("link", "set", self.bridge, "up")
         for number, name in enumerate(self.names, 11):
-            veth = f"nfv{os.getpid()}{number}"
             ip("netns", "add", name)
-            ip("link", "add", veth, "type", "veth", "peer", "name", "eth0", "netns", name)
-            ip("link", "set", veth, "master", self.bridge, "up")
+            ip("link", "add", self.veth(number), "type", "veth", "peer", "name", "eth0", "netns", name)
+            ip("link", "set", self.veth(number), "master", self.bridge, "up")
             ip("-n", name, "addr", "add", f"{self.network}.{number}/24", "dev", "eth0")
             ip("-n", name, "link", "set", "eth0", "up")
             ip("-n", name, "link", "set", "lo", "up")
         return self
 
     def __exit__(self, *_):
-        for name in self.names:
+        for number, name in enumerate(self.names, 11):
             for process in ip("netns", "pids", name, check=False).stdout.split():
                 os.kill(int(process), signal.SIGKILL)
+            # A connection that was cut can keep the namespace, and the link into it, for minutes.
+            ip("link", "del", self.veth(number), check=False)
             ip("netns", "del", name, check=False)
         ip("link", "del", self.bridge, check=False)
+
+    def veth(self, number):
+        return f"nfv{os.getpid()}{number}"
 
     def processes(self, name):
         return ip("netns", "pids", name).stdout.split()
