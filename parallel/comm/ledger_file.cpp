@@ -63,6 +63,24 @@ void store_text(CallSlot& slot, size_t first, const std::array<char, 8 * Words>&
 
 bool is_message(std::string_view kind) { return kind == "send" || kind == "receive"; }
 
+std::string_view name_of(RunPhase phase) {
+  switch (phase) {
+    case RunPhase::starting:
+      return "starting";
+    case RunPhase::loading:
+      return "loading";
+    case RunPhase::training:
+      return "training";
+    case RunPhase::validating:
+      return "validating";
+    case RunPhase::saving:
+      return "saving";
+    case RunPhase::ending:
+      return "ending";
+  }
+  return "?";
+}
+
 std::string ledger_file_name(int rank) { return fmt::format("rank-{:05}.ledger", rank); }
 
 struct LedgerFile::Mapping {
@@ -115,6 +133,16 @@ void LedgerFile::begin_update(int64_t update) noexcept {
 
 void LedgerFile::end_run() noexcept {
   mapping_->fixed->header.ended_ns.store(static_cast<uint64_t>(now_ns()), std::memory_order_release);
+}
+
+void LedgerFile::enter_phase(RunPhase phase) noexcept {
+  mapping_->fixed->header.phase.store(static_cast<uint64_t>(phase), std::memory_order_release);
+}
+
+void LedgerFile::sign_of_life(int64_t still_ns) noexcept {
+  ledger_layout::Header& header = mapping_->fixed->header;
+  header.still_ns.store(static_cast<uint64_t>(still_ns), std::memory_order_release);
+  header.alive_ns.store(static_cast<uint64_t>(now_ns()), std::memory_order_release);
 }
 
 std::span<const std::byte> LedgerFile::bytes() const { return {mapping_->address, mapping_->size}; }
@@ -190,11 +218,13 @@ uint64_t LedgerFile::issue(const TrafficEvent& event) {
   store(slot, CallSlot::kDone, 0);
   store_text<CallSlot::kPlaceWords>(slot, CallSlot::kPlace, place);
   slot.stamp.store(2 * number + 2, std::memory_order_release);
+  activity_.fetch_add(1, std::memory_order_relaxed);
   return number;
 }
 
 void LedgerFile::complete(uint64_t call) noexcept {
   const std::lock_guard lock(mutex_);
+  activity_.fetch_add(1, std::memory_order_relaxed);
   CallSlot& slot = mapping_->fixed->calls[call % ledger_layout::kCalls];
   if (slot.stamp.load(std::memory_order_relaxed) != 2 * call + 2) return;
   slot.words[CallSlot::kDone].store(static_cast<uint64_t>(now_ns()), std::memory_order_release);

@@ -6,20 +6,20 @@
 
 namespace normformer::ledger_layout {
 
-// The file's bytes, version 1: a header, kGroups groups, kChannels channels, kCalls calls, then the groups'
+// The file's bytes, version 2: a header, kGroups groups, kChannels channels, kCalls calls, then the groups'
 // members as int32. See docs/ledger.md.
 
 using Word = std::atomic<uint64_t>;
 static_assert(Word::is_always_lock_free && sizeof(Word) == 8);
 
 constexpr uint64_t kMagic = 0x52454744454c464e;  // the characters NFLEDGER on a little-endian machine
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 constexpr size_t kGroups = 32;
 constexpr size_t kChannels = 128;
 constexpr size_t kCalls = 256;
 constexpr uint32_t kNoGroup = 0xffffffffu;
 
-// All but the last two are written before the file has its name.
+// What comes before `update` is written before the file has its name.
 struct Header {
   uint64_t magic;
   uint32_t version;
@@ -31,8 +31,12 @@ struct Header {
   char host[200];
   Word update;
   Word ended_ns;
+  Word alive_ns;
+  Word still_ns;
+  Word phase;  // a RunPhase
+  Word unused_word;
 };
-static_assert(sizeof(Header) == 256);
+static_assert(sizeof(Header) == 288);
 
 struct GroupSlot {
   Word size;  // 0: unused. Written last, so that what else is here is whole.

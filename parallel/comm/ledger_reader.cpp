@@ -42,6 +42,9 @@ class Reader {
                       .started_ns = header.started_ns,
                       .ended_ns = load(header.ended_ns),
                       .update = load(header.update),
+                      .phase = static_cast<RunPhase>(load(header.phase)),
+                      .alive_ns = load(header.alive_ns),
+                      .still_ns = load(header.still_ns),
                       .groups = {},
                       .channels = {},
                       .calls = {}};
@@ -84,6 +87,9 @@ class Reader {
                fmt::format("it has {} bytes where a rank of {} has {}", bytes_.size(), header.world_size,
                            ledger_layout::file_size(header.world_size)));
     check_part(load(header.update) >= 0, fmt::format("update {}", load(header.update)));
+    check_part(load(header.phase) >= 0 && load(header.phase) <= static_cast<int64_t>(RunPhase::ending),
+               fmt::format("phase {}", load(header.phase)));
+    check_part(load(header.alive_ns) >= 0 && load(header.still_ns) >= 0, "its signs of life");
   }
 
   // The words between two equal stamps; none where the slot is unused or all the time being written.
@@ -225,6 +231,14 @@ std::vector<int> not_issued_by(const LedgersByRank& ledgers, int rank, const Led
   return missing;
 }
 
+// Whether a call that is not done is with one of these ranks.
+bool is_with(const LedgerGroup& group, const LedgerCall& call, std::span<const int> ranks) {
+  const std::vector<int>& members = group.members.world_ranks;
+  const auto is_one = [&](int rank) { return std::find(ranks.begin(), ranks.end(), rank) != ranks.end(); };
+  if (is_message(call.kind)) return is_one(members[static_cast<size_t>(call.peer)]);
+  return std::any_of(members.begin(), members.end(), is_one);
+}
+
 bool same_call(const LedgerWait& wait, const LedgerGroup& group, const LedgerCall& call) {
   return !is_message(call.kind) && wait.call.kind == call.kind && wait.call.ordinal == call.ordinal &&
          same_group(wait.group.members, group.members);
@@ -264,20 +278,23 @@ std::vector<RankLedger> read_ledgers(const std::filesystem::path& folder) {
   return ledgers;
 }
 
-LedgerDiagnosis diagnose(std::span<const RankLedger> ledgers) {
+LedgerDiagnosis diagnose(std::span<const RankLedger> ledgers, std::span<const int> absent) {
   LedgersByRank by_rank;
   for (const RankLedger& ledger : ledgers) by_rank[ledger.rank] = &ledger;
   LedgerDiagnosis diagnosis;
   std::set<int> waiting;
-  std::set<int> waited_for;
+  std::set<int> waited_for(absent.begin(), absent.end());
   for (const RankLedger& ledger : ledgers) {
     for (const LedgerCall& call : ledger.calls) {
-      // A message counts as sent once its sender asks, which may be long after it was.
-      if (call.is_done() || call.group < 0 || call.kind == "send") continue;
+      if (call.is_done() || call.group < 0) continue;
       const LedgerGroup& group = ledger.groups[static_cast<size_t>(call.group)];
-      const std::vector<int> missing = not_issued_by(by_rank, ledger.rank, group, call);
+      const bool sends = call.kind == "send";
+      // A message counts as sent once its sender asks, which may be long after it was.
+      if (sends && !is_with(group, call, absent)) continue;
+      const std::vector<int> missing =
+          sends ? std::vector<int>() : not_issued_by(by_rank, ledger.rank, group, call);
       waited_for.insert(missing.begin(), missing.end());
-      if (!missing.empty()) waiting.insert(ledger.rank);
+      if (!missing.empty() || is_with(group, call, absent)) waiting.insert(ledger.rank);
       const auto known = std::find_if(diagnosis.waits.begin(), diagnosis.waits.end(),
                                       [&](const LedgerWait& wait) { return same_call(wait, group, call); });
       if (known == diagnosis.waits.end())
@@ -286,6 +303,7 @@ LedgerDiagnosis diagnose(std::span<const RankLedger> ledgers) {
         known->waiting.push_back(ledger.rank);
     }
   }
+  for (const int rank : absent) waiting.erase(rank);
   std::set_difference(waited_for.begin(), waited_for.end(), waiting.begin(), waiting.end(),
                       std::back_inserter(diagnosis.missing));
   return diagnosis;

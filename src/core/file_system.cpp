@@ -9,6 +9,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "normformer/core/activity.h"
 #include "normformer/core/error.h"
 
 namespace normformer {
@@ -16,6 +17,8 @@ namespace normformer {
 namespace {
 
 namespace fs = std::filesystem;
+
+constexpr size_t kBlock = size_t{64} << 20;  // between two signs of activity
 
 [[noreturn]] void fail(std::string_view action, const fs::path& path) {
   throw IoError(fmt::format("cannot {} {}: {}", action, path.string(), system_reason()));
@@ -49,9 +52,10 @@ class SystemWritableFile : public WritableFile {
 
   void append(std::span<const std::byte> bytes) override {
     while (!bytes.empty()) {
-      const ssize_t written = ::write(descriptor_.get(), bytes.data(), bytes.size());
+      const ssize_t written = ::write(descriptor_.get(), bytes.data(), std::min(bytes.size(), kBlock));
       if (written < 0 && errno == EINTR) continue;
       if (written < 0) fail("write", path_);
+      note_activity();
       bytes = bytes.subspan(static_cast<size_t>(written));
     }
   }
@@ -82,9 +86,10 @@ class SystemReadableFile : public ReadableFile {
 
   void read(int64_t offset, std::span<std::byte> into) const override {
     while (!into.empty()) {
-      const ssize_t got = pread(descriptor_.get(), into.data(), into.size(), offset);
+      const ssize_t got = pread(descriptor_.get(), into.data(), std::min(into.size(), kBlock), offset);
       if (got < 0 && errno == EINTR) continue;
       if (got < 0) fail("read", path_);
+      note_activity();
       if (got == 0) throw IoError(fmt::format("{} ends at byte {}", path_.string(), offset));
       into = into.subspan(static_cast<size_t>(got));
       offset += got;

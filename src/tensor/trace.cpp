@@ -6,6 +6,7 @@
 
 #include <fmt/format.h>
 
+#include "normformer/core/activity.h"
 #include "normformer/core/error.h"
 #include "normformer/tensor/context.h"
 
@@ -106,6 +107,7 @@ std::vector<TraceSpan> Trace::finish(Context& context) {
 TraceScope::TraceScope(Context& context, TraceKind kind, std::string_view name, std::string_view suffix,
                        const TraceDetails& details, TraceLane lane, void* stream)
     : context_(&context), name_(name), suffix_(suffix), names_place_(kind <= TraceKind::module) {
+  note_activity();
   if (names_place_) around_ = std::exchange(innermost_span, this);
   Trace::Recording* recording = context.trace().recording_.get();
   has_range_ = context.is_cuda();

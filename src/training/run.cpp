@@ -16,6 +16,7 @@
 #include "normformer/training/run_data.h"
 #include "normformer/training/stop_signal.h"
 #include "normformer/training/trainer.h"
+#include "normformer/training/watchdog.h"
 
 namespace normformer {
 
@@ -37,9 +38,11 @@ class TrainingRun {
   TrainingRun(const RunConfig& config, const RunOptions& options, Context& context, const Group& world);
   ExitCode run();
 
-  /// Says in this rank's ledger that the run has ended in good order.
-  void end_ledger() {
+  /// Says in this rank's ledger, and to who watches from outside, that the run has ended in good order.
+  void end(ExitCode code) {
+    watchdog_.enter(RunPhase::ending);
     if (ledger_) ledger_->end_run();
+    watchdog_.end(code == ExitCode::stopped ? RunState::stopped : RunState::finished);
   }
 
  private:
@@ -73,6 +76,7 @@ class TrainingRun {
   Group world_;
   RunFolder folder_;
   StopSignal signal_;
+  Watchdog watchdog_;
   std::shared_ptr<LedgerFile> ledger_;  // null where it could not be made
   std::optional<TokenDataset> train_data_;
   std::optional<TokenDataset> valid_data_;
@@ -101,6 +105,11 @@ TrainingRun::TrainingRun(const RunConfig& config, const RunOptions& options, Con
       world_(world),
       folder_{config.checkpoint.folder},
       signal_(options.stop_on_terminal_signals),
+      watchdog_({.limit_seconds = config.health.watchdog_seconds,
+                 .run_folder = folder_.root,
+                 .ledgers = folder_.ledgers(),
+                 .rank = world.rank(),
+                 .updates = config.train.updates}),
       profiler_(context, world, options.profile, folder_.trace(options.profile)),
       speedometer_(training_flops_per_token(config.model)) {}
 
@@ -158,6 +167,7 @@ void TrainingRun::open_ledger() {
     log_rank(LogLevel::warning, "this rank keeps no ledger: {}", e.what());
   }
   world_.ledger().attach(ledger_);
+  watchdog_.open(ledger_);
 }
 
 void TrainingRun::print_banner() {
@@ -190,6 +200,7 @@ void TrainingRun::print_banner() {
 }
 
 void TrainingRun::restore() {
+  watchdog_.enter(RunPhase::loading);
   if (options_.resume && checkpoints_->load_newest(*trainer_)) {
     saving_at_ = saved_at_ = trainer_->counters().batch_index;
     say(fmt::format("resumed after update {}", trainer_->counters().updates));
@@ -239,6 +250,7 @@ void TrainingRun::enter(const std::optional<FinishedStep>& step) {
   const TrainingCounters& counters = step->counters;
   skipped_ = report.skipped;
   stop_wanted_ = step->stop_wanted;
+  watchdog_.finish_update(counters.updates, report.loss);
   ++steps_;
   redone_ += report.redone ? 1 : 0;
   const Speed speed = speedometer_.enter_step(report.tokens, config_.train.updates - counters.updates);
@@ -299,6 +311,7 @@ void TrainingRun::show_profile() {
 void TrainingRun::validate() {
   if (!valid_data_) return;
   const TraceScope scope(context_, TraceKind::step, "validation");
+  const PhaseScope phase(watchdog_, RunPhase::validating);
   const int64_t all = valid_data_->num_samples();
   const int64_t sequences =
       config_.train.valid_sequences > 0 ? std::min(all, config_.train.valid_sequences) : all;
@@ -312,6 +325,7 @@ void TrainingRun::validate() {
 void TrainingRun::begin_save() {
   finish_save();
   const TraceScope scope(context_, TraceKind::step, "saving a checkpoint");
+  const PhaseScope phase(watchdog_, RunPhase::saving);
   saving_at_ = trainer_->counters().batch_index;
   tell(checkpoints_->begin_save(*trainer_, last_numbers_));
   if (!config_.checkpoint.async) finish_save();
@@ -320,6 +334,7 @@ void TrainingRun::begin_save() {
 void TrainingRun::finish_save() {
   if (!checkpoints_->writer().in_flight()) return;
   const TraceScope scope(context_, TraceKind::step, "waiting for a checkpoint");
+  const PhaseScope phase(watchdog_, RunPhase::saving);
   tell(checkpoints_->writer().finish());
 }
 
@@ -386,6 +401,7 @@ ExitCode TrainingRun::run() {
   if (is_root()) metrics_.emplace(folder_.metrics(), trainer_->counters());
 
   bool validated = false;
+  watchdog_.enter(RunPhase::training);
   speedometer_.resume();
   while (trainer_->counters().updates < config_.train.updates) {
     step();
@@ -411,7 +427,7 @@ ExitCode run_training(const RunConfig& config, const RunOptions& options, Contex
                       const Group& world) {
   TrainingRun run(config, options, context, world);
   const ExitCode code = run.run();
-  run.end_ledger();
+  run.end(code);
   return code;
 }
 

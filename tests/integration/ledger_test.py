@@ -20,13 +20,15 @@ def missing(text):
 
 class Ledger(WithCorpus):
     def stop(self, process, run_folder, rank):
-        """Stops a rank where others have to wait for it: not inside a call that all have begun."""
+        """Stops a rank where others have to wait for it: not inside a call that all have begun, where it is named, too,
+        but by its process's state."""
+        waits = re.compile(rf"(?m)^ranks? .* waits? in .*, in [\w. ]+; not begun by rank {rank}$")
         for _ in range(60):
             os.kill(process, signal.SIGSTOP)
             deadline = time.monotonic() + 1
             while time.monotonic() < deadline:
                 text = ledger(run_folder)
-                if missing(text) == [str(rank)]:
+                if missing(text) == [str(rank)] and waits.search(text):
                     return text
                 time.sleep(0.05)
             os.kill(process, signal.SIGCONT)
@@ -45,7 +47,7 @@ class Ledger(WithCorpus):
             found = re.findall(r"^rank (\d+) on \S+, process (\d+), in update \d+", ledger(run_folder), re.MULTILINE)
             self.assertEqual([int(rank) for rank, _ in found], list(range(ranks)))
             text = self.stop(int(found[victim][1]), run_folder, victim)
-            self.assertRegex(text, rf"(?m)^ranks? .* waits? in .*, in [\w. ]+; not begun by rank {victim}$")
+            self.assertIn(f"\nrank {victim} is stopped\n", text)
             process = found[victim][1]
             self.assertIn(f"process {process} (stopped), in update", text)
             self.assertEqual(text.count("(stopped)"), 2)  # in its own line and as missing

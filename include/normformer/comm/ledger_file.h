@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -21,6 +22,12 @@ bool is_message(std::string_view kind);
 /// "rank-00003.ledger"
 std::string ledger_file_name(int rank);
 
+/// What a run is at.
+enum class RunPhase { starting, loading, training, validating, saving, ending };
+
+/// "starting", "loading", ...
+std::string_view name_of(RunPhase phase);
+
 /// What one rank is doing, for others to read while it runs and after it was stopped or killed: its last 256
 /// calls, in a file mapped into memory (docs/ledger.md has its layout). Attached to a TrafficLedger. Entering
 /// a call makes no system call. Safe from several threads.
@@ -38,6 +45,16 @@ class LedgerFile {
 
   /// The run has ended in good order.
   void end_run() noexcept;
+
+  /// What the rank is at now.
+  void enter_phase(RunPhase phase) noexcept;
+
+  /// The rank's process is there now, and has made no progress for `still_ns`: to be called again and again.
+  /// A process that is stopped or cut off from the file's disk no longer does.
+  void sign_of_life(int64_t still_ns) noexcept;
+
+  /// Calls issued and calls done so far, in one number that grows with each. Touches no page of the file.
+  uint64_t activity() const noexcept { return activity_.load(std::memory_order_relaxed); }
 
   /// Enters a call as issued, with the calling thread's place in the model (name_innermost_span). Returns its
   /// number.
@@ -59,6 +76,7 @@ class LedgerFile {
   std::unique_ptr<Mapping> mapping_;
   std::mutex mutex_;
   uint64_t next_call_ = 0;
+  std::atomic<uint64_t> activity_{0};
   std::vector<std::pair<std::shared_ptr<const GroupMembers>, uint32_t>> known_groups_;
   size_t used_members_ = 0;
 };
@@ -103,6 +121,9 @@ struct RankLedger {
   int64_t started_ns = 0;
   int64_t ended_ns = 0;  ///< 0 where the run has not ended in good order
   int64_t update = 0;    ///< that it computes; 0 before the first
+  RunPhase phase = RunPhase::starting;
+  int64_t alive_ns = 0;  ///< the last sign that its process was there; 0 where there never was one
+  int64_t still_ns = 0;  ///< that it had made no progress, then
   std::vector<LedgerGroup> groups;
   std::vector<LedgerChannel> channels;
   std::vector<LedgerCall> calls;  ///< oldest first
@@ -125,7 +146,8 @@ struct LedgerWait {
   LedgerGroup group;
   LedgerCall call;              ///< of the first of `waiting`
   std::vector<int> waiting;     ///< world ranks that have issued it and are not done
-  std::vector<int> not_issued;  ///< world ranks that have not: of a collective's group, or a message's sender
+  std::vector<int> not_issued;  ///< world ranks that have not: of a collective's group, or a message's
+                                ///< sender; of a message to an absent rank, which may wait, none
 };
 
 /// What a run was waiting for when its ledgers were read.
@@ -133,12 +155,13 @@ struct LedgerDiagnosis {
   std::vector<LedgerWait> waits;
 
   /// Whom others wait for and who wait for nobody: they compute, are slow, stopped or gone. Ranks without a
-  /// ledger are among them. Sorted.
+  /// ledger are among them, and those that were known not to run. Sorted.
   std::vector<int> missing;
 };
 
 /// Compares what every rank has issued. A collective is the same on two ranks where its group and its ordinal
-/// are; a message where its channel and its ordinal are.
-LedgerDiagnosis diagnose(std::span<const RankLedger> ledgers);
+/// are; a message where its channel and its ordinal are. Ranks of `absent` are known not to run: whatever
+/// their ledgers say, they wait for nobody, and who is in a call with them waits for them.
+LedgerDiagnosis diagnose(std::span<const RankLedger> ledgers, std::span<const int> absent = {});
 
 }  // namespace normformer

@@ -86,8 +86,25 @@ TEST(LedgerFile, HasEveryCallWithItsGroupAndPlace) {
   const LedgerCall& receive = ledger.calls[2];
   EXPECT_EQ(std::tuple(receive.kind, receive.ordinal, receive.peer, receive.tag),
             std::tuple(std::string("receive"), 1, 1, 9));
+  EXPECT_EQ(std::tuple(ledger.phase, ledger.alive_ns, ledger.still_ns), std::tuple(RunPhase::starting, 0, 0));
+  rank.file->enter_phase(RunPhase::saving);
+  rank.file->sign_of_life(17);
   rank.file->end_run();
-  EXPECT_GT(rank.read().ended_ns, 0);
+  const RankLedger later = rank.read();
+  EXPECT_GT(later.ended_ns, 0);
+  EXPECT_EQ(std::tuple(later.phase, later.still_ns), std::tuple(RunPhase::saving, 17));
+  EXPECT_GE(later.alive_ns, later.started_ns);
+}
+
+TEST(LedgerFile, ActivityGrowsWithEveryBeginningAndEndOfACall) {
+  const TemporaryFolder folder;
+  LedgerFile file(folder / "x.ledger", 0, 1);
+  const auto group = std::make_shared<GroupMembers>(GroupMembers{"world", {0}});
+  EXPECT_EQ(file.activity(), 0u);
+  const uint64_t call = file.issue({group, "barrier", 0});
+  EXPECT_EQ(file.activity(), 1u);
+  file.complete(call);
+  EXPECT_EQ(file.activity(), 2u);
 }
 
 TEST(LedgerFile, CutsWhatIsTooLong) {
@@ -305,8 +322,10 @@ TEST(DamagedLedger, IsRefusedInOneSentence) {
     return changed.sentence(size);
   };
   EXPECT_EQ(with(0, 5), "it is no ledger of a rank: it does not begin with NFLEDGER");
-  EXPECT_EQ(with(8, 2), "it is no ledger of a rank: its version is 2, and this program reads version 1");
+  EXPECT_EQ(with(8, 1), "it is no ledger of a rank: its version is 1, and this program reads version 2");
   EXPECT_EQ(with(12, 3), "it is damaged: rank 3 of 3");
+  EXPECT_EQ(with(272, 6), "it is damaged: phase 6");
+  EXPECT_EQ(with(268, 0x80000000), "it is damaged: its signs of life");
   EXPECT_THAT(with(16, 0x7fffffff), HasSubstr("where a rank of 2147483647 has"));
   write_bytes(folder / "rank-00000.ledger", "no ledger at all");
   EXPECT_THROW(static_cast<void>(read_ledgers(folder.path())), DataError);
