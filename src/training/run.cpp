@@ -14,7 +14,7 @@
 #include "normformer/training/pipeline_drawing.h"
 #include "normformer/training/run_checkpoint.h"
 #include "normformer/training/run_data.h"
-#include "normformer/training/stop_signal.h"
+#include "normformer/training/run_signals.h"
 #include "normformer/training/trainer.h"
 #include "normformer/training/watchdog.h"
 
@@ -67,6 +67,7 @@ class TrainingRun {
   void leave_nothing_on_its_way();
   ExitCode end(ExitCode code);
   bool stop_is_wanted();
+  bool save_is_wanted() const { return save_requests_ > saves_heard_; }
   bool is_root() const { return world_.rank() == 0; }
   void say(const std::string& message);
 
@@ -75,7 +76,7 @@ class TrainingRun {
   Context& context_;
   Group world_;
   RunFolder folder_;
-  StopSignal signal_;
+  RunSignals signals_;
   Watchdog watchdog_;
   std::shared_ptr<LedgerFile> ledger_;  // null where it could not be made
   std::optional<TokenDataset> train_data_;
@@ -93,6 +94,8 @@ class TrainingRun {
   std::map<std::string, double> last_numbers_;  // of the step entered last, for checkpoints
   bool skipped_ = false;                        // of the step entered last
   bool stop_wanted_ = false;                    // on any rank, in that step
+  int64_t save_requests_ = 0;                   // that a rank had heard of, in that step
+  int64_t saves_heard_ = 0;                     // of these, those that were followed
   int64_t steps_ = 0;                           // of this process
   int64_t redone_ = 0;
 };
@@ -104,7 +107,7 @@ TrainingRun::TrainingRun(const RunConfig& config, const RunOptions& options, Con
       context_(context),
       world_(world),
       folder_{config.checkpoint.folder},
-      signal_(options.stop_on_terminal_signals),
+      signals_(options.stop_on_terminal_signals),
       watchdog_({.limit_seconds = config.health.watchdog_seconds,
                  .run_folder = folder_.root,
                  .ledgers = folder_.ledgers(),
@@ -225,7 +228,9 @@ void TrainingRun::step() {
   if (ledger_) ledger_->begin_update(update);
   profiler_.before_update(update);
   enter(trainer_->advance([this] {
-    return RankWord{.wants_stop = signal_.requested(), .save_progress = checkpoints_->writer().progress()};
+    return RankWord{.wants_stop = signals_.requested_stop(),
+                    .save_requests = signals_.save_requests(),
+                    .save_progress = checkpoints_->writer().progress()};
   }));
   if (update == options_.profile.last) settle();
   if (profiler_.after_update(update)) show_profile();
@@ -235,7 +240,7 @@ void TrainingRun::settle() { enter(trainer_->settle()); }
 
 // Whether weights and counters are needed, or may be, as they are behind the step made last.
 bool TrainingRun::has_to_settle() const {
-  return !config_.optimizer.optimistic || stop_wanted_ ||
+  return !config_.optimizer.optimistic || stop_wanted_ || save_is_wanted() ||
          trainer_->counters().updates >= config_.train.updates || is_due(config_.train.valid_every) ||
          is_due(config_.checkpoint.every);
 }
@@ -250,6 +255,7 @@ void TrainingRun::enter(const std::optional<FinishedStep>& step) {
   const TrainingCounters& counters = step->counters;
   skipped_ = report.skipped;
   stop_wanted_ = step->stop_wanted;
+  save_requests_ = step->save_requests;
   watchdog_.finish_update(counters.updates, report.loss);
   ++steps_;
   redone_ += report.redone ? 1 : 0;
@@ -378,7 +384,7 @@ ExitCode TrainingRun::end(ExitCode code) {
 }
 
 bool TrainingRun::stop_is_wanted() {
-  return world_.all_reduce(signal_.requested() ? 1.0 : 0.0, ReduceOp::max) > 0.0;
+  return world_.all_reduce(signals_.requested_stop() ? 1.0 : 0.0, ReduceOp::max) > 0.0;
 }
 
 ExitCode TrainingRun::run() {
@@ -409,10 +415,11 @@ ExitCode TrainingRun::run() {
     settle();
     // A step that was skipped has left nothing to look at or to save.
     validated = !skipped_ && is_due(config_.train.valid_every);
-    const bool saves = !skipped_ && is_due(config_.checkpoint.every);
+    const bool saves = !skipped_ && (is_due(config_.checkpoint.every) || save_is_wanted());
     if (validated) validate();
     const bool stops = stop_is_wanted();
     if (stops || saves) begin_save();
+    if (saves) saves_heard_ = save_requests_;
     if (stops) return end(ExitCode::stopped);
     if (validated || saves) speedometer_.resume();
   }

@@ -148,23 +148,25 @@ namespace {
 struct RankNumbers {
   double loss_sum = 0.0;
   double wants_stop = 0.0;
+  double save_requests = 0.0;
   double save_progress = 0.0;
   GradientSize gradients = {};
 
-  static constexpr size_t kScalars = 4;
+  static constexpr size_t kScalars = 5;
   static constexpr size_t kCount = kScalars + ops::OrderFreeSumOfSquares::kBins;
   std::array<double, kCount> packed() const;
   static RankNumbers unpacked(std::span<const double> numbers);
 };
 
 std::array<double, RankNumbers::kCount> RankNumbers::packed() const {
-  std::array<double, kCount> numbers = {loss_sum, wants_stop, save_progress, gradients.largest};
+  std::array<double, kCount> numbers = {loss_sum, wants_stop, save_requests, save_progress,
+                                        gradients.largest};
   std::copy(gradients.bins.begin(), gradients.bins.end(), numbers.begin() + kScalars);
   return numbers;
 }
 
 RankNumbers RankNumbers::unpacked(std::span<const double> numbers) {
-  RankNumbers made{numbers[0], numbers[1], numbers[2], {numbers[3], {}}};
+  RankNumbers made{numbers[0], numbers[1], numbers[2], numbers[3], {numbers[4], {}}};
   std::copy(numbers.begin() + kScalars, numbers.end(), made.gradients.bins.begin());
   return made;
 }
@@ -176,6 +178,7 @@ void Trainer::agree_on_gradients(Unsettled& step, const std::function<RankWord()
   const RankWord said = word ? word() : RankWord{};
   const RankNumbers mine{.loss_sum = model_.answers_for_loss() ? model_.loss_sum() : 0.0,
                          .wants_stop = said.wants_stop ? 1.0 : 0.0,
+                         .save_requests = static_cast<double>(said.save_requests),
                          .save_progress = static_cast<double>(said.save_progress),
                          .gradients = optimizer_.gradient_size()};
   step.request = model_.mesh().world().start_gather(model_.context(), mine.packed(), step.numbers);
@@ -192,6 +195,7 @@ void Trainer::conclude(Unsettled& step) const {
     const RankNumbers rank = RankNumbers::unpacked(numbers.subspan(at, RankNumbers::kCount));
     loss_sum += rank.loss_sum;
     step.stop_wanted = step.stop_wanted || rank.wants_stop > 0.0;
+    step.save_requests = std::max(step.save_requests, static_cast<int64_t>(rank.save_requests));
     save_progress = std::min(save_progress, rank.save_progress);
     sizes.push_back(rank.gradients);
   }
@@ -301,7 +305,7 @@ std::optional<FinishedStep> Trainer::settle() {
 
 FinishedStep Trainer::finish(Unsettled& step) {
   count(step.report);
-  return {step.report, counters_, step.stop_wanted, step.save_progress};
+  return {step.report, counters_, step.stop_wanted, step.save_requests, step.save_progress};
 }
 
 void Trainer::count(const StepReport& report) {

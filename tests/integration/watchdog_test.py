@@ -11,7 +11,7 @@ import subprocess
 import time
 import unittest
 
-from program import WithCorpus, command, environment, metrics, run
+from program import WithCorpus, command, environment, losses, metrics, run
 
 LIMIT = 3  # seconds without progress
 BOUND = 60  # seconds in which a job must have ended: a bound, not a measurement
@@ -45,6 +45,17 @@ class Job:
         found = re.findall(r"^rank \d+ on \S+, process (\d+)", self.ledger(), re.MULTILINE)
         assert len(found) == self.ranks, found
         return [int(process) for process in found]
+
+    def ask(self, number):
+        """Sends a signal to all ranks by way of mpirun."""
+        self.process.send_signal(number)
+
+    def stop(self):
+        """Has the run stopped cleanly. Returns stdout, stderr."""
+        self.ask(signal.SIGUSR1)
+        code, out, err = self.end()
+        assert code == 75, (code, out, err)
+        return out, err
 
     def end(self):
         """Waits for the job's own end. Returns exit status, stdout, stderr."""
@@ -156,7 +167,7 @@ class Hangs(WithCorpus):
         self.assertIn("normformer::MetricsFile::MetricsFile(", (folder / "stacks-rank-00000.txt").read_text())
 
     def test_a_run_that_is_slow_or_stopped_as_a_whole_goes_on(self):
-        with self.start("slow", 2, parallel__data=2, train__updates=400) as started:
+        with self.start("slow", 2, parallel__data=2) as started:
             started.wait_for_updates()
             first, second = started.processes()
             for _ in range(4):  # one rank at a time, for less than the limit, for longer than the limit in all
@@ -169,10 +180,12 @@ class Hangs(WithCorpus):
             time.sleep(1.5 * LIMIT)
             for process in (first, second):
                 os.kill(process, signal.SIGCONT)
-            code, _, err = started.end()
-        self.assertEqual(code, 0, err)
+            updates = len(metrics(started.folder))
+            started.wait_for(lambda: len(metrics(started.folder)) > updates)
+            time.sleep(LIMIT / 2)
+            started.stop()
         self.assertEqual(hang_reports(started.folder), [])
-        self.assertEqual(heartbeat(started.folder)["state"], "finished")
+        self.assertEqual(heartbeat(started.folder)["state"], "stopped")
 
     def test_never_means_never(self):
         with self.start("never", 2, parallel__data=2, health__watchdog_seconds=0) as started:
@@ -180,6 +193,78 @@ class Hangs(WithCorpus):
             os.kill(started.processes()[1], signal.SIGSTOP)
             time.sleep(2 * LIMIT)
             self.assertIsNone(started.process.poll())
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in (pathlib.Path(folder) / "checkpoints").glob("step-*"))
+
+
+class Outside(WithCorpus):
+    """What a run tells those outside, and what they can ask it for."""
+
+    def start(self, name, ranks, **changes):
+        config = self.folder.config(name, **{"train__updates": 1000000, "checkpoint__every": 0, **changes})
+        return job(self.folder.path / name, config, ranks)
+
+    def test_a_heartbeat_from_the_first_update_to_the_last(self):
+        with self.start("beats", 2, parallel__data=2) as started:
+            started.wait_for(lambda: heartbeat(started.folder).get("update", 0) > 0)
+            first = heartbeat(started.folder)
+            started.wait_for(lambda: heartbeat(started.folder)["update"] > first["update"])
+            second = heartbeat(started.folder)
+            self.assertEqual((first["state"], first["updates"]), ("running", 1000000))
+            self.assertEqual(first["pid"], started.processes()[0])
+            self.assertGreater(second["time"], first["time"])
+            made = {line["update"]: line["loss"] for line in metrics(started.folder) if line["kind"] == "step"}
+            self.assertEqual(first["loss"], made[first["update"]])
+            os.kill(started.processes()[1], signal.SIGUSR1)  # one rank is enough
+            code, _, err = started.end()
+        self.assertEqual(code, 75, err)
+        self.assertEqual((heartbeat(started.folder)["state"], heartbeat(started.folder)["phase"]), ("stopped", "ending"))
+        self.assertNotIn("attempt", first)
+
+    def test_a_heartbeat_says_how_a_run_ended(self):
+        config = self.folder.config("ended")
+        run(["train", config], expect=0)
+        self.assertEqual(heartbeat(self.folder.path / "ended")["state"], "finished")
+        self.assertEqual(heartbeat(self.folder.path / "ended")["update"], 12)
+        config = self.folder.config("failed", optimizer__lr=1e30, train__max_skipped=1)
+        run(["train", config], expect=77)
+        self.assertEqual(heartbeat(self.folder.path / "failed")["state"], "failed")
+
+    def test_one_request_is_one_checkpoint_and_changes_no_bit(self):
+        for optimistic in ("false", "true"):
+            layout = {"parallel__data": 2, "checkpoint__keep": 9, "optimizer__optimistic": optimistic}
+            with self.subTest(optimistic=optimistic):
+                with self.start(f"asked{optimistic}", 2, **layout) as asked:
+                    asked.wait_for_updates()
+                    for count in (1, 2):
+                        asked.ask(signal.SIGUSR2)
+                        asked.wait_for(lambda: len(checkpoints(asked.folder)) == count)
+                        asked.wait_for_updates(len(metrics(asked.folder)) + 20)
+                    out, _ = asked.stop()
+                self.assertEqual(len(checkpoints(asked.folder)), 3, out)
+                made = losses(asked.folder)
+                with self.start(f"straight{optimistic}", 2, **layout) as straight:
+                    straight.wait_for_updates(len(made))
+                    straight.stop()
+                self.assertEqual(len(checkpoints(straight.folder)), 1)
+                self.assertEqual(made, losses(straight.folder)[:len(made)])
+
+    # Each rank hears of its request at another moment; that is what counting them is for.
+    def test_ranks_that_hear_of_one_request_at_different_moments_save_once(self):
+        with self.start("apart", 3, parallel__data=3, train__global_batch=6, checkpoint__keep=9) as started:
+            started.wait_for_updates()
+            processes = started.processes()
+            os.kill(processes[2], signal.SIGUSR2)
+            started.wait_for(lambda: len(checkpoints(started.folder)) == 1)
+            for process in processes[:2]:
+                os.kill(process, signal.SIGUSR2)
+                updates = len(metrics(started.folder))
+                started.wait_for(lambda: len(metrics(started.folder)) > updates + 3)
+            self.assertEqual(len(checkpoints(started.folder)), 1)
+            out, _ = started.stop()
+        self.assertEqual(len(checkpoints(started.folder)), 2, out)
 
 
 if __name__ == "__main__":

@@ -41,8 +41,9 @@ struct RunFolder {
 };
 
 /// Trains as configured: from start or newest checkpoint to the last update, with validation, metrics and
-/// checkpoints, or until a stop signal. Returns ExitCode::success, or ExitCode::stopped after a signal.
-/// Throws AgreedError for what the user has to mend. Collective over `world`.
+/// checkpoints, or until a stop signal (RunSignals). A hang ends the process with ExitCode::hang (Watchdog).
+/// Returns ExitCode::success, or ExitCode::stopped after a signal. Throws AgreedError for what the user has
+/// to mend. Collective over `world`.
 ExitCode run_training(const RunConfig& config, const RunOptions& options, Context& context,
                       const Group& world);
 

@@ -44,6 +44,7 @@ struct StepReport {
 /// What a rank tells all others once a step, when its gradients are there.
 struct RankWord {
   bool wants_stop = false;
+  int64_t save_requests = 0;  ///< that it has heard of so far
   int64_t save_progress = 0;  ///< CheckpointWriter::progress
 };
 
@@ -52,6 +53,7 @@ struct FinishedStep {
   StepReport report;
   TrainingCounters counters;  ///< behind it
   bool stop_wanted = false;   ///< by any rank
+  int64_t save_requests = 0;  ///< the most of all ranks
   int64_t save_progress = 0;  ///< the least of all ranks
 };
 
@@ -118,6 +120,7 @@ class Trainer {
     StepReport report;
     TrainingCounters before;
     bool stop_wanted = false;
+    int64_t save_requests = 0;
     int64_t save_progress = 0;
     std::vector<double> numbers;  // of every rank
     CommRequest request;          // of these

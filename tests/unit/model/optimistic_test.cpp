@@ -256,6 +256,24 @@ TEST(Optimistic, AskedOnEveryRankToStopAllKnow) {
   }
 }
 
+// Rank 1 hears of a request one step after rank 0, and of a second one alone.
+TEST(Optimistic, TheMostSaveRequestsThatARankHasHeardOfAreToldToAll) {
+  RunConfig config = small_config(Precision::fp32);
+  for (const bool optimistic : {false, true}) {
+    config.optimizer.optimistic = optimistic;
+    run_local_world(2, [&](const Group& world) {
+      SmallModel small(config, DeviceKind::cpu, world, {.data = 2});
+      std::vector<int64_t> told;
+      for (const int64_t now : world.rank() == 0 ? std::vector{0, 1, 1, 1} : std::vector{0, 0, 1, 2}) {
+        const auto finished = small.trainer.advance([&] { return RankWord{.save_requests = now}; });
+        if (finished) told.push_back(finished->save_requests);
+      }
+      if (const auto finished = small.trainer.settle()) told.push_back(finished->save_requests);
+      EXPECT_EQ(told, (std::vector<int64_t>{0, 1, 1, 2}));
+    });
+  }
+}
+
 TEST(Optimistic, WhatIsNotSettledIsLeftAlone) {
   RunConfig config = small_config(Precision::fp32);
   config.optimizer.optimistic = true;
