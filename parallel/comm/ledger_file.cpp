@@ -196,6 +196,11 @@ uint64_t LedgerFile::count(uint32_t group, const TrafficEvent& event) {
   return 0;
 }
 
+// One thread at a time: the mutex is held.
+void LedgerFile::count_activity() noexcept {
+  activity_.store(activity_.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+}
+
 uint64_t LedgerFile::issue(const TrafficEvent& event) {
   const std::lock_guard lock(mutex_);
   std::array<char, 8 * CallSlot::kPlaceWords> place{};
@@ -218,13 +223,13 @@ uint64_t LedgerFile::issue(const TrafficEvent& event) {
   store(slot, CallSlot::kDone, 0);
   store_text<CallSlot::kPlaceWords>(slot, CallSlot::kPlace, place);
   slot.stamp.store(2 * number + 2, std::memory_order_release);
-  activity_.fetch_add(1, std::memory_order_relaxed);
+  count_activity();
   return number;
 }
 
 void LedgerFile::complete(uint64_t call) noexcept {
   const std::lock_guard lock(mutex_);
-  activity_.fetch_add(1, std::memory_order_relaxed);
+  count_activity();
   CallSlot& slot = mapping_->fixed->calls[call % ledger_layout::kCalls];
   if (slot.stamp.load(std::memory_order_relaxed) != 2 * call + 2) return;
   slot.words[CallSlot::kDone].store(static_cast<uint64_t>(now_ns()), std::memory_order_release);

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
+#include <limits>
 #include <optional>
 #include <string>
 #include <thread>
@@ -60,6 +61,11 @@ std::string describe_binding(const Context& context, bool bound) {
                      bound ? fmt::format(", NUMA node {}", gpu.numa_node) : "");
 }
 
+// The run's watchdog (0: never) knows more of a hang than NCCL's watch does, and so has the first word.
+double nccl_patience(double watchdog_seconds) {
+  return watchdog_seconds > 0.0 ? 1.5 * watchdog_seconds : std::numeric_limits<double>::infinity();
+}
+
 // NCCL joins ranks where each has a GPU of its own; ranks that share one only if they are told that they run
 // on different hosts (NCCL_HOSTID), which is for tests.
 bool uses_nccl(const DeviceConfig& device, const RankProcess& process, int gpus) {
@@ -108,7 +114,9 @@ RankDevice make_rank_device(const RunConfig& config, const RankProcess& process)
     made.context->gpu().tune_products(device.tune_products);
   });
   const bool nccl = uses_nccl(device, process, gpus);
-  made.world = nccl ? make_nccl_world(*made.context, process.world) : process.world;
+  made.world =
+      nccl ? make_nccl_world(*made.context, process.world, nccl_patience(config.health.watchdog_seconds))
+           : process.world;
   const auto bindings = process.world.all_gather_text(describe_binding(*made.context, bound));
   log_root(LogLevel::info, "{}; tensors travel by {}", describe_cuda(),
            nccl ? describe_nccl() : "way of the hosts");

@@ -72,6 +72,7 @@ class LedgerFile {
   uint32_t number_of(const std::shared_ptr<const GroupMembers>& group);
   uint32_t enter_group(const GroupMembers& group);
   uint64_t count(uint32_t group, const TrafficEvent& event);
+  void count_activity() noexcept;
 
   std::unique_ptr<Mapping> mapping_;
   std::mutex mutex_;

@@ -1,7 +1,8 @@
 #include "normformer/core/stack_traces.h"
 
+#include <condition_variable>
 #include <csignal>
-#include <semaphore>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -22,10 +23,15 @@ class Sleepers {
  public:
   Sleepers(int count, void (*function)(Sleepers&)) {
     for (int i = 0; i < count; ++i) threads_.emplace_back([this, function] { function(*this); });
-    for (int i = 0; i < count; ++i) there_.acquire();
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return there_ == count; });
   }
   ~Sleepers() {
-    go_.release(static_cast<std::ptrdiff_t>(threads_.size()));
+    {
+      const std::lock_guard lock(mutex_);
+      ended_ = true;
+    }
+    changed_.notify_all();
     for (std::thread& thread : threads_) thread.join();
   }
   Sleepers(const Sleepers&) = delete;
@@ -33,13 +39,17 @@ class Sleepers {
 
   void sleep(const char* name) {
     pthread_setname_np(pthread_self(), name);
-    there_.release();
-    go_.acquire();
+    std::unique_lock lock(mutex_);
+    ++there_;
+    changed_.notify_all();
+    changed_.wait(lock, [&] { return ended_; });
   }
 
  private:
-  std::counting_semaphore<> there_{0};
-  std::counting_semaphore<> go_{0};
+  std::mutex mutex_;
+  std::condition_variable changed_;  // ThreadSanitizer lets a signal through there
+  int there_ = 0;
+  bool ended_ = false;
   std::vector<std::thread> threads_;
 };
 
