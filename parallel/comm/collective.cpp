@@ -2,6 +2,8 @@
 
 #include <utility>
 
+#include "wait_scope.h"
+
 namespace normformer::detail {
 
 namespace {
@@ -89,6 +91,7 @@ void Round::combine(ReduceOp op, Inbox inbox, Tensor out) {
 void Round::run(Context& context) {
   list_moves();
   if (!sends_.empty() || !receives_.empty()) {
+    const WaitScope waiting;
     if (context.is_cuda() && !stages_)
       impl_->exchange_on_gpu(context, sends_, receives_);
     else

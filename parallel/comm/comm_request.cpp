@@ -4,6 +4,8 @@
 #include "normformer/core/error.h"
 #include "normformer/core/log.h"
 
+#include "wait_scope.h"
+
 namespace normformer {
 
 CommRequest::CommRequest(std::unique_ptr<Impl> impl, TrafficCall call)
@@ -24,6 +26,7 @@ CommRequest::~CommRequest() { finish(); }
 void CommRequest::wait() {
   // Given up first, so that a failed message is not waited for again.
   const TrafficCall call = std::move(call_);
+  const detail::WaitScope waiting;
   if (const auto impl = std::move(impl_)) impl->wait();
 }
 

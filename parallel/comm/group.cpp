@@ -9,6 +9,7 @@
 
 #include "collective.h"
 #include "progress.h"
+#include "wait_scope.h"
 
 namespace normformer {
 
@@ -60,6 +61,7 @@ using detail::Collective;
 using detail::Inbox;
 using detail::peers_of;
 using detail::Round;
+using detail::WaitScope;
 
 // Up to this many bytes over all ranks, sending everything to everybody in one round is cheaper than a second
 // round. The sums have the same bits either way.
@@ -376,7 +378,10 @@ void Group::broadcast(Context& context, const Tensor& tensor, int root) const {
     return impl_->broadcast_on_gpu(context, bytes_of(tensor), tensor.nbytes(), root);
   }
   const Tensor host = on_host(context, tensor);
-  impl_->broadcast(bytes_of(host), host.nbytes(), root);
+  {
+    const WaitScope waiting;
+    impl_->broadcast(bytes_of(host), host.nbytes(), root);
+  }
   if (context.is_cuda()) copy(context, host, tensor);
 }
 
@@ -423,7 +428,10 @@ void Group::receive_now(Context& context, const Tensor& tensor, int from, int ta
     return impl_->receive_on_gpu(context, tensor, from, tag);
   }
   const Tensor host = context.is_cuda() ? context.host().empty(tensor.shape(), tensor.dtype()) : tensor;
-  impl_->receive(bytes_of(host), host.nbytes(), from, tag);
+  {
+    const WaitScope waiting;
+    impl_->receive(bytes_of(host), host.nbytes(), from, tag);
+  }
   if (context.is_cuda()) copy(context, host, tensor);
 }
 
@@ -488,6 +496,7 @@ CommRequest Group::start_gather(Context& context, std::span<const double> mine,
 void Group::barrier() const {
   if (size() == 1) return;
   const TrafficCall call = record("barrier", 0);
+  const WaitScope waiting;
   if (!is_meta()) impl_->barrier();
 }
 
@@ -501,6 +510,7 @@ std::vector<T> Group::gather_values(T mine) const {
     sends.push_back({peer, reinterpret_cast<const std::byte*>(&mine), sizeof(T)});
     receives.push_back({peer, reinterpret_cast<std::byte*>(&all[static_cast<size_t>(peer)]), sizeof(T)});
   }
+  const WaitScope waiting;
   impl_->exchange(sends, receives, impl_->next_exchange());
   return all;
 }
@@ -523,6 +533,7 @@ std::vector<std::string> Group::gather_text(const std::string& mine) const {
         {peer, reinterpret_cast<const std::byte*>(mine.data()), static_cast<int64_t>(mine.size())});
     receives.push_back({peer, reinterpret_cast<std::byte*>(text.data()), static_cast<int64_t>(text.size())});
   }
+  const WaitScope waiting;
   impl_->exchange(sends, receives, impl_->next_exchange());
   return all;
 }
