@@ -150,6 +150,9 @@ void put_info(const CheckpointInfo& info, format::RunInfo& out) {
   out.set_loss_scale(info.loss_scale);
   out.set_clean_updates(static_cast<uint64_t>(info.clean_updates));
   out.set_overflows(static_cast<uint64_t>(info.overflows));
+  out.mutable_recent_losses()->Assign(info.recent_losses.begin(), info.recent_losses.end());
+  out.mutable_recent_gradient_norms()->Assign(info.recent_gradient_norms.begin(),
+                                              info.recent_gradient_norms.end());
   out.set_data_fingerprint(info.data_fingerprint);
   for (const auto& [name, value] : info.layout) (*out.mutable_layout())[name] = value;
 }
@@ -200,6 +203,11 @@ StoredTensor take_tensor(const format::LogicalTensor& t) {
 
 DataFile take_file(const format::DataFile& f) { return {f.name(), to_count(f.bytes(), "a file's length")}; }
 
+std::vector<double> take_recent(const google::protobuf::RepeatedField<double>& values) {
+  for (const double value : values) require(std::isfinite(value), "a recent loss or norm is not finite");
+  return {values.begin(), values.end()};
+}
+
 CheckpointInfo take_info(const format::RunInfo& r) {
   CheckpointInfo info;
   info.run_id = r.run_id();
@@ -219,6 +227,11 @@ CheckpointInfo take_info(const format::RunInfo& r) {
           "the loss scale {} is not a power of two", info.loss_scale);
   info.clean_updates = to_count(r.clean_updates(), "the number of updates since the loss scale changed");
   info.overflows = to_count(r.overflows(), "the number of overflows");
+  info.recent_losses = take_recent(r.recent_losses());
+  info.recent_gradient_norms = take_recent(r.recent_gradient_norms());
+  require(info.recent_losses.size() == info.recent_gradient_norms.size(),
+          "it has {} recent losses for {} gradient norms", info.recent_losses.size(),
+          info.recent_gradient_norms.size());
   info.data_fingerprint = r.data_fingerprint();
   return info;
 }

@@ -52,12 +52,14 @@ struct CheckpointInfo {
   uint64_t seed = 0;             ///< of every random number
   std::string config_toml;       ///< the resolved configuration
   std::string tokenizer_hash;    ///< of the tokenizer that the tokens are of
-  std::map<std::string, double> metrics;  ///< "loss", ... when it was saved
-  std::map<std::string, int64_t> layout;  ///< "tensor", "pipeline", ...: for people; reading needs none
-  double loss_scale = 0.0;                ///< dynamic loss scaling: a power of two; 0 where the run has none
-  int64_t clean_updates = 0;              ///< updates since the scale doubled or a batch overflowed
-  int64_t overflows = 0;                  ///< batches of the whole run that were skipped for an overflow
-  uint64_t data_fingerprint = 0;          ///< TokenDataset::fingerprint of what it trains on; 0: not known
+  std::map<std::string, double> metrics;   ///< "loss", ... when it was saved
+  std::map<std::string, int64_t> layout;   ///< "tensor", "pipeline", ...: for people; reading needs none
+  double loss_scale = 0.0;                 ///< dynamic loss scaling: a power of two; 0 where the run has none
+  int64_t clean_updates = 0;               ///< updates since the scale doubled or a batch overflowed
+  int64_t overflows = 0;                   ///< batches of the whole run that were skipped for an overflow
+  std::vector<double> recent_losses = {};  ///< what spikes are told by, oldest first; none where none are
+  std::vector<double> recent_gradient_norms = {};  ///< of the same batches
+  uint64_t data_fingerprint = 0;  ///< TokenDataset::fingerprint of what it trains on; 0: not known
   bool operator==(const CheckpointInfo&) const = default;
 };
 

@@ -1,5 +1,8 @@
 #include "manifest.h"
 
+#include <cstring>
+#include <limits>
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -47,6 +50,8 @@ TEST(Manifest, ComesBackAsItWas) {
   written.info.loss_scale = 0x1p-9;
   written.info.clean_updates = 77;
   written.info.overflows = 5;
+  written.info.recent_losses = {2.5, 1.0 / 3.0};
+  written.info.recent_gradient_norms = {0.5, 1e-300};
   const Manifest read = read_manifest(write_manifest(written), "x");
   EXPECT_EQ(read.info, written.info);
   EXPECT_EQ(read.block_bytes, 16);
@@ -135,6 +140,9 @@ TEST(Manifest, HostileContentsAreRefusedWithTheirFault) {
       {"the loss scale 3 is not a power of two", [](Manifest& m) { m.info.loss_scale = 3.0; }},
       {"the loss scale -2 is not a power of two", [](Manifest& m) { m.info.loss_scale = -2.0; }},
       {"the number of overflows is 18446744073709551615", [](Manifest& m) { m.info.overflows = -1; }},
+      {"it has 1 recent losses for 0 gradient norms", [](Manifest& m) { m.info.recent_losses = {1.0}; }},
+      {"a recent loss or norm is not finite",
+       [](Manifest& m) { m.info.recent_gradient_norms = {std::numeric_limits<double>::infinity()}; }},
   };
   for (const auto& [fault, change] : cases) {
     const std::string said = complaint_after(change);
