@@ -12,6 +12,7 @@
 #include "normformer/training/gathered_file.h"
 #include "normformer/training/metrics.h"
 #include "normformer/training/pipeline_drawing.h"
+#include "normformer/training/replica_check.h"
 #include "normformer/training/run_checkpoint.h"
 #include "normformer/training/run_data.h"
 #include "normformer/training/run_signals.h"
@@ -61,6 +62,7 @@ class TrainingRun {
   void say_redone();
   void show_profile();
   void validate();
+  void check_replicas();
   void begin_save();
   void finish_save();
   void tell(const std::optional<SaveResult>& result);
@@ -242,7 +244,7 @@ void TrainingRun::settle() { enter(trainer_->settle()); }
 bool TrainingRun::has_to_settle() const {
   return !config_.optimizer.optimistic || stop_wanted_ || save_is_wanted() ||
          trainer_->counters().updates >= config_.train.updates || is_due(config_.train.valid_every) ||
-         is_due(config_.checkpoint.every);
+         is_due(config_.checkpoint.every) || is_due(config_.health.replica_check_every);
 }
 
 bool TrainingRun::is_due(int64_t every) const {
@@ -328,10 +330,22 @@ void TrainingRun::validate() {
                   trainer_->counters().updates, result.mean(), std::exp(result.mean()), result.tokens));
 }
 
+// What replicas do not hold alike is not to be saved, nor trained further.
+void TrainingRun::check_replicas() {
+  if (config_.health.replica_check_every == 0) return;
+  try {
+    require_equal_replicas(*trainer_);
+  } catch (const AgreedError&) {
+    leave_nothing_on_its_way();
+    throw;
+  }
+}
+
 void TrainingRun::begin_save() {
   finish_save();
   const TraceScope scope(context_, TraceKind::step, "saving a checkpoint");
   const PhaseScope phase(watchdog_, RunPhase::saving);
+  check_replicas();
   saving_at_ = trainer_->counters().batch_index;
   tell(checkpoints_->begin_save(*trainer_, last_numbers_));
   if (!config_.checkpoint.async) finish_save();
@@ -418,7 +432,10 @@ ExitCode TrainingRun::run() {
     const bool saves = !skipped_ && (is_due(config_.checkpoint.every) || save_is_wanted());
     if (validated) validate();
     const bool stops = stop_is_wanted();
-    if (stops || saves) begin_save();
+    if (stops || saves)
+      begin_save();
+    else if (!skipped_ && is_due(config_.health.replica_check_every))
+      check_replicas();
     if (saves) saves_heard_ = save_requests_;
     if (stops) return end(ExitCode::stopped);
     if (validated || saves) speedometer_.resume();

@@ -24,6 +24,7 @@ enum class ExitCode : int {
   stopped = 75,     ///< stopped cleanly after saving; start again to go on
   hang = 76,        ///< a rank stopped making progress
   numeric = 77,     ///< training diverged
+  corrupt = 78,     ///< ranks held different copies of the same weights; start again from the last checkpoint
 };
 
 /// Base of every exception thrown here: one sentence for a person, and the exit code that it leads to.

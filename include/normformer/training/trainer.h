@@ -83,6 +83,9 @@ class Trainer {
   /// Draws initial weights from the seed. Collective over the world.
   void initialise();
 
+  /// Whether no update stands that may still be wrong.
+  bool is_settled() const { return unsettled_ == nullptr; }
+
   /// One update on the next global batch, settled. Throws AgreedError where a rank cannot read it. Collective
   /// over the world.
   StepReport step();
