@@ -31,6 +31,9 @@ Tensor ShardedOptimizer::master(size_t bucket) const {
 
 void ShardedOptimizer::initialise(uint64_t seed) {
   Context& context = store_->context();
+  store_->await_values();
+  fill_zero(context, moment1_);
+  fill_zero(context, moment2_);
   for (const Parameter& p : store_->parameters()) {
     const Tensor drawn = context.empty({p.numel()}, accumulator_of(store_->dtype()), MemoryUse::workspace);
     draw_initial_values(context, p.spec, seed, drawn);

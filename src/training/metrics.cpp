@@ -49,8 +49,9 @@ std::vector<std::string> lines_up_to(const std::filesystem::path& path, int64_t 
   return kept;
 }
 
-std::string skipped_text(const TrainingCounters& counters) {
-  if (counters.loss_scale.value == 0.0) return "  SKIPPED: gradient not finite";
+std::string skipped_text(const TrainingCounters& counters, SkipReason reason) {
+  if (reason == SkipReason::spike) return "  SKIPPED: spike";
+  if (reason == SkipReason::nonfinite) return "  SKIPPED: gradient not finite";
   return fmt::format("  SKIPPED: overflow, the loss scale is {} now", counters.loss_scale.value);
 }
 
@@ -97,7 +98,9 @@ void MetricsFile::write_line(const std::string& line) {
   file_.clear();
 }
 
-void MetricsFile::write_step(const TrainingCounters& counters, const StepReport& report, const Speed& speed) {
+void MetricsFile::write_step(const FinishedStep& step, const Speed& speed) {
+  const TrainingCounters& counters = step.counters;
+  const StepReport& report = step.report;
   nlohmann::ordered_json line;
   line["kind"] = "step";
   line["time"] = unix_seconds();
@@ -108,6 +111,8 @@ void MetricsFile::write_step(const TrainingCounters& counters, const StepReport&
   line["gradient_norm"] = number(report.gradient_norm);
   line["lr"] = report.lr;
   line["skipped"] = report.skipped;
+  if (report.skipped) line["reason"] = name_of(report.reason);
+  if (report.spike) line["spike"] = true;
   if (report.redone) line["redone"] = true;
   if (counters.loss_scale.value > 0.0) {
     line["loss_scale"] = report.loss_scale;
@@ -115,6 +120,25 @@ void MetricsFile::write_step(const TrainingCounters& counters, const StepReport&
   }
   line["tokens_per_second"] = speed.tokens_per_second;
   line["flops_per_second"] = speed.flops_per_second;
+  if (step.compute_seconds.size() > 1) {
+    const ComputeSummary compute = summarise_compute(step.compute_seconds);
+    line["compute_median"] = compute.median;
+    line["compute_max"] = compute.largest;
+    line["slowest_rank"] = compute.slowest_rank;
+  }
+  write_line(line.dump());
+}
+
+void MetricsFile::write_rollback(const FinishedStep& from, const TrainingCounters& to,
+                                 int64_t first_left_out) {
+  nlohmann::ordered_json line;
+  line["kind"] = "rollback";
+  line["batch"] = to.batch_index;
+  line["update"] = to.updates;
+  line["tokens"] = to.tokens;
+  line["reason"] = name_of(from.report.reason);
+  line["from_update"] = from.counters.updates;
+  line["first_left_out"] = first_left_out;
   write_line(line.dump());
 }
 
@@ -150,7 +174,7 @@ void StatusLine::show_step(const TrainingCounters& counters, const StepReport& r
       "update {}/{}  loss {:.4f}  grad norm {:.3f}  lr {:.3g}  {}  {}  {} left{}", counters.updates, updates_,
       report.loss, report.gradient_norm, report.lr, with_prefix(speed.tokens_per_second, "tok/s"),
       with_prefix(speed.flops_per_second, "FLOP/s"), duration_text(speed.seconds_left),
-      report.skipped ? skipped_text(counters) : "");
+      report.skipped ? skipped_text(counters, report.reason) : "");
   const bool is_last = counters.updates >= updates_;
   const bool is_plain_line = counters.updates % every_ == 0 || is_last || report.skipped;
   if (is_plain_line) log_to_file(text);

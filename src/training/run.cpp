@@ -58,6 +58,11 @@ class TrainingRun {
   void enter(const std::optional<FinishedStep>& step);
   bool has_to_settle() const;
   bool is_due(int64_t every) const;
+  void start_watching_stragglers(const Mesh& mesh);
+  void watch_stragglers(const FinishedStep& step);
+  void say_spike(const FinishedStep& step);
+  bool has_to_go_back(const StepReport& report) const;
+  void go_back(const FinishedStep& step);
   std::string limit_reached(const FinishedStep& step) const;
   void say_redone();
   void show_profile();
@@ -91,6 +96,9 @@ class TrainingRun {
   std::optional<StatusLine> status_;    // rank 0 only
   Profiler profiler_;
   Speedometer speedometer_;
+  // Rank 0's, with every rank's host.
+  std::optional<StragglerWatch> stragglers_;
+  std::vector<std::string> hosts_;
   int64_t saving_at_ = -1;  // batch index of the newest checkpoint, or of the one that is being saved
   int64_t saved_at_ = -1;   // batch index of the newest checkpoint
   std::map<std::string, double> last_numbers_;  // of the step entered last, for checkpoints
@@ -100,6 +108,7 @@ class TrainingRun {
   int64_t saves_heard_ = 0;                     // of these, those that were followed
   int64_t steps_ = 0;                           // of this process
   int64_t redone_ = 0;
+  int64_t rollbacks_ = 0;  // since the newest checkpoint
 };
 
 TrainingRun::TrainingRun(const RunConfig& config, const RunOptions& options, Context& context,
@@ -262,18 +271,89 @@ void TrainingRun::enter(const std::optional<FinishedStep>& step) {
   ++steps_;
   redone_ += report.redone ? 1 : 0;
   const Speed speed = speedometer_.enter_step(report.tokens, config_.train.updates - counters.updates);
-  if (metrics_) metrics_->write_step(counters, report, speed);
+  if (metrics_) metrics_->write_step(*step, speed);
   if (status_) status_->show_step(counters, report, speed);
   last_numbers_ = {{"loss", report.loss}, {"gradient_norm", report.gradient_norm}};
   tell(checkpoints_->writer().advance(step->save_progress));
+  say_spike(*step);
+  watch_stragglers(*step);
+  if (has_to_go_back(report)) return go_back(*step);
   const std::string limit = limit_reached(*step);
   if (limit.empty()) return;
   leave_nothing_on_its_way();
   throw AgreedError(ExitCode::numeric, limit);
 }
 
+// Stages of a pipeline differ by nature.
+void TrainingRun::start_watching_stragglers(const Mesh& mesh) {
+  hosts_ = world_.all_gather_text(host_name());
+  if (!is_root()) return;
+  std::vector<int64_t> stages;
+  for (int r = 0; r < world_.size(); ++r) stages.push_back(coordinates_of(mesh.degrees(), r).pipeline);
+  stragglers_.emplace(config_.health.straggler_factor, std::move(stages));
+}
+
+void TrainingRun::watch_stragglers(const FinishedStep& step) {
+  if (!stragglers_) return;
+  for (const Straggler& straggler : stragglers_->enter_step(step.compute_seconds))
+    say(describe(straggler, hosts_[static_cast<size_t>(straggler.rank)]));
+}
+
+void TrainingRun::say_spike(const FinishedStep& step) {
+  if (!step.report.spike) return;
+  say(fmt::format(
+      "batch {} is a spike: loss {:.4f} and gradient norm {:.3f} are {:.1f} and {:.1f} robust standard "
+      "deviations above the medians of {} batches",
+      step.counters.batch_index, step.report.loss, step.report.gradient_norm, step.report.spike->loss,
+      step.report.spike->gradient_norm, step.report.spike->batches));
+}
+
+bool TrainingRun::has_to_go_back(const StepReport& report) const {
+  const HealthConfig& health = config_.health;
+  return (report.reason == SkipReason::spike && health.on_spike == SpikePolicy::rollback) ||
+         (report.reason == SkipReason::nonfinite && health.on_nonfinite == NonfinitePolicy::rollback);
+}
+
+// To the newest checkpoint, but not to its place in the data: batches up to this step's are left out. With
+// optimistic updates a further step may have begun; it counts for nothing.
+void TrainingRun::go_back(const FinishedStep& step) {
+  leave_nothing_on_its_way();
+  if (rollbacks_ >= config_.health.max_rollbacks) {
+    throw AgreedError(
+        ExitCode::numeric,
+        fmt::format(
+            "the run went back {} times without coming to a new checkpoint (health.max_rollbacks), and "
+            "batch {} is no better ({}): lower optimizer.lr, lengthen optimizer.warmup_updates or save "
+            "more often (checkpoint.every)",
+            rollbacks_, step.counters.batch_index, name_of(step.report.reason)));
+  }
+  ++rollbacks_;
+  const bool has_checkpoint = checkpoints_->load_newest(*trainer_);
+  if (!has_checkpoint) {
+    trainer_->initialise();
+    trainer_->set_counters({});
+  }
+  TrainingCounters counters = trainer_->counters();
+  const int64_t first_left_out = counters.batch_index + 1;
+  counters.batch_index = step.counters.batch_index;
+  trainer_->set_counters(counters);
+  if (metrics_) metrics_->write_rollback(step, counters, first_left_out);
+  say(fmt::format("went back from update {} to {} ({}): batches {} to {} are left out", step.counters.updates,
+                  has_checkpoint ? fmt::format("the checkpoint after update {}", counters.updates)
+                                 : std::string("the initial weights, there being no checkpoint"),
+                  name_of(step.report.reason), first_left_out, counters.batch_index));
+  speedometer_.resume();
+}
+
 // Why the run must end behind this step; empty where it may go on.
 std::string TrainingRun::limit_reached(const FinishedStep& step) const {
+  if (step.counters.skipped_in_a_row >= config_.train.max_skipped &&
+      step.report.reason == SkipReason::spike) {
+    return fmt::format(
+        "{} batches in a row were skipped (train.max_skipped), the last for a spike: write health.on_spike = "
+        "\"rollback\" or a higher health.spike_zscore",
+        step.counters.skipped_in_a_row);
+  }
   if (step.counters.skipped_in_a_row >= config_.train.max_skipped) {
     return fmt::format(
         "{} updates in a row had gradients that are not finite (train.max_skipped): lower "
@@ -363,6 +443,7 @@ void TrainingRun::tell(const std::optional<SaveResult>& result) {
   if (!result) return;
   if (result->saved) {
     saved_at_ = saving_at_;
+    rollbacks_ = 0;
     say(describe(*result));
     return;
   }
@@ -377,7 +458,7 @@ void TrainingRun::tell(const std::optional<SaveResult>& result) {
   log_root(LogLevel::error, "{}", failure);
 }
 
-// To be called before all ranks leave with an error.
+// To be called before all ranks leave with an error, or go back.
 void TrainingRun::leave_nothing_on_its_way() {
   trainer_->settle();
   finish_save();
@@ -419,6 +500,7 @@ ExitCode TrainingRun::run() {
     return ExitCode::success;
   }
   if (is_root()) metrics_.emplace(folder_.metrics(), trainer_->counters());
+  start_watching_stragglers(mesh);
 
   bool validated = false;
   watchdog_.enter(RunPhase::training);

@@ -57,7 +57,8 @@ TrainingCounters counters_of(const CheckpointInfo& info) {
           .updates = info.update_count,
           .tokens = info.tokens_seen,
           .skipped_in_a_row = info.skipped_in_a_row,
-          .loss_scale = {info.loss_scale, info.clean_updates, info.overflows}};
+          .loss_scale = {info.loss_scale, info.clean_updates, info.overflows},
+          .recent = {info.recent_losses, info.recent_gradient_norms}};
 }
 
 }  // namespace
@@ -125,6 +126,8 @@ std::optional<SaveResult> RunCheckpoints::begin_save(Trainer& trainer,
                             .loss_scale = counters.loss_scale.value,
                             .clean_updates = counters.loss_scale.clean_updates,
                             .overflows = counters.loss_scale.overflows,
+                            .recent_losses = counters.recent.losses,
+                            .recent_gradient_norms = counters.recent.gradient_norms,
                             .data_fingerprint = data_fingerprint_};
   return writer_.begin(info, checkpoint_pieces(trainer.optimizer(), true));
 }

@@ -17,6 +17,20 @@
 
 namespace normformer {
 
+std::string_view name_of(SkipReason reason) {
+  switch (reason) {
+    case SkipReason::none:
+      return "none";
+    case SkipReason::nonfinite:
+      return "nonfinite";
+    case SkipReason::overflow:
+      return "overflow";
+    case SkipReason::spike:
+      return "spike";
+  }
+  return "?";
+}
+
 namespace {
 
 Schedule checked_schedule(const RunConfig& config, int64_t stages, int64_t micro_batches) {
@@ -92,7 +106,8 @@ Trainer::Trainer(ModelInstance& model, const RunConfig& config, BatchSource sour
           config, model.mesh().pipeline().size(),
           static_cast<int64_t>(
               micro_batch_samples(model, config.train.global_batch, config.train.micro_batch).size()))),
-      loss_scale_rule_(loss_scale_rule(config.train)) {
+      loss_scale_rule_(loss_scale_rule(config.train)),
+      spike_rule_(spike_rule(config.health)) {
   set_counters({});
 }
 
@@ -102,10 +117,12 @@ void Trainer::set_counters(const TrainingCounters& counters) {
   NF_CHECK(!unsettled_, "counters are set while a step is not settled");
   counters_ = counters;
   counters_.loss_scale = start_loss_scale(loss_scale_rule_, counters.loss_scale);
+  counters_.recent = start_recent(spike_rule_, counters.recent);
   graphed_.clear();
 }
 
 void Trainer::initialise() {
+  NF_CHECK(!unsettled_, "weights are drawn while a step is not settled");
   optimizer_.initialise(config_.train.seed);
   model_.prepare();
 }
@@ -150,23 +167,24 @@ struct RankNumbers {
   double wants_stop = 0.0;
   double save_requests = 0.0;
   double save_progress = 0.0;
+  double compute_seconds = 0.0;
   GradientSize gradients = {};
 
-  static constexpr size_t kScalars = 5;
+  static constexpr size_t kScalars = 6;
   static constexpr size_t kCount = kScalars + ops::OrderFreeSumOfSquares::kBins;
   std::array<double, kCount> packed() const;
   static RankNumbers unpacked(std::span<const double> numbers);
 };
 
 std::array<double, RankNumbers::kCount> RankNumbers::packed() const {
-  std::array<double, kCount> numbers = {loss_sum, wants_stop, save_requests, save_progress,
-                                        gradients.largest};
+  std::array<double, kCount> numbers = {loss_sum,      wants_stop,      save_requests,
+                                        save_progress, compute_seconds, gradients.largest};
   std::copy(gradients.bins.begin(), gradients.bins.end(), numbers.begin() + kScalars);
   return numbers;
 }
 
 RankNumbers RankNumbers::unpacked(std::span<const double> numbers) {
-  RankNumbers made{numbers[0], numbers[1], numbers[2], numbers[3], {numbers[4], {}}};
+  RankNumbers made{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], {numbers[5], {}}};
   std::copy(numbers.begin() + kScalars, numbers.end(), made.gradients.bins.begin());
   return made;
 }
@@ -176,11 +194,13 @@ RankNumbers RankNumbers::unpacked(std::span<const double> numbers) {
 // This rank's gradients are there: starts to gather what all ranks must know before the update may stand.
 void Trainer::agree_on_gradients(Unsettled& step, const std::function<RankWord()>& word) {
   const RankWord said = word ? word() : RankWord{};
+  const GradientSize size = optimizer_.gradient_size();
   const RankNumbers mine{.loss_sum = model_.answers_for_loss() ? model_.loss_sum() : 0.0,
                          .wants_stop = said.wants_stop ? 1.0 : 0.0,
                          .save_requests = static_cast<double>(said.save_requests),
                          .save_progress = static_cast<double>(said.save_progress),
-                         .gradients = optimizer_.gradient_size()};
+                         .compute_seconds = compute_clock_.take(),
+                         .gradients = size};
   step.request = model_.mesh().world().start_gather(model_.context(), mine.packed(), step.numbers);
 }
 
@@ -197,13 +217,27 @@ void Trainer::conclude(Unsettled& step) const {
     step.stop_wanted = step.stop_wanted || rank.wants_stop > 0.0;
     step.save_requests = std::max(step.save_requests, static_cast<int64_t>(rank.save_requests));
     save_progress = std::min(save_progress, rank.save_progress);
+    step.compute_seconds.push_back(rank.compute_seconds);
     sizes.push_back(rank.gradients);
   }
   step.save_progress = static_cast<int64_t>(save_progress);
   StepReport& report = step.report;
   report.loss = loss_sum / static_cast<double>(std::max<int64_t>(1, report.tokens));
   report.gradient_norm = norm_of(sizes) * report.gradient_factor();
-  report.skipped = !std::isfinite(largest_of(sizes)) || !std::isfinite(report.loss);
+  judge(step, std::isfinite(largest_of(sizes)) && std::isfinite(report.loss));
+}
+
+// Whether the step's weights may move, by its own numbers and those of the batches before it.
+void Trainer::judge(Unsettled& step, bool is_finite) const {
+  StepReport& report = step.report;
+  if (!is_finite) {
+    report.reason = loss_scale_rule_.active() ? SkipReason::overflow : SkipReason::nonfinite;
+  } else {
+    const auto scores = spike_scores(spike_rule_, step.before.recent, report.loss, report.gradient_norm);
+    if (scores && is_spike(spike_rule_, *scores)) report.spike = scores;
+    if (report.spike && config_.health.on_spike != SpikePolicy::log) report.reason = SkipReason::spike;
+  }
+  report.skipped = report.reason != SkipReason::none;
 }
 
 // Gradients of the next batch, with all ranks in step.
@@ -249,6 +283,7 @@ std::optional<FinishedStep> Trainer::compute_before_settling(Unsettled& step,
 StepReport Trainer::compute_gradients() {
   NF_CHECK(!unsettled_, "gradients are computed while a step is not settled");
   Unsettled step;
+  step.before = counters_;
   step.report.loss_scale = counters_.loss_scale.factor();
   compute_at_once(step, {});
   conclude(step);
@@ -263,6 +298,7 @@ StepReport Trainer::step() {
 
 std::optional<FinishedStep> Trainer::advance(const std::function<RankWord()>& word) {
   const TraceScope scope(model_.context(), TraceKind::step, "step");
+  const ComputeClock::Running running(compute_clock_);
   auto step = std::make_unique<Unsettled>();
   std::optional<FinishedStep> finished;
   if (config_.optimizer.optimistic)
@@ -305,17 +341,25 @@ std::optional<FinishedStep> Trainer::settle() {
 
 FinishedStep Trainer::finish(Unsettled& step) {
   count(step.report);
-  return {step.report, counters_, step.stop_wanted, step.save_requests, step.save_progress};
+  if (!step.report.skipped)
+    enter_batch(spike_rule_, counters_.recent, step.report.loss, step.report.gradient_norm);
+  return {.report = step.report,
+          .counters = counters_,
+          .stop_wanted = step.stop_wanted,
+          .save_requests = step.save_requests,
+          .save_progress = step.save_progress,
+          .compute_seconds = std::move(step.compute_seconds)};
 }
 
 void Trainer::count(const StepReport& report) {
   counters_.batch_index += 1;
   counters_.updates += report.skipped ? 0 : 1;
   counters_.tokens += report.tokens;
-  const bool diverged = report.skipped && !loss_scale_rule_.active();
-  counters_.skipped_in_a_row = diverged ? counters_.skipped_in_a_row + 1 : 0;
+  const bool overflowed = report.reason == SkipReason::overflow;
+  counters_.skipped_in_a_row = report.skipped && !overflowed ? counters_.skipped_in_a_row + 1 : 0;
   const double scale = counters_.loss_scale.value;
-  counters_.loss_scale = next_loss_scale(loss_scale_rule_, counters_.loss_scale, report.skipped);
+  if (report.reason != SkipReason::spike)
+    counters_.loss_scale = next_loss_scale(loss_scale_rule_, counters_.loss_scale, overflowed);
   // A graph has the scale that it was recorded with.
   if (counters_.loss_scale.value != scale) graphed_.clear();
 }

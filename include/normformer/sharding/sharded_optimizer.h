@@ -46,8 +46,8 @@ class ShardedOptimizer {
   /// the type of the master weights: the store's accumulator type, or its own.
   ShardedOptimizer(ParameterStore& store, DType masters, const Mesh& mesh);
 
-  /// Draws this rank's weights from the seed, masters first. Collective over nothing: every rank draws its
-  /// own.
+  /// Draws this rank's weights from the seed, masters first; moments are zero. Collective over nothing: every
+  /// rank draws its own.
   void initialise(uint64_t seed);
 
   /// Sums main gradients that are held whole over the ranks that their declarations name: vectors of a

@@ -39,8 +39,8 @@ class Speedometer {
   double steps_ = 0.0;
 };
 
-/// A run's metrics as JSON lines: one object a step, one a validation. Written by rank 0 only; flushed line
-/// by line, so that a killed run leaves at most one torn line, which open() drops.
+/// A run's metrics as JSON lines: one object a step, a validation, a rollback. Written by rank 0 only;
+/// flushed line by line, so that a killed run leaves at most one torn line, which open() drops.
 class MetricsFile {
  public:
   /// Opens for appending. Records of batches after `counters.batch_index` (from a run that went on and was
@@ -48,9 +48,12 @@ class MetricsFile {
   /// IoError.
   MetricsFile(const std::filesystem::path& path, const TrainingCounters& counters);
 
-  /// `counters` are those after the step.
-  void write_step(const TrainingCounters& counters, const StepReport& report, const Speed& speed);
+  void write_step(const FinishedStep& step, const Speed& speed);
   void write_validation(const TrainingCounters& counters, const EvaluationResult& result);
+
+  /// The run went back behind step `from` to counters `to`; batches `first_left_out` ... to.batch_index, the
+  /// first of all being 1, have left nothing in its weights.
+  void write_rollback(const FinishedStep& from, const TrainingCounters& to, int64_t first_left_out);
 
  private:
   void write_line(const std::string& line);

@@ -5,6 +5,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <string_view>
 #include <vector>
 
 #include "normformer/data/token_dataset.h"
@@ -12,6 +13,8 @@
 #include "normformer/pipeline/schedule.h"
 #include "normformer/sharding/sharded_optimizer.h"
 #include "normformer/training/loss_scale.h"
+#include "normformer/training/spike.h"
+#include "normformer/training/straggler.h"
 
 namespace normformer {
 
@@ -22,8 +25,20 @@ struct TrainingCounters {
   int64_t tokens = 0;            ///< targets that counted
   int64_t skipped_in_a_row = 0;  ///< batches since the last update; overflows of scaled losses do not count
   LossScale loss_scale = {};     ///< of the next batch
+  RecentBatches recent = {};     ///< what the next batch is compared with
   bool operator==(const TrainingCounters&) const = default;
 };
+
+/// Why a batch moved no weights.
+enum class SkipReason {
+  none,       ///< it did
+  nonfinite,  ///< its loss or a gradient was not finite
+  overflow,   ///< the same, of a scaled loss: the scale falls
+  spike,      ///< its loss or gradient norm was far above the others', and such batches are not to count
+};
+
+/// "nonfinite", "overflow", "spike"; "none".
+std::string_view name_of(SkipReason reason);
 
 /// What one step did, the same on every rank.
 struct StepReport {
@@ -31,9 +46,11 @@ struct StepReport {
   int64_t tokens = 0;          ///< targets that counted
   double gradient_norm = 0.0;  ///< of the mean loss, before clipping; inf where not finite
   double lr = 0.0;
-  bool skipped = false;     ///< a gradient was not finite: the weights did not move
-  bool redone = false;      ///< an optimistic update was wrong and taken back
-  double loss_scale = 1.0;  ///< what the gradient of the summed loss was multiplied by
+  bool skipped = false;                   ///< the weights did not move
+  bool redone = false;                    ///< an optimistic update was wrong and taken back
+  double loss_scale = 1.0;                ///< what the gradient of the summed loss was multiplied by
+  SkipReason reason = SkipReason::none;   ///< why it was skipped
+  std::optional<SpikeScores> spike = {};  ///< where it was one, whatever became of it
 
   /// What makes of the gradients in the store those of the mean loss.
   double gradient_factor() const {
@@ -51,10 +68,12 @@ struct RankWord {
 /// A step that is over: nothing takes back what it did.
 struct FinishedStep {
   StepReport report;
-  TrainingCounters counters;  ///< behind it
-  bool stop_wanted = false;   ///< by any rank
-  int64_t save_requests = 0;  ///< the most of all ranks
-  int64_t save_progress = 0;  ///< the least of all ranks
+  TrainingCounters counters;                 ///< behind it
+  bool stop_wanted = false;                  ///< by any rank
+  int64_t save_requests = 0;                 ///< the most of all ranks
+  int64_t save_progress = 0;                 ///< the least of all ranks
+  std::vector<double> compute_seconds = {};  ///< of every world rank, as ComputeClock measures: of the passes
+                                             ///< of this step and the update before it
 };
 
 /// Where batches come from: global samples [first, first + count) as rows.
@@ -80,7 +99,8 @@ class Trainer {
   Trainer(ModelInstance& model, const RunConfig& config, BatchSource source);
   ~Trainer();
 
-  /// Draws initial weights from the seed. Collective over the world.
+  /// Draws initial weights from the seed, as if nothing had been trained; the counters stay. LogicError where
+  /// a step is not settled. Collective over the world.
   void initialise();
 
   /// Whether no update stands that may still be wrong.
@@ -125,6 +145,7 @@ class Trainer {
     bool stop_wanted = false;
     int64_t save_requests = 0;
     int64_t save_progress = 0;
+    std::vector<double> compute_seconds;
     std::vector<double> numbers;  // of every rank
     CommRequest request;          // of these
   };
@@ -135,6 +156,7 @@ class Trainer {
   void compute_at_once(Unsettled& step, const std::function<RankWord()>& word);
   std::optional<FinishedStep> compute_before_settling(Unsettled& step, const std::function<RankWord()>& word);
   void conclude(Unsettled& step) const;
+  void judge(Unsettled& step, bool is_finite) const;
   double clip_factor(const StepReport& report) const;
   void update_weights(const StepReport& report, double clip);
   void count(const StepReport& report);
@@ -146,6 +168,8 @@ class Trainer {
   ShardedOptimizer optimizer_;
   Schedule schedule_;
   LossScaleRule loss_scale_rule_;
+  SpikeRule spike_rule_;
+  ComputeClock compute_clock_;
   TrainingCounters counters_;
   std::vector<std::unique_ptr<Stage>> graphed_;  // from the second step on, with device.cuda_graphs
   bool has_run_ = false;

@@ -184,6 +184,22 @@ TEST(Optimistic, OverflowsAreTakenBack) {
   }
 }
 
+// Batches that are a little above those before them, which small models' often are.
+TEST(Optimistic, SpikesAreTakenBack) {
+  for (const Layout& layout :
+       {Layout{.degrees = {}},
+        Layout{.degrees = {.tensor = 2, .pipeline = 2}, .schedule = PipelineSchedule::zb_h2},
+        Layout{.degrees = {.data = 2}, .sharding = Sharding::parameters}}) {
+    RunConfig config = config_of(layout, Precision::bf16);
+    config.health.spike_zscore = 1.0;
+    config.health.spike_window = 8;
+    config.health.on_spike = SpikePolicy::skip;
+    SCOPED_TRACE(to_toml(config));
+    const int64_t redone = expect_as_without(config, layout.degrees);
+    EXPECT_TRUE(0 < redone && redone < kSteps) << redone;
+  }
+}
+
 // One update too large for any number, after which no gradient is finite.
 TEST(Optimistic, GradientsThatAreNotFiniteMoveNothing) {
   for (const Layout& layout :

@@ -45,13 +45,27 @@ inline Batch counted_batch(const RunConfig& config, int64_t first, int64_t count
   return batch;
 }
 
-/// A model on one rank of a world, with its trainer.
+/// The same, but for targets of global batch `poisoned` that nothing tells.
+inline Batch poisoned_batch(const RunConfig& config, int64_t poisoned, int64_t first, int64_t count) {
+  Batch batch = counted_batch(config, first, count);
+  for (int64_t i = 0; i < count * config.model.length; ++i) {
+    const int64_t sample = first + i / config.model.length;
+    const int64_t at = first * config.model.length + i;
+    if (sample / config.train.global_batch == poisoned)
+      batch.targets[static_cast<size_t>(i)] = static_cast<int32_t>(at * at * 31 % config.model.vocab);
+  }
+  return batch;
+}
+
+/// A model on one rank of a world, with its trainer. No batch is poisoned where `poisoned` is negative.
 struct SmallModel {
-  SmallModel(const RunConfig& c, DeviceKind device, const Group& world, const MeshDegrees& degrees = {})
+  SmallModel(const RunConfig& c, DeviceKind device, const Group& world, const MeshDegrees& degrees = {},
+             int64_t poisoned = -1)
       : config(c),
         context(device),
         model(context, Mesh(world, degrees, c.parallel.shard_group), config, true),
-        trainer(model, config, [this](int64_t f, int64_t n) { return counted_batch(config, f, n); }) {
+        trainer(model, config,
+                [this, poisoned](int64_t f, int64_t n) { return poisoned_batch(config, poisoned, f, n); }) {
     trainer.initialise();
   }
 

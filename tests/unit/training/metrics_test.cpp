@@ -34,12 +34,12 @@ TEST_F(Metrics, ResumingDropsWhatAnUninterruptedRunWouldNotHave) {
   {
     MetricsFile metrics(file(), {});
     for (int64_t i = 1; i <= 5; ++i)
-      metrics.write_step({.batch_index = i, .updates = i}, {.loss = 1.0 * i}, {});
+      metrics.write_step({{.loss = 1.0 * i}, {.batch_index = i, .updates = i}}, {});
     metrics.write_validation({.batch_index = 5, .updates = 5}, {.nll_sum = 6.0, .tokens = 3});
   }
   std::ofstream(file(), std::ios::app) << R"({"kind":"step","batch":6,"lo)";  // a torn line
   MetricsFile metrics(file(), {.batch_index = 3, .updates = 3});
-  metrics.write_step({.batch_index = 4, .updates = 4}, {.loss = 44.0}, {});
+  metrics.write_step({{.loss = 44.0}, {.batch_index = 4, .updates = 4}}, {});
   const auto lines = read_lines(file());
   ASSERT_EQ(lines.size(), 4u);
   EXPECT_EQ(lines[2]["loss"], 3.0);
@@ -48,18 +48,44 @@ TEST_F(Metrics, ResumingDropsWhatAnUninterruptedRunWouldNotHave) {
 
 TEST_F(Metrics, InfinityBecomesNull) {
   MetricsFile metrics(file(), {});
-  metrics.write_step({.batch_index = 1},
-                     {.gradient_norm = std::numeric_limits<double>::infinity(), .skipped = true}, {});
+  metrics.write_step({{.gradient_norm = std::numeric_limits<double>::infinity(),
+                       .skipped = true,
+                       .reason = SkipReason::nonfinite},
+                      {.batch_index = 1}},
+                     {});
   const auto lines = read_lines(file());
   EXPECT_TRUE(lines[0]["gradient_norm"].is_null());
   EXPECT_EQ(lines[0]["skipped"], true);
+  EXPECT_EQ(lines[0]["reason"], "nonfinite");
+  EXPECT_FALSE(lines[0].contains("slowest_rank"));
+}
+
+TEST_F(Metrics, SaysWhoIsSlowestAndWhereTheRunWentBack) {
+  MetricsFile metrics(file(), {});
+  metrics.write_step({{.skipped = true, .reason = SkipReason::spike, .spike = SpikeScores{9.0, 1.0, 8}},
+                      {.batch_index = 7, .updates = 6},
+                      false,
+                      {0.5, 0.75, 0.25}},
+                     {});
+  metrics.write_rollback({{.reason = SkipReason::spike}, {.batch_index = 7, .updates = 6}},
+                         {.batch_index = 7, .updates = 4, .tokens = 40}, 5);
+  const auto lines = read_lines(file());
+  EXPECT_EQ(lines[0]["reason"], "spike");
+  EXPECT_EQ(lines[0]["spike"], true);
+  EXPECT_EQ(lines[0]["compute_median"], 0.5);
+  EXPECT_EQ(lines[0]["compute_max"], 0.75);
+  EXPECT_EQ(lines[0]["slowest_rank"], 1);
+  const nlohmann::json expected = {{"kind", "rollback"}, {"batch", 7},        {"update", 4},
+                                   {"tokens", 40},       {"reason", "spike"}, {"from_update", 6},
+                                   {"first_left_out", 5}};
+  EXPECT_EQ(lines[1], expected);
 }
 
 TEST_F(Metrics, AScaledLossIsInTheLine) {
   MetricsFile metrics(file(), {});
   const TrainingCounters counters{.batch_index = 1, .loss_scale = {.value = 32, .overflows = 3}};
-  metrics.write_step(counters, {.skipped = true, .loss_scale = 64}, {});
-  metrics.write_step({.batch_index = 2}, {}, {});
+  metrics.write_step({{.skipped = true, .loss_scale = 64, .reason = SkipReason::overflow}, counters}, {});
+  metrics.write_step({{}, {.batch_index = 2}}, {});
   const auto lines = read_lines(file());
   EXPECT_EQ(lines[0]["loss_scale"], 64.0);  // what the step was computed with
   EXPECT_EQ(lines[0]["overflows"], 3);
