@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "normformer/checkpoints/checkpoint.h"
+#include "normformer/core/activity.h"
 #include "normformer/core/log.h"
 
 #include "agree.h"
@@ -136,7 +137,7 @@ class CheckpointWriter::Impl {
   SaveResult conclude();
   SaveResult end(const std::string& reason);
   void drop();
-  void label_thread() const;
+  void begin_thread() const;
   fs::path temporary() const { return temporary_folder(folder_, name_); }
 
   Group world_;
@@ -149,6 +150,7 @@ class CheckpointWriter::Impl {
   CheckpointName name_;
   SaveResult result_;
   double copy_seconds_ = 0.0;
+  ActivityCounter* activity_ = nullptr;  // of the thread that began the save
   std::unique_ptr<StagingRing> ring_;
   std::future<RankReport> writing_;
   std::future<Publication> publishing_;  // rank 0's
@@ -173,6 +175,7 @@ std::optional<SaveResult> CheckpointWriter::Impl::begin(const CheckpointInfo& in
   NF_CHECK(!in_flight(), "a save begins while one is on its way");
   for (const TensorPiece& piece : mine) check_piece(piece);
   const Stopwatch agreeing;
+  activity_ = activity_counter();
   info_ = info;
   result_ = {};
   result_.update_count = info.update_count;
@@ -205,7 +208,7 @@ void CheckpointWriter::Impl::stage(std::span<const TensorPiece> mine) {
 }
 
 RankReport CheckpointWriter::Impl::write(const std::vector<PieceOutline>& outlines) {
-  label_thread();
+  begin_thread();
   const Stopwatch writing;
   RankReport report;
   // Whatever ends the writing, nobody must wait for room in the ring any more.
@@ -261,7 +264,7 @@ std::optional<SaveResult> CheckpointWriter::Impl::exchange_reports() {
   stage_ = Stage::publishing;
   if (world_.rank() != 0) return std::nullopt;
   publishing_ = std::async(std::launch::async, [this, reports = std::move(reports)] {
-    label_thread();
+    begin_thread();
     return publish(reports);
   });
   return std::nullopt;
@@ -326,8 +329,10 @@ void CheckpointWriter::Impl::drop() {
   if (!failure.empty()) log_rank(LogLevel::warning, "what a failed save wrote stays: {}", failure);
 }
 
-void CheckpointWriter::Impl::label_thread() const {
+// What a thread of this rank does counts as the rank's, whoever watches it.
+void CheckpointWriter::Impl::begin_thread() const {
   if (world_.size() > 1) set_rank_label(world_.rank(), host_name());
+  count_activity_in(activity_);
 }
 
 CheckpointWriter::CheckpointWriter(Group world, FileSystem& files, fs::path folder,

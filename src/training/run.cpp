@@ -72,7 +72,7 @@ class TrainingRun {
   void finish_save();
   void tell(const std::optional<SaveResult>& result);
   void leave_nothing_on_its_way();
-  ExitCode end(ExitCode code);
+  ExitCode finish(ExitCode code);
   bool stop_is_wanted();
   bool save_is_wanted() const { return save_requests_ > saves_heard_; }
   bool is_root() const { return world_.rank() == 0; }
@@ -465,7 +465,7 @@ void TrainingRun::leave_nothing_on_its_way() {
 }
 
 // The run ends behind its last save.
-ExitCode TrainingRun::end(ExitCode code) {
+ExitCode TrainingRun::finish(ExitCode code) {
   finish_save();
   say_redone();
   if (saved_at_ != trainer_->counters().batch_index) {
@@ -519,12 +519,12 @@ ExitCode TrainingRun::run() {
     else if (!skipped_ && is_due(config_.health.replica_check_every))
       check_replicas();
     if (saves) saves_heard_ = save_requests_;
-    if (stops) return end(ExitCode::stopped);
+    if (stops) return finish(ExitCode::stopped);
     if (validated || saves) speedometer_.resume();
   }
   if (!validated) validate();
   if (saving_at_ != trainer_->counters().batch_index) begin_save();
-  return end(ExitCode::success);
+  return finish(ExitCode::success);
 }
 
 }  // namespace

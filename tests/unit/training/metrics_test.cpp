@@ -62,11 +62,11 @@ TEST_F(Metrics, InfinityBecomesNull) {
 
 TEST_F(Metrics, SaysWhoIsSlowestAndWhereTheRunWentBack) {
   MetricsFile metrics(file(), {});
-  metrics.write_step({{.skipped = true, .reason = SkipReason::spike, .spike = SpikeScores{9.0, 1.0, 8}},
-                      {.batch_index = 7, .updates = 6},
-                      false,
-                      {0.5, 0.75, 0.25}},
-                     {});
+  metrics.write_step(
+      {.report = {.skipped = true, .reason = SkipReason::spike, .spike = SpikeScores{9.0, 1.0, 8}},
+       .counters = {.batch_index = 7, .updates = 6},
+       .compute_seconds = {0.5, 0.75, 0.25}},
+      {});
   metrics.write_rollback({{.reason = SkipReason::spike}, {.batch_index = 7, .updates = 6}},
                          {.batch_index = 7, .updates = 4, .tokens = 40}, 5);
   const auto lines = read_lines(file());
