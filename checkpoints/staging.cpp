@@ -6,7 +6,11 @@ namespace normformer {
 
 StagingRing::StagingRing(int64_t capacity)
     : capacity_(static_cast<size_t>(capacity)),
-      memory_(std::make_unique_for_overwrite<std::byte[]>(static_cast<size_t>(capacity))) {}
+      memory_(static_cast<std::byte*>(allocator_->allocate(capacity, MemoryUse::communication))) {}
+
+StagingRing::~StagingRing() {
+  allocator_->release(memory_, static_cast<int64_t>(capacity_), MemoryUse::communication);
+}
 
 // Behind the newest chunk, or at the memory's begin where its end is too short.
 bool StagingRing::find_place(size_t bytes) {
@@ -29,7 +33,7 @@ std::span<std::byte> StagingRing::reserve(int64_t bytes) {
   std::unique_lock lock(mutex_);
   changed_.wait(lock, [&] { return stopped_ || find_place(wanted); });
   if (stopped_) return {};
-  return {memory_.get() + reserved_.offset, wanted};
+  return {memory_ + reserved_.offset, wanted};
 }
 
 void StagingRing::commit() {
@@ -44,7 +48,7 @@ std::span<const std::byte> StagingRing::oldest() {
   std::unique_lock lock(mutex_);
   changed_.wait(lock, [&] { return stopped_ || !chunks_.empty(); });
   if (stopped_) return {};
-  return {memory_.get() + chunks_.front().offset, chunks_.front().bytes};
+  return {memory_ + chunks_.front().offset, chunks_.front().bytes};
 }
 
 void StagingRing::release() {

@@ -8,6 +8,8 @@
 #include <mutex>
 #include <span>
 
+#include "normformer/tensor/memory.h"
+
 namespace normformer {
 
 /// A bounded queue of chunks of bytes in memory: one thread fills it, another empties it in the same order. A
@@ -15,6 +17,9 @@ namespace normformer {
 class StagingRing {
  public:
   explicit StagingRing(int64_t capacity);
+  ~StagingRing();
+  StagingRing(const StagingRing&) = delete;
+  StagingRing& operator=(const StagingRing&) = delete;
 
   int64_t capacity() const { return static_cast<int64_t>(capacity_); }
 
@@ -43,7 +48,8 @@ class StagingRing {
   bool find_place(size_t bytes);
 
   size_t capacity_;
-  std::unique_ptr<std::byte[]> memory_;
+  std::shared_ptr<Allocator> allocator_ = std::make_shared<Allocator>(DeviceKind::cpu);
+  std::byte* memory_;
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<Chunk> chunks_;  // filled, the oldest first

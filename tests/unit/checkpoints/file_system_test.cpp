@@ -67,6 +67,27 @@ TEST(SystemFiles, AFullDiskIsToldInTime) {
               StartsWith("cannot set space aside for " + (folder / "file").string()));
 }
 
+// Large files take another way to the disk: in parts of any size, synced in the middle, to an end at any
+// byte.
+TEST(SystemFiles, LargeFilesHoldWhatWasAppended) {
+  const TemporaryFolder folder;
+  const auto files = make_system_files();
+  std::string content((size_t{21} << 20) + 77, '\0');
+  for (size_t i = 0; i < content.size(); ++i) content[i] = static_cast<char>(i * 2654435761u >> 13);
+  const auto file = files->create(folder / "large");
+  file->reserve(static_cast<int64_t>(content.size()));
+  size_t at = 0;
+  for (size_t part = 1; at < content.size(); part = part * 3 + 1) {
+    const size_t bytes = std::min(part, content.size() - at);
+    file->append(as_bytes(std::string_view(content).substr(at, bytes)));
+    at += bytes;
+    if (part > (1 << 20) && part < (4 << 20)) file->sync();
+  }
+  file->sync();
+  file->close();
+  EXPECT_TRUE(read_whole_file(*files, folder / "large", int64_t{1} << 30) == content);
+}
+
 TEST(SystemFiles, WritesDurablyAndRemoves) {
   const TemporaryFolder folder;
   const auto files = make_system_files();
