@@ -61,7 +61,8 @@ class Seeds {
     Context context(DeviceKind::cpu);
     std::vector<TensorPiece> pieces = toy_pieces(context, {}, 0, 1, true);
     std::erase_if(pieces, [](const TensorPiece& piece) { return piece.range.size() > 20; });
-    const SaveResult saved = save_checkpoint(make_self_world(), files, "/run", toy_info(1), pieces, 1, 16);
+    const SaveResult saved = save_checkpoint(make_self_world(), files, "/run", toy_info(1), pieces,
+                                             {.keep = 1, .block_bytes = 16});
     NF_CHECK(saved.saved, "{}", saved.reason);
     std::string data;
     for (const std::string& name : files.list(saved.folder)) {
