@@ -17,6 +17,9 @@ from .record import RunRecord, now
 from .settings import Settings, read_settings
 from .signals import Signals
 
+FORWARDED_PREFIXES = ("NORMFORMER_", "NCCL_", "CUDA_", "CUDNN_", "CUBLAS_", "UCX_", "DNNL_", "ONEDNN_")
+FORWARDED = ("LD_LIBRARY_PATH", "XDG_CACHE_HOME")
+OWN = ("NORMFORMER_ATTEMPT", "NORMFORMER_LAUNCHER", "NORMFORMER_TERMINAL")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -67,6 +70,12 @@ def placement_options(start: Start, settings: Settings) -> list[str]:
     options += ["--bind-to", "none"]
     # Ranks that share cores must not spin.
     return options if each > 0 else [*options, "--oversubscribe", "--mca", "mpi_yield_when_idle", "1"]
+
+
+def forwarded(environment: Mapping[str, str]) -> list[str]:
+    """The variables that ranks on other hosts need too: what the supervisor tells them, the program's own, those of the
+    libraries that it uses, and where these are found."""
+    return sorted({*OWN, *(name for name in environment if name.startswith(FORWARDED_PREFIXES) or name in FORWARDED)})
 
 
 class Supervisor:
@@ -148,7 +157,7 @@ class Supervisor:
         return options if not self._is_restart or "--resume" in options else [*options, "--resume"]
 
     def _command(self, start: Start) -> list[str]:
-        passed_on = ["NORMFORMER_TERMINAL", "NORMFORMER_LAUNCHER", "NORMFORMER_ATTEMPT"]
+        passed_on = forwarded(os.environ)
         return [*mpirun_command(), "--tag-output", *placement_options(start, self._settings),
                 *(word for name in passed_on for word in ("-x", name)), "-n", str(start.shape.ranks), self._program,
                 "train", str(self._options.config), *self._train_options(start.shape)]

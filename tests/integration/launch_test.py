@@ -47,6 +47,12 @@ class Decisions(unittest.TestCase):
         for code in (1, 70, 74, 76, 137, 139, 205):
             self.assertTrue(self.after([code])[0].restart, code)
 
+    def test_what_libraries_are_told_reaches_other_hosts(self):
+        environment = {"NCCL_DEBUG": "INFO", "NORMFORMER_LOG": "debug", "LD_LIBRARY_PATH": "/opt", "HOME": "/root",
+                       "NORMFORMER": "x"}
+        self.assertEqual(main.forwarded(environment), ["LD_LIBRARY_PATH", "NCCL_DEBUG", "NORMFORMER_ATTEMPT", "NORMFORMER_LAUNCHER",
+                                                       "NORMFORMER_LOG", "NORMFORMER_TERMINAL"])
+
     def test_three_restarts_without_a_new_checkpoint_are_enough(self):
         decisions = self.after([137] * 4)
         self.assertEqual([d.restart for d in decisions], [True, True, True, False])
@@ -414,11 +420,11 @@ class Jobs(WithCorpus):
 
     def test_a_job_that_was_replaced_publishes_no_checkpoint(self):
         folder = self.folder.path / "replaced"
-        launch = start(self.folder.config("replaced", train__updates=1000000, checkpoint__every=100), 2)
+        launch = start(self.folder.config("replaced", train__updates=1000000, checkpoint__every=10), 2)
 
         def wait_for_saves(count):
             """Waits until so many more checkpoints are due."""
-            update = last_update(folder) + 100 * count
+            update = last_update(folder) + 10 * count
             self.assertTrue(wait_until(lambda: last_update(folder) >= update))
 
         self.assertTrue(wait_until(lambda: checkpoints(folder)))
