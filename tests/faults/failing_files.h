@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <filesystem>
 #include <memory>
 #include <span>
@@ -54,7 +55,7 @@ class FailingFiles : public FileSystem {
   FileSystem& files_;
   Fault fault_;
   int64_t at_;
-  int64_t count_ = 0;
+  std::atomic<int64_t> count_ = 0;  // ranks may share these files
 };
 
 }  // namespace normformer
