@@ -31,20 +31,22 @@ double unix_seconds() {
   return 1e-3 * static_cast<double>(std::chrono::duration_cast<std::chrono::milliseconds>(now).count());
 }
 
-// The batch index of a line of metrics; none for a torn or foreign line.
-std::optional<int64_t> batch_of(const std::string& line) {
-  const auto parsed = nlohmann::json::parse(line, nullptr, false);
-  if (!parsed.is_object() || !parsed.contains("batch") || !parsed["batch"].is_number_integer())
-    return std::nullopt;
-  return parsed["batch"].get<int64_t>();
-}
+struct KeptLines {
+  std::vector<std::string> lines;
+  int64_t validated_at = -1;  // batch index of the last one that is a validation's
+};
 
-std::vector<std::string> lines_up_to(const std::filesystem::path& path, int64_t batch_index) {
-  std::vector<std::string> kept;
+// Without torn and foreign lines.
+KeptLines lines_up_to(const std::filesystem::path& path, int64_t batch_index) {
+  KeptLines kept;
   std::ifstream file(path);
   for (std::string line; std::getline(file, line);) {
-    const auto batch = batch_of(line);
-    if (batch && *batch <= batch_index) kept.push_back(line);
+    const auto parsed = nlohmann::json::parse(line, nullptr, false);
+    if (!parsed.is_object() || !parsed.contains("batch") || !parsed["batch"].is_number_integer()) continue;
+    const auto batch = parsed["batch"].get<int64_t>();
+    if (batch > batch_index) continue;
+    if (parsed.value("kind", nlohmann::json()) == "validation") kept.validated_at = batch;
+    kept.lines.push_back(line);
   }
   return kept;
 }
@@ -78,11 +80,12 @@ Speed Speedometer::enter_step(int64_t tokens, int64_t updates_left) {
 }
 
 MetricsFile::MetricsFile(const std::filesystem::path& path, const TrainingCounters& counters) : path_(path) {
-  const std::vector<std::string> kept = lines_up_to(path, counters.batch_index);
+  const KeptLines kept = lines_up_to(path, counters.batch_index);
+  validated_at_ = kept.validated_at;
   const std::filesystem::path next = path.string() + ".tmp";
   {
     std::ofstream rewritten(next, std::ios::trunc);
-    for (const std::string& line : kept) rewritten << line << '\n';
+    for (const std::string& line : kept.lines) rewritten << line << '\n';
     if (!rewritten.flush()) throw IoError(fmt::format("cannot write {}: {}", next.string(), system_reason()));
   }
   std::filesystem::rename(next, path);
@@ -143,6 +146,8 @@ void MetricsFile::write_rollback(const FinishedStep& from, const TrainingCounter
 }
 
 void MetricsFile::write_validation(const TrainingCounters& counters, const EvaluationResult& result) {
+  if (counters.batch_index == validated_at_) return;
+  validated_at_ = counters.batch_index;
   nlohmann::ordered_json line;
   line["kind"] = "validation";
   line["time"] = unix_seconds();

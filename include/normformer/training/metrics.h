@@ -49,6 +49,8 @@ class MetricsFile {
   MetricsFile(const std::filesystem::path& path, const TrainingCounters& counters);
 
   void write_step(const FinishedStep& step, const Speed& speed);
+
+  /// Nothing where there is a validation of as many batches: of a run that ended behind it and was resumed.
   void write_validation(const TrainingCounters& counters, const EvaluationResult& result);
 
   /// The run went back behind step `from` to counters `to`; batches `first_left_out` ... to.batch_index, the
@@ -60,6 +62,7 @@ class MetricsFile {
 
   std::filesystem::path path_;
   std::ofstream file_;
+  int64_t validated_at_ = -1;  // batch index of the newest validation
 };
 
 /// What a person watches: a line that is redrawn on a terminal, or plain lines elsewhere.

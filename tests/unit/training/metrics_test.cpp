@@ -46,6 +46,14 @@ TEST_F(Metrics, ResumingDropsWhatAnUninterruptedRunWouldNotHave) {
   EXPECT_EQ(lines[3]["loss"], 44.0);
 }
 
+TEST_F(Metrics, AValidationThatIsMadeAgainIsTheSame) {
+  MetricsFile(file(), {}).write_validation({.batch_index = 5}, {.nll_sum = 6.0, .tokens = 3});
+  MetricsFile resumed(file(), {.batch_index = 5});
+  resumed.write_validation({.batch_index = 5}, {.nll_sum = 6.0, .tokens = 3});
+  resumed.write_validation({.batch_index = 6}, {.nll_sum = 5.0, .tokens = 3});
+  EXPECT_EQ(read_lines(file()).size(), 2u);
+}
+
 TEST_F(Metrics, InfinityBecomesNull) {
   MetricsFile metrics(file(), {});
   metrics.write_step({{.gradient_norm = std::numeric_limits<double>::infinity(),
