@@ -50,6 +50,35 @@ void check_model(const ModelConfig& m, std::vector<Conflict>& found) {
   }
 }
 
+void check_head(const RunConfig& c, std::vector<Conflict>& found) {
+  const ModelConfig& m = c.model;
+  if (m.head == OutputHead::language && m.attention == AttentionMask::bidirectional) {
+    found.push_back(
+        {{"model.attention", "model.head"},
+         "model.attention = \"bidirectional\" shows the model the token that model.head = \"language\" "
+         "asks it for; write model.head = \"masked_language\""});
+  }
+  if (m.head == OutputHead::masked_language && m.attention == AttentionMask::causal) {
+    found.push_back({{"model.head", "model.attention"},
+                     "model.head = \"masked_language\" needs model.attention = \"bidirectional\""});
+  }
+  if (m.classes == 1) {
+    found.push_back({{"model.classes"},
+                     "model.classes = 1 leaves nothing to tell apart; 0 means as many as there are labels"});
+  }
+  if (m.head != OutputHead::classification && m.classes > 0) {
+    found.push_back({{"model.classes", "model.head"},
+                     fmt::format("model.classes = {} needs model.head = \"classification\"", m.classes)});
+  }
+  if (c.data.mask_kept + c.data.mask_random > 1.0) {
+    found.push_back(
+        {{"data.mask_kept", "data.mask_random"},
+         fmt::format("data.mask_kept = {} and data.mask_random = {} are shares of one whole, and more "
+                     "than it together",
+                     c.data.mask_kept, c.data.mask_random)});
+  }
+}
+
 void check_optimizer(const OptimizerConfig& o, std::vector<Conflict>& found) {
   if (o.min_lr > o.lr) {
     found.push_back({{"optimizer.min_lr", "optimizer.lr"},
@@ -183,6 +212,7 @@ void check_combinations(const RunConfig& config,
                         const std::function<std::string(const std::string& key)>& place_of) {
   std::vector<Conflict> found;
   check_model(config.model, found);
+  check_head(config, found);
   check_optimizer(config.optimizer, found);
   check_train(config, found);
   check_parallel(config, found);

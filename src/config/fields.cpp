@@ -97,6 +97,14 @@ class SectionFields {
         [](const std::string& v) { return quoted(v); }, true);
   }
 
+  /// A list of 1 to `most` non-empty strings; one alone may stand without brackets.
+  void texts(const char* key, std::vector<std::string> Section::*value, size_t most, const char* doc) {
+    add(
+        key, fmt::format("a non-empty string, or an array of 1 to {}", most), doc, value,
+        [most](const Field& f, const toml::node& n, const Origin& o) { return read_texts(f, most, n, o); },
+        write_texts, true);
+  }
+
   template <class Enum>
   void choice(const char* key, Enum Section::*value, const Names<Enum>& names, const char* doc) {
     std::vector<std::string> words;
@@ -160,6 +168,18 @@ void add_model(std::vector<Field>& all) {
   s.boolean("ffn_norm", &M::ffn_norm, "LayerNorm after the feed-forward block's activation");
   s.boolean("residual_scale", &M::residual_scale,
             "learned scale per channel on the feed-forward block's residual");
+  s.boolean("qkv_norm", &M::qkv_norm, "LayerNorms on queries, keys and values, over all heads");
+  s.choice("attention", &M::attention,
+           {{AttentionMask::causal, "causal"}, {AttentionMask::bidirectional, "bidirectional"}},
+           "a token attends to what is before it, or to all of its sequence");
+  s.choice("head", &M::head,
+           {{OutputHead::language, "language"},
+            {OutputHead::masked_language, "masked_language"},
+            {OutputHead::classification, "classification"}},
+           "what the model predicts: the next token, masked tokens, or the class of a text");
+  s.integer(
+      "classes", &M::classes, {0, largest_size},
+      "classes that model.head = \"classification\" tells apart; 0 means as many as the labels trained on");
   s.choice("activation", &M::activation,
            {{Activation::gelu, "gelu"},
             {Activation::gelu_tanh, "gelu_tanh"},
@@ -171,8 +191,10 @@ void add_model(std::vector<Field>& all) {
            {{Positions::sinusoidal, "sinusoidal"}, {Positions::learned, "learned"}},
            "position information added to the token embeddings");
   s.boolean("embedding_scale", &M::embedding_scale, "multiply token embeddings by sqrt(width)");
-  s.choice("init", &M::init, {{Initialisation::fairseq, "fairseq"}, {Initialisation::gpt2, "gpt2"}},
-           "how initial weights are drawn");
+  s.choice(
+      "init", &M::init,
+      {{Initialisation::fairseq, "fairseq"}, {Initialisation::gpt2, "gpt2"}, {Initialisation::bert, "bert"}},
+      "how initial weights are drawn");
   s.choice("ffn_norm_form", &M::ffn_norm_form,
            {{FfnNormForm::folded, "folded"}, {FfnNormForm::plain, "plain"}},
            "how the feed-forward LayerNorm is computed; both are exact and differ in rounding");
@@ -253,6 +275,16 @@ void add_data(std::vector<Field>& all) {
   s.text("tokenizer", &D::tokenizer, true,
          "folder with vocab.json and merges.txt; empty means beside the first training set");
   s.boolean("document_mask", &D::document_mask, "attention and loss stop at document ends");
+  s.real("mask_probability", &D::mask_probability, {.low = 0, .high = 1, .above = true},
+         "masked language models: share of tokens that are predicted");
+  s.real("mask_kept", &D::mask_kept, {0, 1}, "of these, the share that the model sees as they are");
+  s.real("mask_random", &D::mask_random, {0, 1}, "of these, the share that it sees as a random token");
+  s.integer("mask_token", &D::mask_token, {0, largest_size},
+            "id that it sees for the others; 0 means the first one behind the tokenizer's");
+  s.text("train_labelled", &D::train_labelled, true, "classification: texts trained on, .tsv or .jsonl");
+  s.text("valid_labelled", &D::valid_labelled, true, "classification: texts validated on");
+  s.texts("text_fields", &D::text_fields, 2, "columns, or JSON keys, of a text or of a pair of texts");
+  s.text("label_field", &D::label_field, false, "column, or JSON key, of the class");
 }
 
 void add_optimizer(std::vector<Field>& all) {
@@ -304,6 +336,8 @@ void add_train(std::vector<Field>& all) {
   s.integer("recompute_layers", &T::recompute_layers, {0, largest_size},
             "recompute in the first so many layers of each part of the model only; 0 means in all");
   s.integer("seed", &T::seed, {0}, "of initial weights, data order and dropout");
+  s.text("init_from", &T::init_from, true,
+         "a run, or one of its checkpoints, whose weights this run starts from as far as both have them");
   s.integer("valid_every", &T::valid_every, {0}, "updates between validations; 0 means only at the end");
   s.integer("valid_sequences", &T::valid_sequences, {0}, "sequences of a validation; 0 means all");
   s.integer("log_every", &T::log_every, {1}, "updates between lines of progress");
@@ -366,6 +400,21 @@ void add_health(std::vector<Field>& all) {
            "the same for a loss or gradient that is not finite; overflows in fp16 are always skipped");
   s.integer("max_rollbacks", &H::max_rollbacks, {0},
             "times that a run goes back without coming to a new checkpoint; then it ends");
+  s.real(
+      "explosion_rise", &H::explosion_rise, {.low = 0},
+      "stability tests: the run ends, in good order, where the loss has risen so far above its lowest or is "
+      "not finite; 0 means never");
+}
+
+void add_metrics(std::vector<Field>& all) {
+  using R = MetricsConfig;
+  SectionFields<R> s(all, "metrics", &RunConfig::metrics);
+  s.integer("gradient_norms_every", &R::gradient_norms_every, {0},
+            "updates between records of the L1 and L2 norm of each parameter's gradient; 0 means none");
+  s.integer("distributions_every", &R::distributions_every, {0},
+            "updates between records of how learned scales and gains are distributed; 0 means none");
+  s.boolean("tensorboard", &R::tensorboard, "write event files for TensorBoard");
+  s.on_resume(ResumePolicy::irrelevant);
 }
 
 void add_device(std::vector<Field>& all) {
@@ -402,6 +451,7 @@ const std::vector<Field>& fields() {
     add_train(all);
     add_checkpoint(all);
     add_health(all);
+    add_metrics(all);
     add_device(all);
     return all;
   }();

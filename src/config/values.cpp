@@ -150,6 +150,28 @@ std::vector<DataSource> read_sources(const Field& field, const toml::node& node,
   return sources;
 }
 
+std::vector<std::string> read_texts(const Field& field, size_t most, const toml::node& node,
+                                    const Origin& origin) {
+  std::vector<std::string> texts;
+  const auto add = [&](const toml::node& item) {
+    if (!item.is_string() || item.as_string()->get().empty()) refuse_value(field, item, origin);
+    texts.push_back(item.as_string()->get());
+  };
+  if (const auto* array = node.as_array()) {
+    for (const toml::node& item : *array) add(item);
+  } else {
+    add(node);
+  }
+  if (texts.empty() || texts.size() > most) refuse_value(field, node, origin);
+  return texts;
+}
+
+std::string write_texts(const std::vector<std::string>& texts) {
+  std::vector<std::string> items;
+  for (const std::string& text : texts) items.push_back(quoted(text));
+  return fmt::format("[{}]", fmt::join(items, ", "));
+}
+
 std::string write_sources(const std::vector<DataSource>& sources) {
   const bool plain =
       std::all_of(sources.begin(), sources.end(), [](const DataSource& s) { return s.weight == 1.0; });

@@ -39,6 +39,9 @@ int64_t read_integer(const Field& field, const Integers& range, const toml::node
 std::vector<int64_t> read_integers(const Field& field, const Integers& range, std::string_view none,
                                    const toml::node& node, const Origin& origin);
 double read_real(const Field& field, const Reals& range, const toml::node& node, const Origin& origin);
+/// A string alone is a list of one.
+std::vector<std::string> read_texts(const Field& field, size_t most, const toml::node& node,
+                                    const Origin& origin);
 std::vector<DataSource> read_sources(const Field& field, const toml::node& node, const Origin& origin);
 
 /// The place of the string in `words`; throws ConfigError with the nearest word where it is none of them.
@@ -47,6 +50,7 @@ size_t read_word(const Field& field, const std::vector<std::string>& words, cons
 
 /// The shortest TOML number that reads back as `value`.
 std::string write_real(double value);
+std::string write_texts(const std::vector<std::string>& texts);
 std::string write_sources(const std::vector<DataSource>& sources);
 
 }  // namespace normformer

@@ -24,9 +24,20 @@ enum class NormPosition { pre, post };
 /// Position information added to the token embeddings. `sinusoidal` is fairseq's table, without parameters.
 enum class Positions { sinusoidal, learned };
 
-/// How initial weights are drawn: fairseq's transformer_lm_gpt, or GPT-2's N(0, 0.02) with scaled residual
-/// projections.
-enum class Initialisation { fairseq, gpt2 };
+/// Which tokens of its sequence a token attends to: itself and those before it, or all.
+enum class AttentionMask { causal, bidirectional };
+
+/// What is made of the last layer's output.
+enum class OutputHead {
+  language,         ///< logits by the tied token embedding
+  masked_language,  ///< RoBERTa's: a product, an activation, a LayerNorm, then logits by the tied embedding
+                    ///< plus a bias; at masked tokens only
+  classification,   ///< RoBERTa's: of one token of each sequence a product, tanh, a product onto the classes
+};
+
+/// How initial weights are drawn: fairseq's transformer_lm_gpt, GPT-2's N(0, 0.02) with scaled residual
+/// projections, or BERT's N(0, 0.02) for every matrix.
+enum class Initialisation { fairseq, gpt2, bert };
 
 /// How the LayerNorm inside the feed-forward block is computed. Both are exact; they differ in rounding.
 enum class FfnNormForm {
@@ -102,6 +113,10 @@ struct ModelConfig {
   bool post_attention_norm = false;
   bool ffn_norm = false;
   bool residual_scale = false;  ///< a learned scale per channel on the feed-forward block's residual
+  bool qkv_norm = false;        ///< LayerNorms on queries, keys and values, each over all its heads' channels
+  AttentionMask attention = AttentionMask::causal;
+  OutputHead head = OutputHead::language;
+  int64_t classes = 0;  ///< of `classification`; 0 means as many as the training texts have labels
   Activation activation = Activation::gelu;
   NormPosition norm_position = NormPosition::pre;
   Positions positions = Positions::sinusoidal;
@@ -158,6 +173,17 @@ struct DataConfig {
   std::vector<DataSource> valid;
   std::string tokenizer;  ///< folder with vocab.json and merges.txt; "" means beside the first training set
   bool document_mask = false;  ///< attention and loss stop at document ends
+  // Masked language models (Devlin et al. 2019, section 3.1; masks drawn anew whenever a sample is read, as
+  // in Liu et al. 2019, section 4.1).
+  double mask_probability = 0.15;  ///< of a token to be predicted
+  double mask_kept = 0.1;          ///< share of these that the model sees as they are
+  double mask_random = 0.1;        ///< share of these that it sees as a random token; others as mask_token
+  int64_t mask_token = 0;          ///< 0 means the first id behind the tokenizer's
+  // Sequence classification: TSV files with a header, or JSONL.
+  std::string train_labelled;
+  std::string valid_labelled;
+  std::vector<std::string> text_fields = {"sentence"};  ///< one, or two for pairs
+  std::string label_field = "label";
   bool operator==(const DataConfig&) const = default;
 };
 
@@ -188,6 +214,7 @@ struct TrainConfig {
   Recompute recompute = Recompute::none;
   int64_t recompute_layers = 0;  ///< the first so many layers of each part of the model; 0 means all
   uint64_t seed = 1;
+  std::string init_from;        ///< a run or checkpoint whose weights this run starts from; "": none
   int64_t valid_every = 0;      ///< updates between validations; 0 means only at the end
   int64_t valid_sequences = 0;  ///< sequences of a validation; 0 means all
   int64_t log_every = 1;
@@ -226,8 +253,17 @@ struct HealthConfig {
   int64_t spike_window = 128;  ///< batches that a batch is compared with
   SpikePolicy on_spike = SpikePolicy::log;
   NonfinitePolicy on_nonfinite = NonfinitePolicy::skip;
-  int64_t max_rollbacks = 3;  ///< of one run without a new checkpoint; then it ends
+  int64_t max_rollbacks = 3;    ///< of one run without a new checkpoint; then it ends
+  double explosion_rise = 0.0;  ///< above its lowest, of the loss, at which a stability test ends; 0: none
   bool operator==(const HealthConfig&) const = default;
+};
+
+/// What is written down about a run while it trains, beside loss and speed.
+struct MetricsConfig {
+  int64_t gradient_norms_every = 10;  ///< updates between records of each parameter's gradient; 0: none
+  int64_t distributions_every = 100;  ///< updates between records of learned scales' distributions; 0: none
+  bool tensorboard = true;            ///< event files for TensorBoard
+  bool operator==(const MetricsConfig&) const = default;
 };
 
 /// The machine a rank uses.
@@ -251,6 +287,7 @@ struct RunConfig {
   TrainConfig train;
   CheckpointConfig checkpoint;
   HealthConfig health;
+  MetricsConfig metrics;
   DeviceConfig device;
   bool operator==(const RunConfig&) const = default;
 };

@@ -122,7 +122,7 @@ TEST(RunConfig, UnknownSectionsNameTheNearest) {
   EXPECT_EQ(
       refusal("[zzzzzz]"),
       "x.toml:1:2: [zzzzzz] is not a section; the sections are model, parallel, data, optimizer, train, "
-      "checkpoint, health, device");
+      "checkpoint, health, metrics, device");
   EXPECT_EQ(refusal("layers = 3"),
             "x.toml:1:1: layers stands outside any section; did you mean model.layers?");
   EXPECT_EQ(refusal("model = 3"), "x.toml:1:1: model is a section and must be a table, not the integer 3");
@@ -165,6 +165,7 @@ TEST(RunConfig, RangesAreChecked) {
       {"model.ffn", "-1"},
       {"model.vocab", "-1"},
       {"model.length", "0"},
+      {"model.classes", "-1"},
       {"model.norm_eps", "0.0"},
       {"model.embedding_dropout", "1.0"},
       {"model.residual_dropout", "-0.1"},
@@ -178,6 +179,10 @@ TEST(RunConfig, RangesAreChecked) {
       {"parallel.interleave_group", "-1"},
       {"parallel.shard_group", "-1"},
       {"parallel.bucket_mib", "0.0"},
+      {"data.mask_probability", "0.0"},
+      {"data.mask_kept", "1.0"},
+      {"data.mask_random", "-0.1"},
+      {"data.mask_token", "-1"},
       {"optimizer.lr", "0.0"},
       {"optimizer.beta1", "1.0"},
       {"optimizer.beta2", "1"},
@@ -210,6 +215,9 @@ TEST(RunConfig, RangesAreChecked) {
       {"health.spike_zscore", "-1"},
       {"health.spike_window", "7"},
       {"health.max_rollbacks", "-1"},
+      {"health.explosion_rise", "-1"},
+      {"metrics.gradient_norms_every", "-1"},
+      {"metrics.distributions_every", "-1"},
       {"device.threads", "-1"},
   };
   for (const ConfigKey& key : config_keys()) {
@@ -363,8 +371,8 @@ TEST(Overrides, ErrorsNameTheOverride) {
   EXPECT_EQ(refusal("", {"model.layers"}), "--set model.layers: an override is written section.key=value");
   EXPECT_EQ(refusal("", {"data.train.prefix=a"}),
             "--set data.train.prefix=a: data.train.prefix is not a key; the keys of data are train, valid, "
-            "tokenizer, "
-            "document_mask");
+            "tokenizer, document_mask, mask_probability, mask_kept, mask_random, mask_token, train_labelled, "
+            "valid_labelled, text_fields, label_field");
   EXPECT_THAT(refusal("", {"checkpoint.folder=\xff"}), HasSubstr("the value is not valid UTF-8"));
 }
 
@@ -408,6 +416,10 @@ const std::map<std::string, std::string>& other_values() {
       {"model.post_attention_norm", "true"},
       {"model.ffn_norm", "true"},
       {"model.residual_scale", "true"},
+      {"model.qkv_norm", "true"},
+      {"model.attention", "\"bidirectional\""},
+      {"model.head", "\"classification\""},
+      {"model.classes", "3"},
       {"model.activation", "\"gelu_tanh\""},
       {"model.norm_position", "\"post\""},
       {"model.positions", "\"learned\""},
@@ -440,6 +452,14 @@ const std::map<std::string, std::string>& other_values() {
       {"data.valid", "[{ prefix = \"c\", weight = 2.5 }]"},
       {"data.tokenizer", "\"t\""},
       {"data.document_mask", "true"},
+      {"data.mask_probability", "0.2"},
+      {"data.mask_kept", "0.2"},
+      {"data.mask_random", "0.3"},
+      {"data.mask_token", "7"},
+      {"data.train_labelled", "\"train.tsv\""},
+      {"data.valid_labelled", "\"valid.jsonl\""},
+      {"data.text_fields", "[\"sentence1\", \"sentence2\"]"},
+      {"data.label_field", "\"gold\""},
       {"optimizer.lr", "0.003"},
       {"optimizer.beta1", "0.8"},
       {"optimizer.beta2", "0.95"},
@@ -460,6 +480,7 @@ const std::map<std::string, std::string>& other_values() {
       {"train.recompute", "\"full\""},
       {"train.recompute_layers", "2"},
       {"train.seed", "42"},
+      {"train.init_from", "\"runs/other\""},
       {"train.valid_every", "10"},
       {"train.valid_sequences", "100"},
       {"train.log_every", "7"},
@@ -483,6 +504,10 @@ const std::map<std::string, std::string>& other_values() {
       {"health.on_spike", "\"skip\""},
       {"health.on_nonfinite", "\"rollback\""},
       {"health.max_rollbacks", "5"},
+      {"health.explosion_rise", "2.5"},
+      {"metrics.gradient_norms_every", "1"},
+      {"metrics.distributions_every", "1000"},
+      {"metrics.tensorboard", "false"},
       {"device.kind", "\"cuda\""},
       {"device.tf32", "true"},
       {"device.tune_products", "false"},
@@ -499,6 +524,7 @@ std::string start_of(const std::string& key) {
   if (key == "data.valid") return "";
   if (key == "train.recompute_layers") return data + "train.recompute = 'selective'\n";
   if (key.starts_with("train.loss_scale")) return data + "train.precision = 'fp16'\n";
+  if (key == "model.attention" || key == "model.classes") return data + "model.head = 'classification'\n";
   if (key == "parallel.split") return data + "model.layers = 12\nparallel.pipeline = 2\n";
   if (key == "parallel.virtual_stages" || key == "parallel.interleave_group")
     return data + "parallel.schedule = 'interleaved'\n";
