@@ -102,6 +102,17 @@ int64_t ModelInstance::count_parameters() const {
 
 bool ModelInstance::answers_for_loss() const { return has_last_part() && mesh_.tensor().rank() == 0; }
 
+std::vector<LogicalTensor> logical_parameters(const RunConfig& config) {
+  RunConfig alone = config;
+  alone.parallel = {.tensor = 1, .pipeline = 1, .data = 1};
+  alone.device.cuda_graphs = false;
+  Context context(DeviceKind::meta);
+  ModelInstance model(context, make_mesh(make_meta_world(0, 1), alone.parallel), alone, false);
+  std::vector<LogicalTensor> all;
+  for (const Parameter& p : model.store().parameters()) all.push_back({p.spec.name, p.spec.logical_shape});
+  return all;
+}
+
 double training_flops_per_token(const ModelConfig& config) {
   const auto d = static_cast<double>(config.width);
   const auto f = static_cast<double>(config.ffn);

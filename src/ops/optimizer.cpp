@@ -41,6 +41,17 @@ double absolute_max(Context& context, const Tensor& x) {
   return NF_ON_DEVICE(absolute_max, context, x);
 }
 
+void add_norm_sums(Context& context, const Tensor& x, const Tensor& sums) {
+  constexpr std::string_view kName = "add_norm_sums";
+  NF_CHECK(x.defined(), "{}: x is undefined", kName);
+  Arguments arguments(context, kName, x.dtype());
+  arguments.accumulator("x", x, x.shape());
+  arguments.check("sums", sums, {2}, DType::f64, 2);
+  context.costs().record(kName, 3 * x.numel(), arguments.bytes());
+  if (context.is_meta() || x.numel() == 0) return;
+  NF_ON_DEVICE(add_norm_sums, context, x, sums);
+}
+
 namespace {
 
 // With 2^32 terms every sum of cuts at 2^(k - 52) stays below 2^(k + 1) where the terms are below 2^(k - 32):

@@ -102,6 +102,7 @@ Trainer::Trainer(ModelInstance& model, const RunConfig& config, BatchSource sour
       config_(config),
       source_(std::move(source)),
       optimizer_(model.store(), master_dtype(config.train.precision), model.mesh()),
+      gradient_norms_(model, config),
       schedule_(checked_schedule(
           config, model.mesh().pipeline().size(),
           static_cast<int64_t>(
@@ -202,6 +203,12 @@ void Trainer::agree_on_gradients(Unsettled& step, const std::function<RankWord()
                          .compute_seconds = compute_clock_.take(),
                          .gradients = size};
   step.request = model_.mesh().world().start_gather(model_.context(), mine.packed(), step.numbers);
+  if (measures_norms()) step.norms = gradient_norms_.start(optimizer_);
+}
+
+bool Trainer::measures_norms() const {
+  const int64_t every = config_.metrics.gradient_norms_every;
+  return every > 0 && (counters_.updates + 1) % every == 0;
 }
 
 // Waits for the numbers of all ranks; everyone draws the same conclusions.
@@ -341,6 +348,8 @@ std::optional<FinishedStep> Trainer::settle() {
 
 FinishedStep Trainer::finish(Unsettled& step) {
   count(step.report);
+  std::vector<ParameterNorms> norms;
+  if (step.norms) norms = gradient_norms_.finish(*step.norms, step.report.gradient_factor());
   if (!step.report.skipped)
     enter_batch(spike_rule_, counters_.recent, step.report.loss, step.report.gradient_norm);
   return {.report = step.report,
@@ -348,7 +357,8 @@ FinishedStep Trainer::finish(Unsettled& step) {
           .stop_wanted = step.stop_wanted,
           .save_requests = step.save_requests,
           .save_progress = step.save_progress,
-          .compute_seconds = std::move(step.compute_seconds)};
+          .compute_seconds = std::move(step.compute_seconds),
+          .gradient_norms = std::move(norms)};
 }
 
 void Trainer::count(const StepReport& report) {

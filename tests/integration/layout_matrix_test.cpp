@@ -125,6 +125,7 @@ RunConfig config_of(const Choice& c) {
   config.optimizer.lr = 3e-3;
   config.optimizer.warmup_updates = 2;
   config.optimizer.clip_norm = 0.5;
+  config.metrics.gradient_norms_every = 1;
   config.train.global_batch = 5;
   config.train.micro_batch = kMicroBatch[c[micro_batch]];
   config.train.recompute = kRecompute[c[recompute]].first;
@@ -210,6 +211,8 @@ struct Outcome {
   std::map<std::string, std::vector<double>> gradients;  ///< of the first batch, summed over its tokens
   std::vector<double> losses;
   std::vector<double> gradient_norms;
+  std::vector<std::string> parameters;
+  std::vector<std::vector<ParameterNorms>> parameter_norms;  ///< of every step
 };
 
 Outcome outcome_of(const RunConfig& config, const MeshDegrees& degrees, bool with_gradients = true) {
@@ -222,13 +225,18 @@ Outcome outcome_of(const RunConfig& config, const MeshDegrees& degrees, bool wit
       gather_logical(small.context, world, small.trainer.optimizer().owned_gradients(), DType::f64, 0,
                      [&](const std::string& name, const Tensor& whole) { gradients[name] = to_host(whole); });
     }
-    std::vector<StepReport> reports;
-    for (int64_t i = 0; i < kSteps; ++i) reports.push_back(small.trainer.step());
+    std::vector<FinishedStep> steps;
+    for (int64_t i = 0; i < kSteps; ++i) {
+      const std::optional<FinishedStep> finished = small.trainer.advance();
+      steps.push_back(finished ? *finished : *small.trainer.settle());
+    }
     if (world.rank() != 0) return;
     outcome.gradients = std::move(gradients);
-    for (const StepReport& r : reports) {
-      outcome.losses.push_back(r.loss);
-      outcome.gradient_norms.push_back(r.gradient_norm);
+    outcome.parameters = small.trainer.gradient_norms().names();
+    for (const FinishedStep& step : steps) {
+      outcome.losses.push_back(step.report.loss);
+      outcome.gradient_norms.push_back(step.report.gradient_norm);
+      outcome.parameter_norms.push_back(step.gradient_norms);
     }
   });
   return outcome;
@@ -247,6 +255,30 @@ double scale_of(const Outcome& expected, const std::string& name) {
   return norm_of(expected.gradients.at(of));
 }
 
+// Of every parameter and step; and of the first step what its gathered gradients give.
+void expect_same_parameter_norms(const Outcome& got, const Outcome& expected) {
+  ASSERT_EQ(got.parameters, expected.parameters);
+  const auto tokens = static_cast<double>(config_of({}).train.global_batch * config_of({}).model.length);
+  for (size_t i = 0; i < expected.parameter_norms.size(); ++i) {
+    ASSERT_EQ(got.parameter_norms[i].size(), expected.parameters.size());
+    double squares = 0;
+    for (size_t p = 0; p < expected.parameters.size(); ++p) {
+      const std::string& name = expected.parameters[p];
+      const ParameterNorms& norms = got.parameter_norms[i][p];
+      squares += norms.l2 * norms.l2;
+      if (name.ends_with("k_proj.bias")) continue;  // rounding errors alone
+      EXPECT_NEAR(norms.l1, expected.parameter_norms[i][p].l1, 1e-10 * norms.l1) << name << ", step " << i;
+      EXPECT_NEAR(norms.l2, expected.parameter_norms[i][p].l2, 1e-10 * norms.l2) << name << ", step " << i;
+      if (i > 0) continue;
+      double l1 = 0;
+      for (const double g : expected.gradients.at(name)) l1 += std::abs(g) / tokens;
+      EXPECT_NEAR(norms.l1, l1, 1e-10 * l1) << name;
+      EXPECT_NEAR(norms.l2, norm_of(expected.gradients.at(name)) / tokens, 1e-10 * norms.l2) << name;
+    }
+    EXPECT_NEAR(std::sqrt(squares), got.gradient_norms[i], 1e-12 * got.gradient_norms[i]);
+  }
+}
+
 void expect_same_run(const Outcome& got, const Outcome& expected) {
   ASSERT_EQ(got.gradients.size(), expected.gradients.size());
   for (const auto& [name, values] : expected.gradients) {
@@ -261,6 +293,7 @@ void expect_same_run(const Outcome& got, const Outcome& expected) {
     EXPECT_NEAR(got.gradient_norms[i], expected.gradient_norms[i], 1e-10 * expected.gradient_norms[i])
         << "gradient norm of step " << i;
   }
+  expect_same_parameter_norms(got, expected);
 }
 
 TEST(LayoutMatrix, AllPairsOfChoicesEqualOneProcess) {

@@ -7,6 +7,7 @@
 #include "normformer/mesh/mesh.h"
 #include "normformer/model/language_model.h"
 #include "normformer/pipeline/schedule.h"
+#include "normformer/sharding/parameter_piece.h"
 #include "normformer/sharding/parameter_store.h"
 
 namespace normformer {
@@ -71,6 +72,10 @@ class ModelInstance {
   std::vector<std::unique_ptr<LanguageModelStage>> parts_;
   Placement placement_;
 };
+
+/// Every parameter of the model, whoever holds it, in the order in which one process declares them. The
+/// configuration is resolved; its layout does not matter.
+std::vector<LogicalTensor> logical_parameters(const RunConfig& config);
 
 /// Floating-point operations that training on one token needs: three times the products of a forward pass,
 /// tied output included, counting only what the causal mask lets through: 6 (4 L d^2 + 2 L d F + V d) + 6 L d

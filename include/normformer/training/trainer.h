@@ -12,6 +12,7 @@
 #include "normformer/model/model_instance.h"
 #include "normformer/pipeline/schedule.h"
 #include "normformer/sharding/sharded_optimizer.h"
+#include "normformer/training/gradient_norms.h"
 #include "normformer/training/loss_scale.h"
 #include "normformer/training/spike.h"
 #include "normformer/training/straggler.h"
@@ -74,6 +75,9 @@ struct FinishedStep {
   int64_t save_progress = 0;                 ///< the least of all ranks
   std::vector<double> compute_seconds = {};  ///< of every world rank, as ComputeClock measures: of the passes
                                              ///< of this step and the update before it
+  std::vector<ParameterNorms> gradient_norms =
+      {};  ///< of the mean loss, in the order of Trainer::gradient_norms;
+           ///< empty unless metrics.gradient_norms_every asks for them
 };
 
 /// Where batches come from: global samples [first, first + count) as rows.
@@ -134,6 +138,7 @@ class Trainer {
   /// Goes on from there; a loss scale starts where there was none. LogicError where a step is not settled.
   void set_counters(const TrainingCounters& counters);
   ShardedOptimizer& optimizer() { return optimizer_; }
+  const GradientNorms& gradient_norms() const { return gradient_norms_; }
   const Schedule& schedule() const { return schedule_; }
   ModelInstance& model() { return model_; }
 
@@ -148,6 +153,7 @@ class Trainer {
     std::vector<double> compute_seconds;
     std::vector<double> numbers;  // of every rank
     CommRequest request;          // of these
+    std::optional<GradientNorms::Pending> norms;
   };
 
   std::vector<MicroBatch> next_micro_batches() const;
@@ -155,6 +161,7 @@ class Trainer {
   void agree_on_gradients(Unsettled& step, const std::function<RankWord()>& word);
   void compute_at_once(Unsettled& step, const std::function<RankWord()>& word);
   std::optional<FinishedStep> compute_before_settling(Unsettled& step, const std::function<RankWord()>& word);
+  bool measures_norms() const;
   void conclude(Unsettled& step) const;
   void judge(Unsettled& step, bool is_finite) const;
   double clip_factor(const StepReport& report) const;
@@ -166,6 +173,7 @@ class Trainer {
   RunConfig config_;
   BatchSource source_;
   ShardedOptimizer optimizer_;
+  GradientNorms gradient_norms_;
   Schedule schedule_;
   LossScaleRule loss_scale_rule_;
   SpikeRule spike_rule_;

@@ -121,6 +121,23 @@ HWY_INLINE Lanes<double> load_wide(const float* from, Part part) {
   return load_wide(local, Whole{});
 }
 
+/// The sums of |x| and of x^2 in `range`.
+std::array<double, 2> norm_sums_range(const Tensor& x, Range range) {
+  std::array<double, 2> sums{};
+  dispatch_accumulator(x.dtype(), [&]<class T>() {
+    const T* in = x.data<T>() + range.begin;
+    auto absolute = zero<double>();
+    auto squares = zero<double>();
+    for_columns<double>(range.size(), [&](int64_t i, auto use) HWY_ATTR {
+      const auto value = load_wide(in + i, use);
+      absolute = hn::Add(absolute, hn::Abs(value));
+      squares = hn::MulAdd(value, value, squares);
+    });
+    sums = {sum_lanes<double>(absolute), sum_lanes<double>(squares)};
+  });
+  return sums;
+}
+
 /// bins[b] += cuts of the squares in `range`. Every addition to a bin is exact, whatever its order.
 void cut_squares_range(const Tensor& x, const double* anchors, Range range, double* bins) {
   dispatch_accumulator(x.dtype(), [&]<class T>() {
@@ -164,6 +181,7 @@ namespace normformer::ops::cpu {
 HWY_EXPORT(adamw_range);
 HWY_EXPORT(absolute_max_range);
 HWY_EXPORT(cut_squares_range);
+HWY_EXPORT(norm_sums_range);
 
 namespace {
 
@@ -191,6 +209,16 @@ double absolute_max(Context& context, const Tensor& x) {
     largest = std::max(largest, of_run);
   }
   return largest;
+}
+
+void add_norm_sums(Context& context, const Tensor& x, const Tensor& sums) {
+  std::vector<std::array<double, 2>> of_runs(static_cast<size_t>(ceil_div(x.numel(), kRun)));
+  context.threads().parallel_for(x.numel(), kRun, [&](int64_t begin, int64_t end) {
+    of_runs[static_cast<size_t>(begin / kRun)] = HWY_DYNAMIC_DISPATCH(norm_sums_range)(x, Range{begin, end});
+  });
+  for (const auto& of_run : of_runs) {
+    for (size_t i = 0; i < 2; ++i) sums.data<double>()[i] += of_run[i];
+  }
 }
 
 void add_cut_squares(Context& context, const Tensor& x,

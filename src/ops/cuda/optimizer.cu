@@ -122,6 +122,33 @@ __global__ void absolute_max_kernel(const T* x, int64_t n, Accumulator<T>* large
   largest[blockIdx.x] = mine;
 }
 
+/// sums[block] = the sums of |x| and of x^2 of what is the block's.
+template <int N, class T>
+__global__ void norm_sums_kernel(const T* x, int64_t n, double* sums) {
+  double absolute = 0.0;
+  double squares = 0.0;
+  for_elements<N>(x, n, [&](T value) {
+    const auto wide = static_cast<double>(value);
+    absolute += std::fabs(wide);
+    squares += wide * wide;
+  });
+  absolute = block_sum(absolute);
+  squares = block_sum(squares);
+  if (threadIdx.x != 0) return;
+  sums[int64_t{blockIdx.x} * 2] = absolute;
+  sums[int64_t{blockIdx.x} * 2 + 1] = squares;
+}
+
+/// sums[0], sums[1] += those of all blocks. One block.
+__global__ void add_block_sums_kernel(const double* of_blocks, int64_t blocks, double* sums) {
+  for (int column = 0; column < 2; ++column) {
+    double mine = 0.0;
+    for (int64_t b = threadIdx.x; b < blocks; b += kThreads) mine += of_blocks[b * 2 + column];
+    mine = block_sum(mine);
+    if (threadIdx.x == 0) sums[column] += mine;
+  }
+}
+
 /// The multiple of 2^(k - 52) nearest to x, where anchor is 1.5 * 2^k. Rounded addition by addition: a fused
 /// or reordered one would not cut.
 __device__ inline double cut(double x, double anchor) { return __dsub_rn(__dadd_rn(x, anchor), anchor); }
@@ -195,6 +222,21 @@ double absolute_max(Context& context, const Tensor& x) {
     for (const A of_block : read<A>(of_blocks)) largest = std::max(largest, static_cast<double>(of_block));
   });
   return largest;
+}
+
+void add_norm_sums(Context& context, const Tensor& x, const Tensor& sums) {
+  cpu::dispatch_accumulator(x.dtype(), [&]<class T>() {
+    constexpr int kN = kPack<T>;
+    const int64_t n = x.numel();
+    const T* in = x.data<T>();
+    const bool packs = can_pack<kN>(0, in);
+    const LaunchShape shape = flat(packs ? n / kN : n);
+    const Tensor of_blocks = context.empty({shape.blocks, 2}, DType::f64, MemoryUse::workspace);
+    const auto kernel = packs ? norm_sums_kernel<kN, T> : norm_sums_kernel<1, T>;
+    launch(context, shape, kernel, in, n, of_blocks.data<double>());
+    launch(context, {.blocks = 1, .threads = kThreads}, add_block_sums_kernel, of_blocks.data<double>(),
+           shape.blocks, sums.data<double>());
+  });
 }
 
 void add_cut_squares(Context& context, const Tensor& x, const std::array<double, kBins>& anchors,

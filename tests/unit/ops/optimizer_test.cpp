@@ -193,6 +193,38 @@ TEST(AbsoluteMax, FindsTheLargestAndShowsWhatIsNotFinite) {
   }
 }
 
+TEST(NormSums, AddWhatLongDoubleAddsAndThreadsDoNotMatter) {
+  for (const DType dtype : {DType::f32, DType::f64}) {
+    for (const int64_t n : {1, 5, 33, 770, 40001}) {
+      std::vector<Tensor> all;
+      for (const int threads : {1, 3}) {
+        Context context(test_device(), threads);
+        const Tensor x = random_tensor(context, dtype, {n}, 7);
+        Real absolute = 2;
+        Real squares = 3;
+        for (const Real value : reals(x)) {
+          absolute += std::abs(value);
+          squares += value * value;
+        }
+        const Tensor sums = tensor_of(context, DType::f64, {2}, {2.0, 3.0});
+        add_norm_sums(context, x, sums);
+        const Reals got = reals(sums);
+        EXPECT_NEAR(static_cast<double>(got[0] / absolute), 1.0, 1e-14) << n;
+        EXPECT_NEAR(static_cast<double>(got[1] / squares), 1.0, 1e-14) << n;
+        all.push_back(sums);
+        expect_same_bits(all.back(), all.front(), "sums");
+      }
+    }
+  }
+  Context context(test_device(), 1);
+  const Tensor sums = tensor_of(context, DType::f64, {2}, {2.0, 3.0});
+  add_norm_sums(context, context.empty({0}, DType::f32), sums);
+  EXPECT_EQ(reals(sums), (Reals{2.0, 3.0}));
+  add_norm_sums(context, tensor_of(context, DType::f32, {2}, {1.0, std::nan("")}), sums);
+  EXPECT_TRUE(std::isnan(reals(sums)[0]));
+  EXPECT_TRUE(std::isnan(reals(sums)[1]));
+}
+
 /// The sum of squares of `values` cut into shards, each added by itself below its own largest, then the
 /// shards' bins.
 OrderFreeSumOfSquares sum_of(DType dtype, const std::vector<double>& values, const std::vector<size_t>& cuts,
