@@ -8,10 +8,11 @@
 #include <limits>
 #include <vector>
 
-#include <nlohmann/json.hpp>
 #include <unistd.h>
 
 #include "normformer/core/log.h"
+
+#include "json_lines.h"
 
 namespace normformer {
 
@@ -19,36 +20,10 @@ namespace {
 
 constexpr double kForget = 0.95;  // of what earlier steps count, after each step
 
-// JSON has no infinity; a reader sees null.
-nlohmann::ordered_json number(double value) {
-  if (!std::isfinite(value)) return nullptr;
-  return value;
-}
-
 // To the millisecond.
 double unix_seconds() {
   const auto now = std::chrono::system_clock::now().time_since_epoch();
   return 1e-3 * static_cast<double>(std::chrono::duration_cast<std::chrono::milliseconds>(now).count());
-}
-
-struct KeptLines {
-  std::vector<std::string> lines;
-  int64_t validated_at = -1;  // batch index of the last one that is a validation's
-};
-
-// Without torn and foreign lines.
-KeptLines lines_up_to(const std::filesystem::path& path, int64_t batch_index) {
-  KeptLines kept;
-  std::ifstream file(path);
-  for (std::string line; std::getline(file, line);) {
-    const auto parsed = nlohmann::json::parse(line, nullptr, false);
-    if (!parsed.is_object() || !parsed.contains("batch") || !parsed["batch"].is_number_integer()) continue;
-    const auto batch = parsed["batch"].get<int64_t>();
-    if (batch > batch_index) continue;
-    if (parsed.value("kind", nlohmann::json()) == "validation") kept.validated_at = batch;
-    kept.lines.push_back(line);
-  }
-  return kept;
 }
 
 std::string skipped_text(const TrainingCounters& counters, SkipReason reason) {
@@ -79,27 +54,12 @@ Speed Speedometer::enter_step(int64_t tokens, int64_t updates_left) {
   return {rate, rate * flops_per_token_, seconds_ / steps_ * static_cast<double>(updates_left)};
 }
 
-MetricsFile::MetricsFile(const std::filesystem::path& path, const TrainingCounters& counters) : path_(path) {
-  const KeptLines kept = lines_up_to(path, counters.batch_index);
-  validated_at_ = kept.validated_at;
-  const std::filesystem::path next = path.string() + ".tmp";
-  {
-    std::ofstream rewritten(next, std::ios::trunc);
-    for (const std::string& line : kept.lines) rewritten << line << '\n';
-    if (!rewritten.flush()) throw IoError(fmt::format("cannot write {}: {}", next.string(), system_reason()));
-  }
-  std::filesystem::rename(next, path);
-  file_.open(path, std::ios::app);
-  if (!file_) throw IoError(fmt::format("cannot open {}: {}", path.string(), system_reason()));
-}
+MetricsFile::MetricsFile(const std::filesystem::path& path, const TrainingCounters& counters)
+    : lines_(std::make_unique<JsonLines>(path, counters.batch_index, [this](const nlohmann::json& line) {
+        if (line.value("kind", nlohmann::json()) == "validation") validated_at_ = line["batch"];
+      })) {}
 
-void MetricsFile::write_line(const std::string& line) {
-  file_ << line << std::endl;
-  if (file_) return;
-  // Metrics are not worth a run: a full disk is said once a line, and training goes on.
-  log_root(LogLevel::warning, "cannot write {}: {}", path_.string(), system_reason());
-  file_.clear();
-}
+MetricsFile::~MetricsFile() = default;
 
 void MetricsFile::write_step(const FinishedStep& step, const Speed& speed) {
   const TrainingCounters& counters = step.counters;
@@ -110,8 +70,8 @@ void MetricsFile::write_step(const FinishedStep& step, const Speed& speed) {
   line["batch"] = counters.batch_index;
   line["update"] = counters.updates;
   line["tokens"] = counters.tokens;
-  line["loss"] = number(report.loss);
-  line["gradient_norm"] = number(report.gradient_norm);
+  line["loss"] = json_number(report.loss);
+  line["gradient_norm"] = json_number(report.gradient_norm);
   line["lr"] = report.lr;
   line["skipped"] = report.skipped;
   if (report.skipped) line["reason"] = name_of(report.reason);
@@ -129,7 +89,7 @@ void MetricsFile::write_step(const FinishedStep& step, const Speed& speed) {
     line["compute_max"] = compute.largest;
     line["slowest_rank"] = compute.slowest_rank;
   }
-  write_line(line.dump());
+  lines_->write(line);
 }
 
 void MetricsFile::write_rollback(const FinishedStep& from, const TrainingCounters& to,
@@ -142,7 +102,7 @@ void MetricsFile::write_rollback(const FinishedStep& from, const TrainingCounter
   line["reason"] = name_of(from.report.reason);
   line["from_update"] = from.counters.updates;
   line["first_left_out"] = first_left_out;
-  write_line(line.dump());
+  lines_->write(line);
 }
 
 void MetricsFile::write_validation(const TrainingCounters& counters, const EvaluationResult& result) {
@@ -154,10 +114,10 @@ void MetricsFile::write_validation(const TrainingCounters& counters, const Evalu
   line["batch"] = counters.batch_index;
   line["update"] = counters.updates;
   line["tokens"] = counters.tokens;
-  line["loss"] = number(result.mean());
-  line["perplexity"] = number(std::exp(result.mean()));
+  line["loss"] = json_number(result.mean());
+  line["perplexity"] = json_number(std::exp(result.mean()));
   line["targets"] = result.tokens;
-  write_line(line.dump());
+  lines_->write(line);
 }
 
 StatusLine::StatusLine(int64_t updates, int64_t every)

@@ -16,6 +16,7 @@
 #include "normformer/training/run_checkpoint.h"
 #include "normformer/training/run_data.h"
 #include "normformer/training/run_signals.h"
+#include "normformer/training/statistics.h"
 #include "normformer/training/trainer.h"
 #include "normformer/training/watchdog.h"
 
@@ -68,6 +69,7 @@ class TrainingRun {
   void show_profile();
   void validate();
   void check_replicas();
+  void record_distributions();
   void begin_save();
   void finish_save();
   void tell(const std::optional<SaveResult>& result);
@@ -92,8 +94,9 @@ class TrainingRun {
   std::optional<ModelInstance> model_;
   std::optional<Trainer> trainer_;
   std::optional<RunCheckpoints> checkpoints_;
-  std::optional<MetricsFile> metrics_;  // rank 0 only
-  std::optional<StatusLine> status_;    // rank 0 only
+  std::optional<MetricsFile> metrics_;        // rank 0 only
+  std::optional<StatisticsFile> statistics_;  // rank 0 only
+  std::optional<StatusLine> status_;          // rank 0 only
   Profiler profiler_;
   Speedometer speedometer_;
   // Rank 0's, with every rank's host.
@@ -253,7 +256,8 @@ void TrainingRun::settle() { enter(trainer_->settle()); }
 bool TrainingRun::has_to_settle() const {
   return !config_.optimizer.optimistic || stop_wanted_ || save_is_wanted() ||
          trainer_->counters().updates >= config_.train.updates || is_due(config_.train.valid_every) ||
-         is_due(config_.checkpoint.every) || is_due(config_.health.replica_check_every);
+         is_due(config_.checkpoint.every) || is_due(config_.health.replica_check_every) ||
+         is_due(config_.metrics.distributions_every);
 }
 
 bool TrainingRun::is_due(int64_t every) const {
@@ -272,6 +276,8 @@ void TrainingRun::enter(const std::optional<FinishedStep>& step) {
   redone_ += report.redone ? 1 : 0;
   const Speed speed = speedometer_.enter_step(report.tokens, config_.train.updates - counters.updates);
   if (metrics_) metrics_->write_step(*step, speed);
+  if (statistics_ && !report.skipped && !step->gradient_norms.empty())
+    statistics_->write_gradients(counters, trainer_->gradient_norms().names(), step->gradient_norms);
   if (status_) status_->show_step(counters, report, speed);
   last_numbers_ = {{"loss", report.loss}, {"gradient_norm", report.gradient_norm}};
   tell(checkpoints_->writer().advance(step->save_progress));
@@ -421,6 +427,13 @@ void TrainingRun::check_replicas() {
   }
 }
 
+void TrainingRun::record_distributions() {
+  if (config_.metrics.distributions_every == 0) return;
+  const TraceScope scope(context_, TraceKind::step, "distributions of scales");
+  const auto scales = scale_distributions(*trainer_, master_dtype(config_.train.precision));
+  if (statistics_) statistics_->write_distributions(trainer_->counters(), scales);
+}
+
 void TrainingRun::begin_save() {
   finish_save();
   const TraceScope scope(context_, TraceKind::step, "saving a checkpoint");
@@ -499,7 +512,10 @@ ExitCode TrainingRun::run() {
     dump_gradients();
     return ExitCode::success;
   }
-  if (is_root()) metrics_.emplace(folder_.metrics(), trainer_->counters());
+  if (is_root()) {
+    metrics_.emplace(folder_.metrics(), trainer_->counters());
+    statistics_.emplace(folder_.statistics(), trainer_->counters());
+  }
   start_watching_stragglers(mesh);
 
   bool validated = false;
@@ -513,6 +529,7 @@ ExitCode TrainingRun::run() {
     validated = !skipped_ && is_due(config_.train.valid_every);
     const bool saves = !skipped_ && (is_due(config_.checkpoint.every) || save_is_wanted());
     if (validated) validate();
+    if (!skipped_ && is_due(config_.metrics.distributions_every)) record_distributions();
     const bool stops = stop_is_wanted();
     if (stops || saves)
       begin_save();
@@ -523,6 +540,7 @@ ExitCode TrainingRun::run() {
     if (validated || saves) speedometer_.resume();
   }
   if (!validated) validate();
+  record_distributions();
   if (saving_at_ != trainer_->counters().batch_index) begin_save();
   return finish(ExitCode::success);
 }

@@ -39,7 +39,8 @@ class Resume(unittest.TestCase):
     def check(self, folder, degrees, precision, updates, rng):
         tensor, pipeline, data, more = degrees
         ranks = tensor * pipeline * data * more.get("parallel__context", 1)
-        settings = dict(layout(tensor, pipeline, data), **more, train__precision=f'"{precision}"', train__updates=updates)
+        settings = dict(layout(tensor, pipeline, data), **more, train__precision=f'"{precision}"', train__updates=updates,
+                        metrics__gradient_norms_every=3, metrics__distributions_every=10)
         if precision.startswith("fp16"):  # falls, and rises until it overflows again
             settings.update(train__loss_scale_init=2.0**24, train__loss_scale_window=4)
         straight = folder.config("straight", **settings)
@@ -58,6 +59,8 @@ class Resume(unittest.TestCase):
             self.assertLess(metrics(folder.path / "stopped")[-1]["update"], updates)
             run(["train", stopped, "--resume"], ranks, expect=0)
             self.assertEqual(losses(folder.path / "straight"), losses(folder.path / "stopped"))
+            self.assertEqual((folder.path / "straight" / "statistics.jsonl").read_text(),
+                             (folder.path / "stopped" / "statistics.jsonl").read_text())
             if precision.startswith("fp16"):
                 overflows = [line["update"] for line in metrics(folder.path / "straight") if line.get("skipped")]
                 self.assertGreater(sum(update > wanted for update in overflows), 0)

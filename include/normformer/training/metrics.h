@@ -3,7 +3,7 @@
 #include <chrono>
 #include <cstdint>
 #include <filesystem>
-#include <fstream>
+#include <memory>
 #include <optional>
 #include <string>
 
@@ -39,6 +39,8 @@ class Speedometer {
   double steps_ = 0.0;
 };
 
+class JsonLines;
+
 /// A run's metrics as JSON lines: one object a step, a validation, a rollback. Written by rank 0 only;
 /// flushed line by line, so that a killed run leaves at most one torn line, which open() drops.
 class MetricsFile {
@@ -47,6 +49,7 @@ class MetricsFile {
   /// lost) are dropped, so that a resumed run leaves the file that an uninterrupted one would. Throws
   /// IoError.
   MetricsFile(const std::filesystem::path& path, const TrainingCounters& counters);
+  ~MetricsFile();
 
   void write_step(const FinishedStep& step, const Speed& speed);
 
@@ -58,11 +61,8 @@ class MetricsFile {
   void write_rollback(const FinishedStep& from, const TrainingCounters& to, int64_t first_left_out);
 
  private:
-  void write_line(const std::string& line);
-
-  std::filesystem::path path_;
-  std::ofstream file_;
   int64_t validated_at_ = -1;  // batch index of the newest validation
+  std::unique_ptr<JsonLines> lines_;
 };
 
 /// What a person watches: a line that is redrawn on a terminal, or plain lines elsewhere.
