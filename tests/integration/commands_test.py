@@ -145,6 +145,57 @@ class Commands(unittest.TestCase):
                 scale = math.sqrt(sum(b * b for b in theirs)) or 1.0
                 self.assertLess(difference, 1e-11 * max(scale, 1e-3), name)
 
+    def test_statistics_are_those_of_the_gradients_and_weights_under_every_layout(self):
+        expected = None
+        for degrees in [(1, 1, 1, 1), (2, 1, 3, 1), (1, 2, 1, 2), (3, 1, 1, 1)]:
+            name = "statistics_" + "".join(map(str, degrees))
+            config = self.folder.config(name, train__precision='"fp64"', train__updates=6, metrics__gradient_norms_every=1,
+                                        metrics__distributions_every=4, parallel__sharding='"parameters"')
+            run(["train", config, *layout_flags(degrees)], math.prod(degrees), expect=0)
+            lines = [json.loads(line) for line in (self.folder.path / name / "statistics.jsonl").read_text().splitlines()]
+            self.assertEqual([(line["kind"], line["update"]) for line in lines if line["kind"] == "distributions"],
+                             [("distributions", 4), ("distributions", 6)])
+            if expected is None:
+                expected = lines
+                gradients, weights = self.folder.path / "of_first.safetensors", self.folder.path / "of_last.safetensors"
+                run(["train", config, "--dump-gradients", gradients], expect=0)
+                run(["checkpoint", "export", self.folder.path / name, weights, "--dtype", "f64"], expect=0)
+                self.check_statistics(lines, read_safetensors(gradients), read_safetensors(weights))
+            self.assertEqual(len(lines), len(expected))
+            for ours, theirs in zip(lines, expected):
+                self.assert_same_statistics(ours, theirs)
+
+    def check_statistics(self, lines, gradients, weights):
+        """Against sums and percentiles that are taken here."""
+        norms = lines[0]["parameters"]
+        self.assertEqual(norms.keys(), gradients.keys())
+        for name, tensor in gradients.items():
+            values = numbers(tensor)
+            self.assertAlmostEqual(norms[name]["l1"] / sum(map(abs, values)), 1, delta=1e-9, msg=name)
+            self.assertAlmostEqual(norms[name]["l2"] / math.sqrt(sum(v * v for v in values)), 1, delta=1e-9, msg=name)
+        scales = lines[-1]["parameters"]
+        self.assertEqual(len(scales), 3 * 6 + 1)
+        for name, scale in scales.items():
+            values = sorted(numbers(weights[name]))
+            self.assertEqual([scale["count"], scale["min"], scale["max"]], [len(values), values[0], values[-1]], name)
+            self.assertAlmostEqual(scale["mean"], math.fsum(values) / len(values), delta=1e-12)
+            self.assertEqual(sum(scale["counts"]), len(values))
+            middle = (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
+            self.assertAlmostEqual(scale["p50"], middle, delta=1e-12)
+
+    def assert_same_statistics(self, ours, theirs):
+        self.assertEqual({k: v for k, v in ours.items() if k != "parameters"},
+                         {k: v for k, v in theirs.items() if k != "parameters"})
+        self.assertEqual(list(ours["parameters"]), list(theirs["parameters"]))
+        for name, values in theirs["parameters"].items():
+            if name.endswith("k_proj.bias"):  # rounding errors alone
+                continue
+            for key, value in values.items():
+                if key in ("counts", "bins", "count"):  # a value may fall on an edge
+                    continue
+                self.assertAlmostEqual(ours["parameters"][name][key], value, delta=1e-9 * abs(value) + 1e-15,
+                                       msg=f"{name} {key}")
+
     def test_perplexity_is_the_same_under_every_layout(self):
         text = self.folder.path / "text.txt"
         expected = None
