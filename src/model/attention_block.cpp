@@ -37,7 +37,8 @@ AttentionBlock<Stream>::AttentionBlock(const ModelEnvironment& environment, int6
       name_(layer_prefix(layer) + "self_attn"),
       store_(&store),
       boundary_(*environment.context, environment.tensor),
-      ring_(*environment.context, environment.sequences, environment.overlap_context) {
+      ring_(*environment.context, environment.sequences, environment.overlap_context),
+      qkv_norm_(environment_) {
   const ModelConfig& config = environment.config;
   const int64_t width = config.width;
   const Range channels = environment.head_channels();
@@ -53,6 +54,7 @@ AttentionBlock<Stream>::AttentionBlock(const ModelEnvironment& environment, int6
   q_bias_ = &declare.sharded_vector("self_attn.q_proj.bias", width, channels, init.qkv_bias);
   declare.sharded_vector("self_attn.k_proj.bias", width, channels, init.qkv_bias, true);
   declare.sharded_vector("self_attn.v_proj.bias", width, channels, init.qkv_bias, true);
+  if (config.qkv_norm) qkv_norm_.declare(declare);
   if (config.head_scale == HeadScale::paper) {
     head_scale_ =
         &declare.sharded_vector("c_attn", config.heads, environment.heads(), InitialValue::constant(1.0));
@@ -144,7 +146,8 @@ NormedStream<Stream> AttentionBlock<Stream>::forward(const MicroBatch& batch,
   const int64_t tokens = batch.num_tokens();
 
   const Placed<Replicated> input = boundary_.enter(stream.normed, tokens);
-  const Placed<FeatureSharded> qkv = qkv_linear().forward(input);
+  const Tensor product = qkv_linear().forward(input).tensor();
+  const Tensor qkv = config.qkv_norm ? qkv_norm_.forward(product, saved.qkv_norm) : product;
 
   saved.shape = {batch.sequences, batch.length, heads.size(), config.head_size(), heads.begin, true};
   saved.part = batch.part;
@@ -153,7 +156,7 @@ NormedStream<Stream> AttentionBlock<Stream>::forward(const MicroBatch& batch,
   saved.document_start = batch.document_start;
   saved.heads = context.empty({tokens, environment_.head_channels().size()}, environment_.dtype);
   saved.lse = context.empty({batch.sequences, heads.size(), batch.part.size()}, accumulator);
-  attend(saved, qkv.tensor());
+  attend(saved, qkv);
 
   const Placed<Stream> projected = boundary_.leave(output_linear().forward(scaled_heads(saved.heads)));
   saved.output_dropout = make_stream_dropout(environment_, batch, DropoutSite::attention_output, layer_,
@@ -166,7 +169,7 @@ NormedStream<Stream> AttentionBlock<Stream>::forward(const MicroBatch& batch,
   const NormedStream<Stream> made = sublayer_forward(environment_, parts, projected, stream.x,
                                                      saved.output_mean, saved.output_rstd, next_norm_);
   if (!normalises_again()) saved.input = stream.normed.tensor();
-  saved.qkv = qkv.tensor();
+  saved.qkv = qkv;
   // Without a norm or head scale behind it the product is not needed again: bias and dropout are linear.
   if (config.post_attention_norm || config.head_scale == HeadScale::fairseq)
     saved.projected = projected.tensor();
@@ -200,6 +203,7 @@ StartedGradient<Stream> AttentionBlock<Stream>::start_backward_input(Saved& save
   }
   saved.dqkv = context.empty(saved.qkv.shape(), environment_.dtype);
   attend_backward(saved, dheads);
+  if (environment_.config.qkv_norm) qkv_norm_.backward(saved.dqkv, saved.qkv_norm);
   saved.qkv = {};
   saved.lse = {};
   return {start_enter_backward(boundary_, qkv_linear().backward_input(Placed<FeatureSharded>(saved.dqkv)),

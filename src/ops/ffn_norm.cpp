@@ -148,6 +148,39 @@ void normalise_backward_sums(Context& context, const Tensor& d, const Tensor& h,
   NF_ON_DEVICE(normalise_backward_sums, context, d, h, mean, rstd, gamma, sums);
 }
 
+void feature_sums(Context& context, const Tensor& h, const Tensor& sums) {
+  constexpr std::string_view kName = "feature_sums";
+  const Shape shape = matrix_shape(kName, "h", h);
+  Arguments arguments(context, kName, h.dtype());
+  arguments.model("h", h, shape);
+  arguments.accumulator("sums", sums, {shape[0], 2});
+  context.costs().record(kName, 3 * h.numel(), arguments.bytes());
+  if (context.is_meta() || shape[0] == 0) return;
+  NF_ON_DEVICE(feature_sums, context, h, sums);
+}
+
+void normalise_backward(Context& context, const Tensor& d, const Tensor& h, const Tensor& mean,
+                        const Tensor& rstd, const Tensor& gamma, const Tensor& means, const Tensor& dh,
+                        const Tensor& dgamma, const Tensor& dbeta) {
+  constexpr std::string_view kName = "normalise_backward";
+  const Shape shape = matrix_shape(kName, "d", d);
+  Arguments arguments(context, kName, d.dtype());
+  arguments.model("d", d, shape);
+  arguments.model("h", h, shape);
+  arguments.accumulator("mean", mean, {shape[0]});
+  arguments.accumulator("rstd", rstd, {shape[0]});
+  arguments.model("gamma", gamma, {shape[1]});
+  arguments.accumulator("means", means, {shape[0], 2});
+  arguments.model("dh", dh, shape);
+  arguments.accumulator("dgamma", dgamma, {shape[1]}, 2);
+  arguments.accumulator("dbeta", dbeta, {shape[1]}, 2);
+  context.costs().record(kName, 10 * d.numel(), arguments.bytes());
+  const Tensor partials = context.empty({RowBlocks(shape[0]).count, 2 * shape[1]}, accumulator_of(d.dtype()),
+                                        MemoryUse::workspace);
+  if (context.is_meta() || d.numel() == 0) return;
+  NF_ON_DEVICE(normalise_backward, context, d, h, mean, rstd, gamma, means, dh, dgamma, dbeta, partials);
+}
+
 void split_means(Context& context, const Tensor& sums, int64_t features, const Tensor& mean_g,
                  const Tensor& mean_gx) {
   constexpr std::string_view kName = "split_means";

@@ -248,10 +248,12 @@ double norm_of(const std::vector<double>& values) {
   return std::sqrt(sum);
 }
 
-// "k_proj.bias" has no gradient in exact arithmetic; its rounding errors are held against its weight's.
+// What keys have in common has no gradient in exact arithmetic; its rounding errors are held against its
+// weight's.
+bool is_zero(const std::string& name) { return name.ends_with("k_proj.bias") || name.ends_with("k_ln.bias"); }
+
 double scale_of(const Outcome& expected, const std::string& name) {
-  const std::string zero = "k_proj.bias";
-  const std::string of = name.ends_with(zero) ? name.substr(0, name.size() - 4) + "weight" : name;
+  const std::string of = is_zero(name) ? name.substr(0, name.size() - 4) + "weight" : name;
   return norm_of(expected.gradients.at(of));
 }
 
@@ -266,7 +268,7 @@ void expect_same_parameter_norms(const Outcome& got, const Outcome& expected) {
       const std::string& name = expected.parameters[p];
       const ParameterNorms& norms = got.parameter_norms[i][p];
       squares += norms.l2 * norms.l2;
-      if (name.ends_with("k_proj.bias")) continue;  // rounding errors alone
+      if (is_zero(name)) continue;  // rounding errors alone
       EXPECT_NEAR(norms.l1, expected.parameter_norms[i][p].l1, 1e-10 * norms.l1) << name << ", step " << i;
       EXPECT_NEAR(norms.l2, expected.parameter_norms[i][p].l2, 1e-10 * norms.l2) << name << ", step " << i;
       if (i > 0) continue;
@@ -308,6 +310,24 @@ TEST(LayoutMatrix, AllPairsOfChoicesEqualOneProcess) {
     if (HasFailure()) return;
   }
   std::printf("%zu layouts\n", choices.size());
+}
+
+// LayerNorms on queries, keys and values, over the degrees that split their channels or tokens.
+TEST(LayoutMatrix, NormedQueriesKeysAndValuesEqualOneProcess) {
+  const auto with_norms = [](RunConfig config) {
+    config.model.qkv_norm = true;
+    return config;
+  };
+  RunConfig alone = with_norms(config_of({}));
+  alone.train.micro_batch = alone.train.global_batch;
+  const Outcome expected = outcome_of(alone, {});
+  std::vector<Choice> choices = all_pairs();
+  std::erase_if(choices, [i = 0](const Choice&) mutable { return i++ % 6 != 0; });
+  for (const Choice& c : choices) {
+    SCOPED_TRACE(describe(c));
+    expect_same_run(outcome_of(with_norms(config_of(c)), degrees_of(c)), expected);
+    if (HasFailure()) return;
+  }
 }
 
 // What only moves work elsewhere in time changes no bit, in the types that are trained in.

@@ -148,10 +148,9 @@ double mean_nll(Run& run) {
   return evaluate(run.model, run.config, source, run.fixture.sequences).mean();
 }
 
-// "...k_proj.bias" has no gradient in exact arithmetic: it is held against its weight's.
+// What keys have in common has no gradient in exact arithmetic: it is held against its weight's.
 std::string scale_of(const std::string& name) {
-  const std::string zero = "k_proj.bias";
-  if (!name.ends_with(zero)) return {};
+  if (!name.ends_with("k_proj.bias") && !name.ends_with("k_ln.bias")) return {};
   return name.substr(0, name.size() - 4) + "weight";
 }
 

@@ -2,6 +2,7 @@
 
 #include "normformer/context_parallel/ring_attention.h"
 #include "normformer/model/environment.h"
+#include "normformer/model/qkv_norm.h"
 #include "normformer/ops/attention.h"
 #include "normformer/ops/sublayer.h"
 #include "normformer/tensor_parallel/linear.h"
@@ -12,8 +13,9 @@ namespace normformer {
 /// The attention sub-layer with its LayerNorms and residual (NormFormer, section 2):
 ///   pre:  x + drop(LN_post(scale(W_o attention(LN(x)) + b_o)))
 ///   post: LN(x + drop(...)), the sub-layer reading x itself.
-/// Head scale acts before W_o (`paper`) or after it (`fairseq`); LN_post where post_attention_norm is set.
-/// Heads are split over the tensor-parallel group, in whole heads.
+/// With qkv_norm, attention reads LayerNorms of queries, keys and values. Head scale acts before W_o
+/// (`paper`) or after it (`fairseq`); LN_post where post_attention_norm is set. Heads are split over the
+/// tensor-parallel group, in whole heads.
 template <class Stream>
 class AttentionBlock {
  public:
@@ -25,9 +27,10 @@ class AttentionBlock {
     ops::Dropout probabilities_dropout;
     ops::Dropout output_dropout;
     Tensor document_start;
-    NormSaved norm;      // the sub-layer's own LayerNorm
-    Tensor input;        // [n, D]: what the projections read; not kept where it is made again
-    Tensor qkv;          // [N, 3 * channels of this rank]
+    NormSaved norm;  // the sub-layer's own LayerNorm
+    Tensor input;    // [n, D]: what the projections read; not kept where it is made again
+    Tensor qkv;      // [N, 3 * channels of this rank]: what attention read
+    QkvNorm::Saved qkv_norm;
     Tensor heads;        // [N, channels of this rank]: attention's output, before head scale
     Tensor lse;          // [B, heads of this rank, tokens of a sequence here]
     Tensor projected;    // [n, D]: the reduced output of W_o, without bias
@@ -89,6 +92,7 @@ class AttentionBlock {
   NormParameters next_norm_;       // made of the output: in the Post-LN model norm_
   Parameter* q_weight_ = nullptr;  // followed by k's and v's: one matrix [3 * channels, D]
   Parameter* q_bias_ = nullptr;
+  QkvNorm qkv_norm_;
   Parameter* head_scale_ = nullptr;
   Parameter* output_weight_ = nullptr;
   Parameter* output_bias_ = nullptr;

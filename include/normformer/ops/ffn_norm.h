@@ -4,7 +4,7 @@
 
 namespace normformer::ops {
 
-// The LayerNorm between the activation and fc2 when its F_total features are split over ranks
+// LayerNorms whose F_total features are split over ranks: above all the one between the activation and fc2
 // (docs/ffn-layernorm.md). N tokens, D residual channels, F this rank's features. T: the model's type, A:
 // accumulator_of(T). With h' = gamma * h, z = h' W2^T summed over ranks, c = W2 gamma and e = W2 beta + b2
 // (both summed over ranks):
@@ -49,6 +49,17 @@ void normalise(Context& context, const Tensor& h, const Tensor& mean, const Tens
 /// g * xhat with xhat = rstd * (h - mean).
 void normalise_backward_sums(Context& context, const Tensor& d, const Tensor& h, const Tensor& mean,
                              const Tensor& rstd, const Tensor& gamma, const Tensor& sums);
+
+/// sums[N, 2] (A, written): of h[N, F] and of h^2 over this rank's features.
+void feature_sums(Context& context, const Tensor& h, const Tensor& sums);
+
+/// The plain form's backward, given means[N, 2] (A) of g = gamma * d and g * xhat over all features:
+///   dh = rstd * (g - mean_g - xhat * mean_gx) of T, dgamma[F] += sum over tokens of d * xhat, dbeta[F] += of
+///   d (A).
+/// dh may be d. The same bits for any number of threads.
+void normalise_backward(Context& context, const Tensor& d, const Tensor& h, const Tensor& mean,
+                        const Tensor& rstd, const Tensor& gamma, const Tensor& means, const Tensor& dh,
+                        const Tensor& dgamma, const Tensor& dbeta);
 
 /// mean_g[N], mean_gx[N] = columns of sums[N, 2] divided by `features`. All of A.
 void split_means(Context& context, const Tensor& sums, int64_t features, const Tensor& mean_g,

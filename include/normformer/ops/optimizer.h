@@ -32,8 +32,8 @@ void adamw(Context& context, const AdamW& step, const Tensor& gradient, const Te
 /// The largest |x|; +inf where any element is infinite or not a number; 0 for no elements and on meta.
 double absolute_max(Context& context, const Tensor& x);
 
-/// sums[0] += sum of |x|, sums[1] += sum of x^2, for x of f32 or f64, in fp64; the same bits for any number of
-/// threads. sums is f64 [2]; a GPU is not waited for.
+/// sums[0] += sum of |x|, sums[1] += sum of x^2, for x of f32 or f64, in fp64; the same bits for any number
+/// of threads. sums is f64 [2]; a GPU is not waited for.
 void add_norm_sums(Context& context, const Tensor& x, const Tensor& sums);
 
 /// A sum of squares that does not depend on the order or grouping of its terms: each term is cut at multiples

@@ -189,6 +189,59 @@ void normalise_backward_sums_rows(const Tensor& d, const Tensor& h, const Tensor
   });
 }
 
+void feature_sums_rows(const Tensor& h, const Tensor& sums, Range rows) {
+  const int64_t columns = h.dim(1);
+  dispatch_floating(h.dtype(), [&]<class T>() {
+    using A = Accumulator<T>;
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      const T* row = h.data<T>() + r * columns;
+      auto sum = zero<A>();
+      auto squares = zero<A>();
+      for_columns<A>(columns, [&](int64_t i, auto use) HWY_ATTR {
+        const auto value = load_ahead(row + i, use);
+        sum = hn::Add(sum, value);
+        squares = hn::MulAdd(value, value, squares);
+      });
+      sums.data<A>()[2 * r] = sum_lanes<A>(sum);
+      sums.data<A>()[2 * r + 1] = sum_lanes<A>(squares);
+    }
+  });
+}
+
+template <class T, class A = Accumulator<T>>
+void normalise_backward_row(int64_t columns, const T* d, const T* h, A mean, A rstd, const T* gamma,
+                            const A* means, T* dh, A* dgamma, A* dbeta) {
+  const auto mean_lanes = set<A>(mean);
+  const auto rstd_lanes = set<A>(rstd);
+  const auto mean_g = set<A>(means[0]);
+  const auto mean_gx = set<A>(means[1]);
+  for_columns<A>(columns, [&](int64_t i, auto use) HWY_ATTR {
+    const auto d_lanes = load_ahead(d + i, use);
+    const auto normed = hn::Mul(rstd_lanes, hn::Sub(load_ahead(h + i, use), mean_lanes));
+    const auto g = hn::Mul(load(gamma + i, use), d_lanes);
+    add_to(dgamma + i, hn::Mul(d_lanes, normed), use);
+    add_to(dbeta + i, d_lanes, use);
+    store(hn::Mul(rstd_lanes, hn::NegMulAdd(normed, mean_gx, hn::Sub(g, mean_g))), dh + i, use);
+  });
+}
+
+void normalise_backward_rows(const Tensor& d, const Tensor& h, const Tensor& mean, const Tensor& rstd,
+                             const Tensor& gamma, const Tensor& means, const Tensor& dh,
+                             const Tensor& partials, int64_t block, Range rows) {
+  const int64_t columns = d.dim(1);
+  dispatch_floating(d.dtype(), [&]<class T>() {
+    using A = Accumulator<T>;
+    A* dgamma = partials.data<A>() + block * 2 * columns;
+    std::fill_n(dgamma, 2 * columns, A{0});
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      const int64_t at = r * columns;
+      normalise_backward_row<T>(columns, d.data<T>() + at, h.data<T>() + at, mean.data<A>()[r],
+                                rstd.data<A>()[r], gamma.data<T>(), means.data<A>() + 2 * r,
+                                dh.data<T>() + at, dgamma, dgamma + columns);
+    }
+  });
+}
+
 }  // namespace normformer::ops::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
@@ -201,6 +254,8 @@ HWY_EXPORT(fold_backward_rows);
 HWY_EXPORT(fold_correction_rows);
 HWY_EXPORT(normalise_rows);
 HWY_EXPORT(normalise_backward_sums_rows);
+HWY_EXPORT(feature_sums_rows);
+HWY_EXPORT(normalise_backward_rows);
 
 namespace {
 
@@ -274,6 +329,23 @@ void normalise_backward_sums(Context& context, const Tensor& d, const Tensor& h,
   context.threads().parallel_for(d.dim(0), row_grain(d.dim(1)), [&](int64_t begin, int64_t end) {
     HWY_DYNAMIC_DISPATCH(normalise_backward_sums_rows)(d, h, mean, rstd, gamma, sums, Range{begin, end});
   });
+}
+
+void feature_sums(Context& context, const Tensor& h, const Tensor& sums) {
+  context.threads().parallel_for(h.dim(0), row_grain(h.dim(1)), [&](int64_t begin, int64_t end) {
+    HWY_DYNAMIC_DISPATCH(feature_sums_rows)(h, sums, Range{begin, end});
+  });
+}
+
+void normalise_backward(Context& context, const Tensor& d, const Tensor& h, const Tensor& mean,
+                        const Tensor& rstd, const Tensor& gamma, const Tensor& means, const Tensor& dh,
+                        const Tensor& dgamma, const Tensor& dbeta, const Tensor& partials) {
+  for_row_blocks(context, RowBlocks(d.dim(0)), d.dim(0), [&](int64_t block, Range rows) {
+    HWY_DYNAMIC_DISPATCH(normalise_backward_rows)
+    (d, h, mean, rstd, gamma, means, dh, partials, block, rows);
+  });
+  add_blocks(context, partials, 0, dgamma);
+  add_blocks(context, partials, d.dim(1), dbeta);
 }
 
 void split_means(Context& context, const Tensor& sums, int64_t features, const Tensor& mean_g,

@@ -329,6 +329,38 @@ struct NormaliseBackwardSums {
   }
 };
 
+template <class T, int N>
+struct FeatureSums {
+  using A = Accumulator<T>;
+  static constexpr int kN = N;
+  struct Columns {};
+  struct Row {};
+  using Elements = Pack<T, N>;
+
+  const T* h;
+  A* sums;
+  int64_t width;
+
+  __device__ Columns columns(int64_t) const { return {}; }
+  __device__ Row row(int64_t) const { return {}; }
+  __device__ Elements load(int64_t row, int64_t column) const { return pack_at<N>(h, row * width + column); }
+
+  __device__ void terms(const Columns&, const Elements& elements, const Row&, int64_t, int64_t,
+                        A (&to)[2]) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const A value = widen(elements.values[i]);
+      to[0] += value;
+      to[1] += value * value;
+    }
+  }
+
+  __device__ void put(int64_t row, const A (&from)[2]) const {
+    sums[2 * row] = from[0];
+    sums[2 * row + 1] = from[1];
+  }
+};
+
 }  // namespace
 
 void norm_statistics(Context& context, const Tensor& sums, int64_t features, double eps, const Tensor& mean,
@@ -453,6 +485,17 @@ void normalise_backward_sums(Context& context, const Tensor& d, const Tensor& h,
       const NormaliseBackwardSums<T, N> op{from,           in,     mean.data<A>(), rstd.data<A>(), gammas,
                                            sums.data<A>(), columns};
       launch_row_sums(context, op, d.dim(0), columns);
+    });
+  });
+}
+
+void feature_sums(Context& context, const Tensor& h, const Tensor& sums) {
+  const int64_t columns = h.dim(1);
+  dispatch_floating(h.dtype(), [&]<class T>() {
+    using A = Accumulator<T>;
+    const T* in = h.data<T>();
+    with_packs<T>(can_pack<kPack<T>>(columns, in), [&]<int N>() {
+      launch_row_sums(context, FeatureSums<T, N>{in, sums.data<A>(), columns}, h.dim(0), columns);
     });
   });
 }

@@ -147,4 +147,24 @@ void layer_norm_backward(Context& context, const Tensor& dy, const Tensor& x, co
   });
 }
 
+void normalise_backward(Context& context, const Tensor& d, const Tensor& h, const Tensor& mean,
+                        const Tensor& rstd, const Tensor& gamma, const Tensor& means, const Tensor& dh,
+                        const Tensor& dgamma, const Tensor& dbeta, const Tensor& partials) {
+  const int64_t columns = h.dim(1);
+  dispatch_floating(h.dtype(), [&]<class T>() {
+    using A = Accumulator<T>;
+    const T* from = d.data<T>();
+    const T* in = h.data<T>();
+    const T* gammas = gamma.data<T>();
+    T* out = dh.data<T>();
+    const bool packs = can_pack<kPack<T>>(columns, from, in, gammas, out, partials.data<A>());
+    with_packs<T>(packs, [&]<int N>() {
+      const LayerNormBackward<T, N> op{from,    in,  gammas,  mean.data<A>(), rstd.data<A>(),
+                                       nullptr, out, columns, A(1),           means.data<A>()};
+      launch_tiles(context, op, h.dim(0), columns, partials_in<A, 2>(partials, columns));
+    });
+    add_blocks<A>(context, partials, std::array{ColumnSum{0, dgamma}, ColumnSum{columns, dbeta}});
+  });
+}
+
 }  // namespace normformer::ops::cuda

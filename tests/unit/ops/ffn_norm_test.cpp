@@ -1,5 +1,8 @@
 #include "normformer/ops/ffn_norm.h"
 
+#include "normformer/ops/columns.h"
+#include "normformer/ops/layer_norm.h"
+
 #include "support.h"
 
 namespace normformer::ops {
@@ -268,6 +271,69 @@ TEST(FfnNorm, NormaliseIsThePlainForm) {
       // Four roundings of numbers below 4 * 1.5 * 8.
       expect_rounded(h.flat(0, checked), want, {48}, 4, name_of_case(dtype, rows, columns));
     }
+  }
+}
+
+/// Of features that two ranks share, against the LayerNorm of all of them.
+TEST(FfnNorm, ThePlainFormOverPartsIsTheLayerNormOfAll) {
+  const int64_t n = 37;
+  const int64_t f = 53;
+  Context context(test_device(), 2);
+  const auto matrix = [&](unsigned seed) {
+    return random_tensor(context, DType::f64, {n, f}, seed, 0.3, 1.0);
+  };
+  const auto vector = [&](unsigned seed) { return random_tensor(context, DType::f64, {f}, seed, 0.5, 1.0); };
+  const Tensor x = matrix(1);
+  const Tensor dy = matrix(2);
+  const Tensor gamma = vector(3);
+  const Tensor beta = vector(4);
+  const Tensor y = context.empty({n, f}, DType::f64);
+  const Tensor dx = context.empty({n, f}, DType::f64);
+  const Tensor mean = context.empty({n}, DType::f64);
+  const Tensor rstd = context.empty({n}, DType::f64);
+  const Tensor dgamma = vector(5);
+  const Tensor dbeta = vector(6);
+  layer_norm_forward(context, x, gamma, beta, 1e-5, y, mean, rstd);
+  layer_norm_backward(context, dy, x, gamma, mean, rstd, {}, dx, dgamma, dbeta);
+
+  const std::vector<Range> parts = {{0, 16}, {16, f}};
+  const auto part_of = [&](const Tensor& whole, Range part) {
+    const Tensor cut = context.empty({n, part.size()}, DType::f64);
+    copy_columns(context, whole, part.begin, cut, 0, part.size());
+    return cut;
+  };
+  const auto sum_over_parts = [&](auto&& sums_of) {
+    const Tensor all = context.zeros({n, 2}, DType::f64);
+    for (const Range part : parts) {
+      const Tensor mine = unwritten(context, DType::f64, {n, 2});
+      sums_of(part, mine);
+      add(context, mine, all);
+    }
+    return all;
+  };
+  const Tensor sums =
+      sum_over_parts([&](Range part, const Tensor& mine) { feature_sums(context, part_of(x, part), mine); });
+  const Tensor mean_here = unwritten(context, DType::f64, {n});
+  const Tensor rstd_here = unwritten(context, DType::f64, {n});
+  norm_statistics(context, sums, f, 1e-5, mean_here, rstd_here);
+  expect_close(mean_here, reals(mean), 1e-14L, "mean");
+  expect_close(rstd_here, reals(rstd), 1e-13L, "rstd");
+  const Tensor means = sum_over_parts([&](Range part, const Tensor& mine) {
+    normalise_backward_sums(context, part_of(dy, part), part_of(x, part), mean, rstd,
+                            gamma.flat(part.begin, part.size()), mine);
+  });
+  scale(context, means, 1.0 / static_cast<double>(f));
+  for (const Range part : parts) {
+    const Tensor d = part_of(dy, part);
+    const Tensor dgamma_here =
+        random_tensor(context, DType::f64, {f}, 5, 0.5, 1.0).flat(part.begin, part.size());
+    const Tensor dbeta_here =
+        random_tensor(context, DType::f64, {f}, 6, 0.5, 1.0).flat(part.begin, part.size());
+    normalise_backward(context, d, part_of(x, part), mean, rstd, gamma.flat(part.begin, part.size()), means,
+                       d, dgamma_here, dbeta_here);
+    expect_close(d, reals(part_of(dx, part)), 1e-13L, "dh");
+    expect_close(dgamma_here, reals(dgamma.flat(part.begin, part.size())), 1e-12L, "dgamma");
+    expect_close(dbeta_here, reals(dbeta.flat(part.begin, part.size())), 1e-12L, "dbeta");
   }
 }
 
