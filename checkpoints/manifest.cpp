@@ -153,6 +153,8 @@ void put_info(const CheckpointInfo& info, format::RunInfo& out) {
   out.mutable_recent_losses()->Assign(info.recent_losses.begin(), info.recent_losses.end());
   out.mutable_recent_gradient_norms()->Assign(info.recent_gradient_norms.begin(),
                                               info.recent_gradient_norms.end());
+  out.mutable_trend_losses()->Assign(info.trend_losses.begin(), info.trend_losses.end());
+  if (info.lowest_loss) out.set_lowest_loss(*info.lowest_loss);
   out.set_data_fingerprint(info.data_fingerprint);
   for (const auto& [name, value] : info.layout) (*out.mutable_layout())[name] = value;
 }
@@ -232,6 +234,9 @@ CheckpointInfo take_info(const format::RunInfo& r) {
   require(info.recent_losses.size() == info.recent_gradient_norms.size(),
           "it has {} recent losses for {} gradient norms", info.recent_losses.size(),
           info.recent_gradient_norms.size());
+  info.trend_losses = take_recent(r.trend_losses());
+  if (r.has_lowest_loss()) info.lowest_loss = r.lowest_loss();
+  require(std::isfinite(info.lowest_loss.value_or(0.0)), "the lowest loss is not finite");
   info.data_fingerprint = r.data_fingerprint();
   return info;
 }

@@ -105,6 +105,19 @@ void MetricsFile::write_rollback(const FinishedStep& from, const TrainingCounter
   lines_->write(line);
 }
 
+void MetricsFile::write_explosion(const FinishedStep& step, ExplosionReason reason) {
+  nlohmann::ordered_json line;
+  line["kind"] = "explosion";
+  line["time"] = unix_seconds();
+  line["batch"] = step.counters.batch_index;
+  line["update"] = step.counters.updates;
+  line["tokens"] = step.counters.tokens;
+  line["lr"] = step.report.lr;
+  line["loss"] = json_number(step.report.loss);
+  line["reason"] = name_of(reason);
+  lines_->write(line);
+}
+
 void MetricsFile::write_validation(const TrainingCounters& counters, const EvaluationResult& result) {
   if (counters.batch_index == validated_at_) return;
   validated_at_ = counters.batch_index;

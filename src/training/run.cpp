@@ -64,6 +64,7 @@ class TrainingRun {
   void say_spike(const FinishedStep& step);
   bool has_to_go_back(const StepReport& report) const;
   void go_back(const FinishedStep& step);
+  bool has_exploded(const FinishedStep& step);
   std::string limit_reached(const FinishedStep& step) const;
   void say_redone();
   void show_profile();
@@ -74,6 +75,7 @@ class TrainingRun {
   void finish_save();
   void tell(const std::optional<SaveResult>& result);
   void leave_nothing_on_its_way();
+  ExitCode end_exploded();
   ExitCode finish(ExitCode code);
   bool stop_is_wanted();
   bool save_is_wanted() const { return save_requests_ > saves_heard_; }
@@ -106,6 +108,7 @@ class TrainingRun {
   int64_t saved_at_ = -1;   // batch index of the newest checkpoint
   std::map<std::string, double> last_numbers_;  // of the step entered last, for checkpoints
   bool skipped_ = false;                        // of the step entered last
+  std::string explosion_;                       // what is said of it; empty before the run exploded
   bool stop_wanted_ = false;                    // on any rank, in that step
   int64_t save_requests_ = 0;                   // that a rank had heard of, in that step
   int64_t saves_heard_ = 0;                     // of these, those that were followed
@@ -265,7 +268,7 @@ bool TrainingRun::is_due(int64_t every) const {
 }
 
 void TrainingRun::enter(const std::optional<FinishedStep>& step) {
-  if (!step) return;
+  if (!step || !explosion_.empty()) return;
   const StepReport& report = step->report;
   const TrainingCounters& counters = step->counters;
   skipped_ = report.skipped;
@@ -283,6 +286,7 @@ void TrainingRun::enter(const std::optional<FinishedStep>& step) {
   tell(checkpoints_->writer().advance(step->save_progress));
   say_spike(*step);
   watch_stragglers(*step);
+  if (has_exploded(*step)) return;
   if (has_to_go_back(report)) return go_back(*step);
   const std::string limit = limit_reached(*step);
   if (limit.empty()) return;
@@ -349,6 +353,28 @@ void TrainingRun::go_back(const FinishedStep& step) {
                                  : std::string("the initial weights, there being no checkpoint"),
                   name_of(step.report.reason), first_left_out, counters.batch_index));
   speedometer_.resume();
+}
+
+bool TrainingRun::has_exploded(const FinishedStep& step) {
+  const StepReport& report = step.report;
+  const auto reason = find_explosion(explosion_rule(config_),
+                                     {.loss = report.loss,
+                                      .nonfinite = report.reason == SkipReason::nonfinite,
+                                      .overflowed = report.reason == SkipReason::overflow,
+                                      .loss_scale = step.counters.loss_scale.factor()},
+                                     step.counters.trend);
+  if (!reason) return false;
+  if (metrics_) metrics_->write_explosion(step, *reason);
+  explosion_ = fmt::format("exploded after update {} at lr {:.4g}: ", step.counters.updates, report.lr);
+  if (*reason == ExplosionReason::nonfinite) explosion_ += "loss or gradient is not finite";
+  if (*reason == ExplosionReason::loss_scale)
+    explosion_ +=
+        fmt::format("the loss scale fell below {} (train.loss_scale_min)", config_.train.loss_scale_min);
+  if (*reason == ExplosionReason::rise)
+    explosion_ +=
+        fmt::format("the loss of the last {} updates is {:.3f} above its lowest (health.explosion_rise)",
+                    ExplosionRule::kWindow, rise_of(step.counters.trend));
+  return true;
 }
 
 // Why the run must end behind this step; empty where it may go on.
@@ -477,6 +503,14 @@ void TrainingRun::leave_nothing_on_its_way() {
   finish_save();
 }
 
+// What exploded is not saved, so that the newest checkpoint is one to go on from.
+ExitCode TrainingRun::end_exploded() {
+  leave_nothing_on_its_way();
+  say_redone();
+  say(explosion_);
+  return ExitCode::success;
+}
+
 // The run ends behind its last save.
 ExitCode TrainingRun::finish(ExitCode code) {
   finish_save();
@@ -523,8 +557,9 @@ ExitCode TrainingRun::run() {
   speedometer_.resume();
   while (trainer_->counters().updates < config_.train.updates) {
     step();
-    if (!has_to_settle()) continue;
-    settle();
+    if (explosion_.empty() && !has_to_settle()) continue;
+    if (explosion_.empty()) settle();
+    if (!explosion_.empty()) return end_exploded();
     // A step that was skipped has left nothing to look at or to save.
     validated = !skipped_ && is_due(config_.train.valid_every);
     const bool saves = !skipped_ && (is_due(config_.checkpoint.every) || save_is_wanted());

@@ -58,7 +58,8 @@ TrainingCounters counters_of(const CheckpointInfo& info) {
           .tokens = info.tokens_seen,
           .skipped_in_a_row = info.skipped_in_a_row,
           .loss_scale = {info.loss_scale, info.clean_updates, info.overflows},
-          .recent = {info.recent_losses, info.recent_gradient_norms}};
+          .recent = {info.recent_losses, info.recent_gradient_norms},
+          .trend = {info.trend_losses, info.lowest_loss}};
 }
 
 }  // namespace
@@ -128,6 +129,8 @@ std::optional<SaveResult> RunCheckpoints::begin_save(Trainer& trainer,
                             .overflows = counters.loss_scale.overflows,
                             .recent_losses = counters.recent.losses,
                             .recent_gradient_norms = counters.recent.gradient_norms,
+                            .trend_losses = counters.trend.newest,
+                            .lowest_loss = counters.trend.lowest,
                             .data_fingerprint = data_fingerprint_};
   return writer_.begin(info, checkpoint_pieces(trainer.optimizer(), true));
 }

@@ -108,7 +108,8 @@ Trainer::Trainer(ModelInstance& model, const RunConfig& config, BatchSource sour
           static_cast<int64_t>(
               micro_batch_samples(model, config.train.global_batch, config.train.micro_batch).size()))),
       loss_scale_rule_(loss_scale_rule(config.train)),
-      spike_rule_(spike_rule(config.health)) {
+      spike_rule_(spike_rule(config.health)),
+      explosion_rule_(explosion_rule(config)) {
   set_counters({});
 }
 
@@ -350,8 +351,10 @@ FinishedStep Trainer::finish(Unsettled& step) {
   count(step.report);
   std::vector<ParameterNorms> norms;
   if (step.norms) norms = gradient_norms_.finish(*step.norms, step.report.gradient_factor());
-  if (!step.report.skipped)
+  if (!step.report.skipped) {
     enter_batch(spike_rule_, counters_.recent, step.report.loss, step.report.gradient_norm);
+    enter_loss(explosion_rule_, counters_.trend, step.report.loss);
+  }
   return {.report = step.report,
           .counters = counters_,
           .stop_wanted = step.stop_wanted,

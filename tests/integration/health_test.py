@@ -207,5 +207,60 @@ class Stragglers(WithCorpus):
         self.assertGreaterEqual(line["compute_max"], line["compute_median"])
 
 
+class Explosions(WithCorpus):
+    RISING = {"train__updates": 400, "optimizer__lr": 20.0, "optimizer__warmup_updates": 400, "health__explosion_rise": 1.0,
+              "train__log_every": 1000, "checkpoint__every": 3, "optimizer__clip_norm": 0.0}
+
+    def explode(self, name, ranks=1, options=(), **settings):
+        """A run with a rising learning rate; its lines, without times, the last of which is the explosion's."""
+        run(["train", self.folder.config(name, **dict(self.RISING, **settings)), *options], ranks, expect=0)
+        lines = [{key: value for key, value in line.items() if key != "time"}
+                 for line in metrics(self.folder.path / name)]
+        self.assertEqual([line["kind"] for line in lines[-2:]], ["step", "explosion"])
+        return lines
+
+    def check_rise(self, lines):
+        """The rule of docs/health.md, computed anew from the losses."""
+        made = [line["loss"] for line in lines if line["kind"] == "step"]
+        means = [sum(made[at - 5:at]) / 5 for at in range(5, len(made) + 1)]
+        rises = [mean - min(means[:at + 1]) for at, mean in enumerate(means)]
+        self.assertTrue(all(rise < 1.0 for rise in rises[:-1]))
+        self.assertGreaterEqual(rises[-1], 1.0)
+
+    def test_a_rising_rate_ends_in_good_order(self):
+        lines = self.explode("rises")
+        self.check_rise(lines)
+        end = lines[-1]
+        self.assertEqual((end["reason"], end["batch"]), ("rise", end["update"]))
+        self.assertAlmostEqual(end["lr"], 0.05 * end["update"], places=9)
+        self.assertEqual(end["loss"], lines[-2]["loss"])
+        said = log(self.folder.path / "rises").splitlines()[-1]
+        self.assertIn(f"exploded after update {end['update']} at lr {end['lr']:.4g}: ", said)
+        self.assertNotIn("validation", {line["kind"] for line in lines})
+
+    def test_a_resumed_run_explodes_where_the_whole_one_does(self):
+        whole = losses(self.folder.path / "whole") if self.explode("whole") else []
+        saved = sorted((self.folder.path / "whole/checkpoints").glob("step-*"))
+        for newest in saved[1:]:
+            shutil.rmtree(newest)
+        self.explode("whole", options=["--resume"])
+        self.assertEqual(losses(self.folder.path / "whole"), whole)
+
+    def test_layouts_and_optimistic_updates_explode_alike(self):
+        one = self.explode("one")[-1]
+        for ranks, name, settings in ((2, "two", {"parallel__data": 2}), (1, "optimistic", {"optimizer__optimistic": "true"})):
+            other = self.explode(name, ranks, **settings)[-1]
+            self.assertEqual((other["update"], other["reason"]), (one["update"], one["reason"]))
+
+    def test_what_is_not_finite_explodes(self):
+        end = self.explode("nonfinite", optimizer__lr=1e37, optimizer__warmup_updates=0)[-1]
+        self.assertEqual((end["reason"], end["loss"]), ("nonfinite", None))
+
+    def test_a_spent_loss_scale_explodes(self):
+        end = self.explode("spent", train__precision='"fp16"', train__loss_scale_init=2.0**40,
+                           train__loss_scale_min=2.0**39)[-1]
+        self.assertEqual((end["reason"], end["update"]), ("loss_scale", 0))
+
+
 if __name__ == "__main__":
     sys.exit(unittest.main(verbosity=2))

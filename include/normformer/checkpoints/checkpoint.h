@@ -59,7 +59,9 @@ struct CheckpointInfo {
   int64_t overflows = 0;                   ///< batches of the whole run that were skipped for an overflow
   std::vector<double> recent_losses = {};  ///< what spikes are told by, oldest first; none where none are
   std::vector<double> recent_gradient_norms = {};  ///< of the same batches
-  uint64_t data_fingerprint = 0;  ///< TokenDataset::fingerprint of what it trains on; 0: not known
+  std::vector<double> trend_losses = {};   ///< of the newest updates, where an explosion is looked for
+  std::optional<double> lowest_loss = {};  ///< the lowest mean over such a window
+  uint64_t data_fingerprint = 0;           ///< TokenDataset::fingerprint of what it trains on; 0: not known
   bool operator==(const CheckpointInfo&) const = default;
 };
 

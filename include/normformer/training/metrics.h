@@ -41,8 +41,8 @@ class Speedometer {
 
 class JsonLines;
 
-/// A run's metrics as JSON lines: one object a step, a validation, a rollback. Written by rank 0 only;
-/// flushed line by line, so that a killed run leaves at most one torn line, which open() drops.
+/// A run's metrics as JSON lines: one object a step, a validation, a rollback, an explosion. Written by rank
+/// 0 only; flushed line by line, so that a killed run leaves at most one torn line, which open() drops.
 class MetricsFile {
  public:
   /// Opens for appending. Records of batches after `counters.batch_index` (from a run that went on and was
@@ -59,6 +59,9 @@ class MetricsFile {
   /// The run went back behind step `from` to counters `to`; batches `first_left_out` ... to.batch_index, the
   /// first of all being 1, have left nothing in its weights.
   void write_rollback(const FinishedStep& from, const TrainingCounters& to, int64_t first_left_out);
+
+  /// The run ended behind this step because it exploded.
+  void write_explosion(const FinishedStep& step, ExplosionReason reason);
 
  private:
   int64_t validated_at_ = -1;  // batch index of the newest validation

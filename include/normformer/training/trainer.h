@@ -12,6 +12,7 @@
 #include "normformer/model/model_instance.h"
 #include "normformer/pipeline/schedule.h"
 #include "normformer/sharding/sharded_optimizer.h"
+#include "normformer/training/explosion.h"
 #include "normformer/training/gradient_norms.h"
 #include "normformer/training/loss_scale.h"
 #include "normformer/training/spike.h"
@@ -27,6 +28,7 @@ struct TrainingCounters {
   int64_t skipped_in_a_row = 0;  ///< batches since the last update; overflows of scaled losses do not count
   LossScale loss_scale = {};     ///< of the next batch
   RecentBatches recent = {};     ///< what the next batch is compared with
+  LossTrend trend = {};          ///< what an explosion is told by
   bool operator==(const TrainingCounters&) const = default;
 };
 
@@ -177,6 +179,7 @@ class Trainer {
   Schedule schedule_;
   LossScaleRule loss_scale_rule_;
   SpikeRule spike_rule_;
+  ExplosionRule explosion_rule_;
   ComputeClock compute_clock_;
   TrainingCounters counters_;
   std::vector<std::unique_ptr<Stage>> graphed_;  // from the second step on, with device.cuda_graphs

@@ -52,6 +52,8 @@ TEST(Manifest, ComesBackAsItWas) {
   written.info.overflows = 5;
   written.info.recent_losses = {2.5, 1.0 / 3.0};
   written.info.recent_gradient_norms = {0.5, 1e-300};
+  written.info.trend_losses = {7.5, 7.25};
+  written.info.lowest_loss = 0.0;
   const Manifest read = read_manifest(write_manifest(written), "x");
   EXPECT_EQ(read.info, written.info);
   EXPECT_EQ(read.block_bytes, 16);
@@ -143,6 +145,8 @@ TEST(Manifest, HostileContentsAreRefusedWithTheirFault) {
       {"it has 1 recent losses for 0 gradient norms", [](Manifest& m) { m.info.recent_losses = {1.0}; }},
       {"a recent loss or norm is not finite",
        [](Manifest& m) { m.info.recent_gradient_norms = {std::numeric_limits<double>::infinity()}; }},
+      {"the lowest loss is not finite",
+       [](Manifest& m) { m.info.lowest_loss = std::numeric_limits<double>::quiet_NaN(); }},
   };
   for (const auto& [fault, change] : cases) {
     const std::string said = complaint_after(change);
