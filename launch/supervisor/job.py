@@ -35,7 +35,8 @@ def mpirun_command() -> list[str]:
     return MPIRUN + (["--allow-run-as-root"] if os.getuid() == 0 else [])
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """For a new process: SIGTERM, where the one that started it is gone."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -93,7 +94,7 @@ class Job:
         self._lines_read = 0
         self._process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                          stderr=subprocess.PIPE, start_new_session=True, pass_fds=inherited,
-                                         preexec_fn=_end_with_parent)
+                                         preexec_fn=end_with_parent)
         signals.listener = self._pass_signals_on
         self._pass_signals_on()
 

@@ -42,6 +42,21 @@ def _sync_folder(path: pathlib.Path) -> None:
         os.close(descriptor)
 
 
+def lines_of(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, without torn ones; none where there is no file."""
+    try:
+        text = path.read_text()
+    except OSError:
+        return []
+    found = []
+    for line in text.splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
 def now() -> str:
     """The time, to the millisecond, with its zone."""
     return datetime.datetime.now().astimezone().isoformat(timespec="milliseconds")
@@ -104,17 +119,7 @@ class RunRecord:
 
     def lines(self) -> list[dict[str, Any]]:
         """What attempts.jsonl holds; a torn last line is left out."""
-        try:
-            text = (self.folder / "attempts.jsonl").read_text()
-        except OSError:
-            return []
-        found = []
-        for line in text.splitlines():
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
-        return found
+        return lines_of(self.folder / "attempts.jsonl")
 
     def write_line(self, **facts: Any) -> None:
         """Appends a line to attempts.jsonl, durably."""

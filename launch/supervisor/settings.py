@@ -42,7 +42,8 @@ def _value_of(text: str) -> Any:
         return text
 
 
-def _read_table(config: pathlib.Path) -> dict[str, Any]:
+def read_table(config: pathlib.Path) -> dict[str, Any]:
+    """Reads a TOML file. Raises Refusal where it is none."""
     try:
         return tomllib.loads(config.read_text())
     except OSError as error:
@@ -64,7 +65,7 @@ def _datasets(value: Any) -> list[str]:
 
 def read_settings(config: pathlib.Path, train_options: Sequence[str] = ()) -> Settings:
     """Reads the configuration with its overrides. Raises Refusal where the file is no TOML."""
-    table = _read_table(config)
+    table = read_table(config)
     for key, text in overrides_of(train_options):
         section, _, field = key.partition(".")
         fields = table.setdefault(section, {})
