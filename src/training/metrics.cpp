@@ -8,6 +8,7 @@
 #include <limits>
 #include <vector>
 
+#include <nlohmann/json.hpp>
 #include <unistd.h>
 
 #include "normformer/core/log.h"
@@ -19,12 +20,6 @@ namespace normformer {
 namespace {
 
 constexpr double kForget = 0.95;  // of what earlier steps count, after each step
-
-// To the millisecond.
-double unix_seconds() {
-  const auto now = std::chrono::system_clock::now().time_since_epoch();
-  return 1e-3 * static_cast<double>(std::chrono::duration_cast<std::chrono::milliseconds>(now).count());
-}
 
 std::string skipped_text(const TrainingCounters& counters, SkipReason reason) {
   if (reason == SkipReason::spike) return "  SKIPPED: spike";
@@ -39,6 +34,11 @@ bool writes_to_terminal() {
 }
 
 }  // namespace
+
+double unix_seconds() {
+  const auto now = std::chrono::system_clock::now().time_since_epoch();
+  return 1e-3 * static_cast<double>(std::chrono::duration_cast<std::chrono::milliseconds>(now).count());
+}
 
 Speedometer::Speedometer(double flops_per_token) : flops_per_token_(flops_per_token), last_(Clock::now()) {}
 
@@ -55,11 +55,37 @@ Speed Speedometer::enter_step(int64_t tokens, int64_t updates_left) {
 }
 
 MetricsFile::MetricsFile(const std::filesystem::path& path, const TrainingCounters& counters)
-    : lines_(std::make_unique<JsonLines>(path, counters.batch_index, [this](const nlohmann::json& line) {
-        if (line.value("kind", nlohmann::json()) == "validation") validated_at_ = line["batch"];
-      })) {}
+    : lines_(std::make_unique<JsonLines>(path, counters.batch_index,
+                                         [this](const nlohmann::json& line) { keep(line); })) {}
+
+// Takes notice of a line of an earlier start.
+void MetricsFile::keep(const nlohmann::json& line) {
+  const nlohmann::json kind = line.value("kind", nlohmann::json());
+  if (kind == "validation") validated_at_ = line["batch"];
+  if (kind == "run") says_run_ = true;
+  if (line.contains("elapsed") && line["elapsed"].is_number()) elapsed_before_ = line["elapsed"];
+}
 
 MetricsFile::~MetricsFile() = default;
+
+double MetricsFile::elapsed() const {
+  const double seconds = elapsed_before_ + std::chrono::duration<double>(Clock::now() - start_).count();
+  return 1e-3 * std::round(1e3 * seconds);
+}
+
+void MetricsFile::write_run(const TrainingCounters& counters, int64_t parameters, double flops_per_token) {
+  if (says_run_) return;
+  says_run_ = true;
+  nlohmann::ordered_json line;
+  line["kind"] = "run";
+  line["time"] = unix_seconds();
+  line["batch"] = counters.batch_index;
+  line["update"] = counters.updates;
+  line["tokens"] = counters.tokens;
+  line["parameters"] = parameters;
+  line["flops_per_token"] = flops_per_token;
+  lines_->write(line);
+}
 
 void MetricsFile::write_step(const FinishedStep& step, const Speed& speed) {
   const TrainingCounters& counters = step.counters;
@@ -67,6 +93,7 @@ void MetricsFile::write_step(const FinishedStep& step, const Speed& speed) {
   nlohmann::ordered_json line;
   line["kind"] = "step";
   line["time"] = unix_seconds();
+  line["elapsed"] = elapsed();
   line["batch"] = counters.batch_index;
   line["update"] = counters.updates;
   line["tokens"] = counters.tokens;
@@ -118,18 +145,21 @@ void MetricsFile::write_explosion(const FinishedStep& step, ExplosionReason reas
   lines_->write(line);
 }
 
-void MetricsFile::write_validation(const TrainingCounters& counters, const EvaluationResult& result) {
+void MetricsFile::write_validation(const TrainingCounters& counters, const EvaluationResult& result,
+                                   int64_t peak_memory) {
   if (counters.batch_index == validated_at_) return;
   validated_at_ = counters.batch_index;
   nlohmann::ordered_json line;
   line["kind"] = "validation";
   line["time"] = unix_seconds();
+  line["elapsed"] = elapsed();
   line["batch"] = counters.batch_index;
   line["update"] = counters.updates;
   line["tokens"] = counters.tokens;
   line["loss"] = json_number(result.mean());
   line["perplexity"] = json_number(std::exp(result.mean()));
   line["targets"] = result.tokens;
+  line["peak_memory"] = peak_memory;
   lines_->write(line);
 }
 

@@ -17,6 +17,7 @@
 #include "normformer/training/run_data.h"
 #include "normformer/training/run_signals.h"
 #include "normformer/training/statistics.h"
+#include "normformer/training/tensorboard.h"
 #include "normformer/training/trainer.h"
 #include "normformer/training/watchdog.h"
 
@@ -52,6 +53,7 @@ class TrainingRun {
   void prepare_folder();
   void open_ledger();
   void print_banner();
+  void open_metrics();
   void restore();
   void dump_gradients();
   void step();
@@ -96,14 +98,16 @@ class TrainingRun {
   std::optional<ModelInstance> model_;
   std::optional<Trainer> trainer_;
   std::optional<RunCheckpoints> checkpoints_;
-  std::optional<MetricsFile> metrics_;        // rank 0 only
-  std::optional<StatisticsFile> statistics_;  // rank 0 only
-  std::optional<StatusLine> status_;          // rank 0 only
+  std::optional<MetricsFile> metrics_;          // rank 0 only
+  std::optional<StatisticsFile> statistics_;    // rank 0 only
+  std::optional<TensorBoardFile> tensorboard_;  // rank 0 only
+  std::optional<StatusLine> status_;            // rank 0 only
   Profiler profiler_;
   Speedometer speedometer_;
   // Rank 0's, with every rank's host.
   std::optional<StragglerWatch> stragglers_;
   std::vector<std::string> hosts_;
+  int64_t parameters_ = 0;  // scalars of the whole model
   int64_t saving_at_ = -1;  // batch index of the newest checkpoint, or of the one that is being saved
   int64_t saved_at_ = -1;   // batch index of the newest checkpoint
   std::map<std::string, double> last_numbers_;  // of the step entered last, for checkpoints
@@ -191,13 +195,12 @@ void TrainingRun::open_ledger() {
 }
 
 void TrainingRun::print_banner() {
-  const int64_t parameters = model_->count_parameters();
   const Mesh& mesh = model_->mesh();
   if (!is_root()) return;
   say(to_toml(config_));
   say(fmt::format(
       "{} parameters, {} ranks = tensor {} x context {} x pipeline {} x data {}, {} threads each, {} in {}",
-      with_prefix(static_cast<double>(parameters)), world_.size(), mesh.tensor().size(),
+      with_prefix(static_cast<double>(parameters_)), world_.size(), mesh.tensor().size(),
       mesh.context().size(), mesh.pipeline().size(), mesh.data().size(), context_.threads().size(),
       context_.is_cuda() ? context_.gpu().description().name : ops::describe_matmul(),
       name_of(model_->store().dtype())));
@@ -217,6 +220,17 @@ void TrainingRun::print_banner() {
     say("Ctrl-C stops the run cleanly");
   else
     say("SIGUSR1 to mpirun stops the run cleanly (kill -USR1); Ctrl-C ends it at once");
+}
+
+void TrainingRun::open_metrics() {
+  if (!is_root()) return;
+  const TrainingCounters counters = trainer_->counters();
+  metrics_.emplace(folder_.metrics(), counters);
+  metrics_->write_run(counters, parameters_, training_flops_per_token(config_.model));
+  statistics_.emplace(folder_.statistics(), counters);
+  if (!config_.metrics.tensorboard) return;
+  tensorboard_.emplace(folder_.tensorboard(), counters);
+  tensorboard_->write_config(counters, to_toml(config_));
 }
 
 void TrainingRun::restore() {
@@ -281,6 +295,7 @@ void TrainingRun::enter(const std::optional<FinishedStep>& step) {
   if (metrics_) metrics_->write_step(*step, speed);
   if (statistics_ && !report.skipped && !step->gradient_norms.empty())
     statistics_->write_gradients(counters, trainer_->gradient_norms().names(), step->gradient_norms);
+  if (tensorboard_) tensorboard_->write_step(*step, speed);
   if (status_) status_->show_step(counters, report, speed);
   last_numbers_ = {{"loss", report.loss}, {"gradient_norm", report.gradient_norm}};
   tell(checkpoints_->writer().advance(step->save_progress));
@@ -348,6 +363,7 @@ void TrainingRun::go_back(const FinishedStep& step) {
   counters.batch_index = step.counters.batch_index;
   trainer_->set_counters(counters);
   if (metrics_) metrics_->write_rollback(step, counters, first_left_out);
+  if (tensorboard_) tensorboard_->write_rollback(counters);
   say(fmt::format("went back from update {} to {} ({}): batches {} to {} are left out", step.counters.updates,
                   has_checkpoint ? fmt::format("the checkpoint after update {}", counters.updates)
                                  : std::string("the initial weights, there being no checkpoint"),
@@ -437,7 +453,9 @@ void TrainingRun::validate() {
       config_.train.valid_sequences > 0 ? std::min(all, config_.train.valid_sequences) : all;
   const EvaluationResult result = evaluate(
       *model_, config_, [&](int64_t f, int64_t n) { return valid_data_->read_batch(f, n); }, sequences);
-  if (metrics_) metrics_->write_validation(trainer_->counters(), result);
+  const TrainingCounters counters = trainer_->counters();
+  if (metrics_) metrics_->write_validation(counters, result, context_.memory().report().peak_live);
+  if (tensorboard_) tensorboard_->write_validation(counters, result);
   say(fmt::format("validation after update {}: loss {:.4f}, perplexity {:.3f} over {} tokens",
                   trainer_->counters().updates, result.mean(), std::exp(result.mean()), result.tokens));
 }
@@ -458,6 +476,8 @@ void TrainingRun::record_distributions() {
   const TraceScope scope(context_, TraceKind::step, "distributions of scales");
   const auto scales = scale_distributions(*trainer_, master_dtype(config_.train.precision));
   if (statistics_) statistics_->write_distributions(trainer_->counters(), scales);
+  if (!tensorboard_) return;
+  for (const Distribution& d : scales) tensorboard_->write_distribution(trainer_->counters(), d);
 }
 
 void TrainingRun::begin_save() {
@@ -540,16 +560,14 @@ ExitCode TrainingRun::run() {
   const Mesh mesh = make_mesh(world_, config_.parallel);
   model_.emplace(context_, mesh, config_, true);
   trainer_.emplace(*model_, config_, [&](int64_t f, int64_t n) { return train_data_->read_batch(f, n); });
+  parameters_ = model_->count_parameters();
   print_banner();
   restore();
   if (!options_.dump_gradients.empty()) {
     dump_gradients();
     return ExitCode::success;
   }
-  if (is_root()) {
-    metrics_.emplace(folder_.metrics(), trainer_->counters());
-    statistics_.emplace(folder_.statistics(), trainer_->counters());
-  }
+  open_metrics();
   start_watching_stragglers(mesh);
 
   bool validated = false;

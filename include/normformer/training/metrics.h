@@ -7,6 +7,8 @@
 #include <optional>
 #include <string>
 
+#include <nlohmann/json_fwd.hpp>
+
 #include "normformer/training/trainer.h"
 
 namespace normformer {
@@ -51,10 +53,15 @@ class MetricsFile {
   MetricsFile(const std::filesystem::path& path, const TrainingCounters& counters);
   ~MetricsFile();
 
+  /// What the run trains: written once, by the start from which on the file is kept.
+  void write_run(const TrainingCounters& counters, int64_t parameters, double flops_per_token);
+
   void write_step(const FinishedStep& step, const Speed& speed);
 
   /// Nothing where there is a validation of as many batches: of a run that ended behind it and was resumed.
-  void write_validation(const TrainingCounters& counters, const EvaluationResult& result);
+  /// `peak_memory`: the bytes that rank 0's tensors took at most so far.
+  void write_validation(const TrainingCounters& counters, const EvaluationResult& result,
+                        int64_t peak_memory);
 
   /// The run went back behind step `from` to counters `to`; batches `first_left_out` ... to.batch_index, the
   /// first of all being 1, have left nothing in its weights.
@@ -64,7 +71,14 @@ class MetricsFile {
   void write_explosion(const FinishedStep& step, ExplosionReason reason);
 
  private:
-  int64_t validated_at_ = -1;  // batch index of the newest validation
+  void keep(const nlohmann::json& line);
+  double elapsed() const;
+
+  using Clock = std::chrono::steady_clock;
+  bool says_run_ = false;
+  int64_t validated_at_ = -1;    // batch index of the newest validation
+  double elapsed_before_ = 0.0;  // seconds, of earlier starts, up to where this one went on
+  Clock::time_point start_ = Clock::now();
   std::unique_ptr<JsonLines> lines_;
 };
 
@@ -91,6 +105,9 @@ class StatusLine {
   bool live_ = false;
   std::chrono::steady_clock::time_point last_drawn_;
 };
+
+/// Seconds since 1970, to the millisecond.
+double unix_seconds();
 
 /// "1.23 GFLOP/s", "45.6 M", "789": three digits, a prefix and the unit.
 std::string with_prefix(double value, std::string_view unit = {});

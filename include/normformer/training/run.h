@@ -27,6 +27,7 @@ struct RunFolder {
   std::filesystem::path config() const { return root / "config.toml"; }
   std::filesystem::path metrics() const { return root / "metrics.jsonl"; }
   std::filesystem::path statistics() const { return root / "statistics.jsonl"; }
+  std::filesystem::path tensorboard() const { return root / "tensorboard"; }
   std::filesystem::path log() const { return root / "log.txt"; }
   std::filesystem::path trace(const ProfiledUpdates& updates) const {
     return root / fmt::format("trace_{}-{}.json", updates.first, updates.last);

@@ -35,7 +35,7 @@ TEST_F(Metrics, ResumingDropsWhatAnUninterruptedRunWouldNotHave) {
     MetricsFile metrics(file(), {});
     for (int64_t i = 1; i <= 5; ++i)
       metrics.write_step({{.loss = 1.0 * i}, {.batch_index = i, .updates = i}}, {});
-    metrics.write_validation({.batch_index = 5, .updates = 5}, {.nll_sum = 6.0, .tokens = 3});
+    metrics.write_validation({.batch_index = 5, .updates = 5}, {.nll_sum = 6.0, .tokens = 3}, 0);
   }
   std::ofstream(file(), std::ios::app) << R"({"kind":"step","batch":6,"lo)";  // a torn line
   MetricsFile metrics(file(), {.batch_index = 3, .updates = 3});
@@ -47,11 +47,31 @@ TEST_F(Metrics, ResumingDropsWhatAnUninterruptedRunWouldNotHave) {
 }
 
 TEST_F(Metrics, AValidationThatIsMadeAgainIsTheSame) {
-  MetricsFile(file(), {}).write_validation({.batch_index = 5}, {.nll_sum = 6.0, .tokens = 3});
+  MetricsFile(file(), {}).write_validation({.batch_index = 5}, {.nll_sum = 6.0, .tokens = 3}, 0);
   MetricsFile resumed(file(), {.batch_index = 5});
-  resumed.write_validation({.batch_index = 5}, {.nll_sum = 6.0, .tokens = 3});
-  resumed.write_validation({.batch_index = 6}, {.nll_sum = 5.0, .tokens = 3});
+  resumed.write_validation({.batch_index = 5}, {.nll_sum = 6.0, .tokens = 3}, 0);
+  resumed.write_validation({.batch_index = 6}, {.nll_sum = 5.0, .tokens = 3}, 0);
   EXPECT_EQ(read_lines(file()).size(), 2u);
+}
+
+TEST_F(Metrics, WhatIsTrainedIsSaidOnceAndTimeGoesOnWhereTheRunDoes) {
+  {
+    MetricsFile metrics(file(), {});
+    metrics.write_run({}, 123, 456.0);
+    metrics.write_validation({.batch_index = 1}, {.nll_sum = 6.0, .tokens = 3}, 1024);
+  }
+  std::ofstream(file(), std::ios::app) << R"({"kind":"step","batch":2,"elapsed":1000.5})" << '\n'
+                                       << R"({"kind":"step","batch":3,"elapsed":5000.5})" << '\n';
+  MetricsFile resumed(file(), {.batch_index = 2});
+  resumed.write_run({.batch_index = 2}, 123, 456.0);
+  resumed.write_step({{}, {.batch_index = 3}}, {});
+  const auto lines = read_lines(file());
+  ASSERT_EQ(lines.size(), 4u);
+  EXPECT_EQ(lines[0]["parameters"], 123);
+  EXPECT_EQ(lines[0]["flops_per_token"], 456.0);
+  EXPECT_EQ(lines[1]["peak_memory"], 1024);
+  EXPECT_GE(lines[3]["elapsed"], 1000.5);
+  EXPECT_LT(lines[3]["elapsed"], 5000.5);
 }
 
 TEST_F(Metrics, InfinityBecomesNull) {
