@@ -17,5 +17,6 @@ void add_generate_command(CLI::App& app, Command& chosen);
 void add_checkpoint_command(CLI::App& app, Command& chosen);
 void add_plan_command(CLI::App& app, Command& chosen);
 void add_ledger_command(CLI::App& app, Command& chosen);
+void add_report_command(CLI::App& app, Command& chosen);
 
 }  // namespace normformer

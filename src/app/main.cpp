@@ -17,6 +17,7 @@ int main(int argc, char** argv) {
   normformer::add_checkpoint_command(app, chosen);
   normformer::add_plan_command(app, chosen);
   normformer::add_ledger_command(app, chosen);
+  normformer::add_report_command(app, chosen);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {

@@ -1,0 +1,1 @@
+"""Compares runs: their curves, speeds, gradients, learned scales and configurations, as one page and pictures."""
