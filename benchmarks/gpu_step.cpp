@@ -24,6 +24,7 @@
 #include <CLI/CLI.hpp>
 
 #include "normformer/core/error.h"
+#include "normformer/model/parts.h"
 #include "normformer/ops/matmul.h"
 #include "normformer/ops/random_fill.h"
 #include "normformer/training/trainer.h"
@@ -186,7 +187,7 @@ void run_variant(const Options& options, const Size& size, bool normformer, Gpu&
 
   const double median = percentile(times, 0.5);
   const double tokens = static_cast<double>(config.train.global_batch * config.model.length);
-  const double flops = tokens * training_flops_per_token(config.model) / median;
+  const double flops = tokens * training_flops_per_token(config) / median;
   const std::string batch = std::to_string(config.train.micro_batch) + "x" +
                             std::to_string(config.train.global_batch / config.train.micro_batch);
   std::printf("%-6s %-11s %6s %6ld %5g %9.1f %9.0f %8.1f %6.1f%% %9.2f %8.2f %8.2f %9.2f %9.2f %8.4f\n",

@@ -17,6 +17,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "normformer/model/parts.h"
 #include "normformer/ops/matmul.h"
 #include "normformer/training/trainer.h"
 
@@ -147,7 +148,7 @@ void run_variant(const Options& options, bool normformer, Precision precision) {
     ceiling = products.rate();
   }
   const double tokens = static_cast<double>(config.train.global_batch * config.model.length);
-  const double rate = tokens * training_flops_per_token(config.model) / best;
+  const double rate = tokens * training_flops_per_token(config) / best;
   constexpr double kMiB = 1 << 20;
   std::printf("%-11s %-5s %8.1f %9.1f %9.1f %6.3f   %8.0f %8.0f  %+.1f %%\n",
               normformer ? "normformer" : "baseline", precision == Precision::bf16 ? "bf16" : "fp32",

@@ -18,14 +18,14 @@ int64_t channels_of(const ops::AttentionShape& shape) { return checked_mul(shape
 
 ops::PartialAttentionShape partial_shape(const ops::AttentionShape& shape, const SequencePart& queries,
                                          const SequencePart& keys) {
-  NF_CHECK(shape.causal, "ring attention that is not causal");
   return {.batch = shape.batch,
           .length = shape.length,
           .queries = queries,
           .keys = keys,
           .heads = shape.heads,
           .head_size = shape.head_size,
-          .first_head = shape.first_head};
+          .first_head = shape.first_head,
+          .causal = shape.causal};
 }
 
 // Of keys and values, or their gradients, of a part.

@@ -51,6 +51,13 @@ Placed<Replicated> StreamBoundary<SequenceSharded>::enter(const Placed<SequenceS
   return leave_backward_with({x}, tokens).front();
 }
 
+Placed<SequenceSharded> StreamBoundary<SequenceSharded>::keep_own(const Placed<Replicated>& dx) const {
+  const RowShare share = own_rows_of(dx.tensor());
+  const Range mine = rows(dx.tensor().dim(0));
+  copy(*context_, dx.tensor().rows(mine.begin, mine.end), share.part);
+  return Placed<SequenceSharded>(share.part);
+}
+
 Placed<SequenceSharded> StreamBoundary<SequenceSharded>::leave(const Placed<Partial>& y) const {
   const RowShare share = own_rows_of(y.tensor());
   tensor_.reduce_scatter_rows(*context_, {&share, 1}, rows_of_ranks(tensor_, y.tensor().dim(0)));

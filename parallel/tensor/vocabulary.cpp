@@ -56,7 +56,7 @@ void embed_tokens_backward(Context& context, const VocabularyRows& rows, const T
 Placed<FeatureSharded> vocabulary_logits(Context& context, const VocabularyRows& rows,
                                          const Placed<Replicated>& hidden) {
   Tensor logits = context.empty({hidden.tensor().dim(0), rows.weight.dim(0)}, rows.weight.dtype());
-  ops::linear_forward(context, hidden.tensor(), rows.weight, Tensor(), logits);
+  ops::linear_forward(context, hidden.tensor(), rows.weight, rows.bias, logits);
   return Placed<FeatureSharded>(std::move(logits));
 }
 
@@ -82,6 +82,7 @@ LossResult vocabulary_loss(Context& context, const Group& tensor, const Vocabula
                                 options.factor);
     ops::linear_backward_input(context, logits, rows.weight, dx.rows(begin, end));
     ops::linear_backward_weight(context, logits, x_chunk, rows.gradient);
+    if (rows.bias) ops::add_column_sums(context, logits, rows.bias_gradient);
   }
   result.dhidden = Placed<Partial>(dx);
   return result;

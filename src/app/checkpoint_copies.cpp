@@ -8,11 +8,12 @@
 #include "normformer/model/model_instance.h"
 #include "normformer/training/agreement.h"
 #include "normformer/training/run.h"
+#include "normformer/training/run_checkpoint.h"
 
 namespace normformer {
 
 CheckpointReader open_checkpoint(FileSystem& files, const std::filesystem::path& where) {
-  if (where.filename().string().starts_with("step-")) return CheckpointReader(files, where);
+  if (names_checkpoint(where)) return CheckpointReader(files, where);
   const std::filesystem::path folder = RunFolder{where}.checkpoints();
   auto reader = open_newest_checkpoint(make_self_world(), files, folder, [](const CheckpointReader&) {});
   if (!reader) throw DataError(fmt::format("{} holds no checkpoint", folder.string()));

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <fstream>
@@ -10,6 +11,7 @@
 #include "normformer/data/unicode.h"
 #include "normformer/evaluation/perplexity.h"
 #include "normformer/training/agreement.h"
+#include "normformer/training/run_data.h"
 
 #include "commands.h"
 #include "trained_model.h"
@@ -49,6 +51,27 @@ void write_nll(const std::filesystem::path& path, const BpeTokenizer& tokenizer,
   if (!file.flush()) throw IoError(fmt::format("cannot write {}: {}", path.string(), system_reason()));
 }
 
+int eval_masked(const EvalOptions& options, const RankProcess& process, const TrainedModel& loaded) {
+  std::vector<int32_t> tokens;
+  MaskingRule rule;
+  run_agreed(process.world, [&] {
+    if (!options.nll.empty()) {
+      throw ConfigError(
+          "--nll tells the likelihood of every token, but a masked language model scores masked ones only: "
+          "leave it "
+          "out");
+    }
+    rule = masking_rule(loaded.config, SampleSequence::sequential, loaded.tokenizer);
+    tokens = loaded.tokenizer->encode(read_text(options.text));
+  });
+  const TextScore score = score_masked_tokens(*loaded.model, loaded.config, tokens, rule);
+  if (process.world.rank() != 0) return 0;
+  const double mean = score.nll_sum / static_cast<double>(std::max<int64_t>(1, score.tokens));
+  fmt::print("{} on {}: {} tokens, {} of them masked, loss {:.6f}, perplexity {:.4f}\n", loaded.checkpoint,
+             options.text.string(), tokens.size(), score.tokens, mean, std::exp(mean));
+  return 0;
+}
+
 int eval_text(const EvalOptions& options, const RankProcess& process, const TrainedModel& loaded) {
   std::string text;
   std::vector<int32_t> tokens;
@@ -75,7 +98,10 @@ int eval_text(const EvalOptions& options, const RankProcess& process, const Trai
 
 int load_and_eval(const EvalOptions& options, const RankProcess& process) {
   const TrainedModel loaded = load_trained_model(options.model, process);
-  return run_on_device(process, [&] { return eval_text(options, process, loaded); });
+  const bool is_masked = loaded.config.model.head == OutputHead::masked_language;
+  return run_on_device(process, [&] {
+    return is_masked ? eval_masked(options, process, loaded) : eval_text(options, process, loaded);
+  });
 }
 
 }  // namespace

@@ -22,6 +22,10 @@ int generate_text(const GenerateOptions& options, const RankProcess& process, co
   std::vector<int32_t> prompt;
   GenerationOptions generation = options.generation;
   run_agreed(process.world, [&] {
+    if (predicts_some_tokens(loaded.config.model)) {
+      throw ConfigError(
+          "this model does not continue texts: generate needs a run with model.head = \"language\"");
+    }
     const BpeTokenizer& tokenizer = loaded.require_tokenizer();
     prompt = tokenizer.encode(options.prompt);
     generation.stop = tokenizer.end_of_text();

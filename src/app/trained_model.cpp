@@ -11,10 +11,6 @@ namespace normformer {
 
 namespace {
 
-bool is_checkpoint(const std::filesystem::path& folder) {
-  return folder.filename().string().starts_with("step-");
-}
-
 // Whoever generates needs the last token's logits of a text that grows from nothing: there is little to
 // split.
 void keep_sequences_whole(RunConfig& config, const std::vector<std::string>& overrides) {
@@ -73,7 +69,8 @@ const BpeTokenizer& TrainedModel::require_tokenizer() const {
 TrainedModel load_trained_model(const TrainedModelOptions& options, const RankProcess& process) {
   TrainedModel loaded;
   const auto files = make_system_files();
-  const RunFolder folder{is_checkpoint(options.run) ? options.run.parent_path().parent_path() : options.run};
+  const RunFolder folder{names_checkpoint(options.run) ? options.run.parent_path().parent_path()
+                                                       : options.run};
   run_agreed(process.world, [&] {
     const std::string path = folder.config().string();
     loaded.config = load_run_config(path, options.overrides);
@@ -94,7 +91,7 @@ TrainedModel load_trained_model(const TrainedModelOptions& options, const RankPr
     read_weights(reader, *loaded.model, master_dtype(loaded.config.train.precision), *loaded.context);
     loaded.checkpoint = reader.folder().filename().string();
   };
-  if (is_checkpoint(options.run)) {
+  if (names_checkpoint(options.run)) {
     run_agreed(process.world, [&] { use(CheckpointReader(*files, options.run)); });
   } else if (!open_newest_agreed(process.world, *files, folder.checkpoints(), use)) {
     throw AgreedError(ExitCode::bad_data,

@@ -62,6 +62,18 @@ void check_head(const RunConfig& c, std::vector<Conflict>& found) {
     found.push_back({{"model.head", "model.attention"},
                      "model.head = \"masked_language\" needs model.attention = \"bidirectional\""});
   }
+  if (m.head != OutputHead::language && c.device.cuda_graphs) {
+    found.push_back(
+        {{"device.cuda_graphs", "model.head"},
+         "device.cuda_graphs = true needs model.head = \"language\": others predict another number of "
+         "tokens in every micro-batch"});
+  }
+  if (m.attention == AttentionMask::bidirectional && c.data.document_mask) {
+    found.push_back(
+        {{"data.document_mask", "model.attention"},
+         "data.document_mask = true needs model.attention = \"causal\": it hides what comes before "
+         "a document, not what comes behind"});
+  }
   if (m.classes == 1) {
     found.push_back({{"model.classes"},
                      "model.classes = 1 leaves nothing to tell apart; 0 means as many as there are labels"});

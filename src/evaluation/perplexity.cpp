@@ -21,7 +21,53 @@ Batch read_blocks(std::span<const int32_t> tokens, int32_t before, int64_t begin
   return batch;
 }
 
+// Blocks [first, first + count) of `length` tokens, the start token among them, from token `begin` on, of
+// which the first is block `number` of the text.
+Batch masked_blocks(std::span<const int32_t> tokens, const MaskingRule& rule, int64_t number, int64_t begin,
+                    int64_t length, int64_t first, int64_t count) {
+  const auto elements = static_cast<size_t>(count * length);
+  Batch batch{.sequences = count,
+              .seq_len = length,
+              .inputs = {},
+              .targets = {},
+              .document_start = {},
+              .loss_mask = std::vector<uint8_t>(elements)};
+  for (int64_t block = first; block < first + count; ++block) {
+    const auto text =
+        tokens.subspan(static_cast<size_t>(begin + block * (length - 1)), static_cast<size_t>(length - 1));
+    batch.targets.push_back(rule.start_token);
+    batch.targets.insert(batch.targets.end(), text.begin(), text.end());
+  }
+  batch.inputs = batch.targets;
+  for (int64_t block = 0; block < count; ++block) {
+    const auto at = static_cast<size_t>(block * length);
+    mask_sample(rule, number + first + block, std::span(batch.inputs).subspan(at, length),
+                std::span(batch.loss_mask).subspan(at, length));
+  }
+  return batch;
+}
+
 }  // namespace
+
+TextScore score_masked_tokens(ModelInstance& model, const RunConfig& config, std::span<const int32_t> tokens,
+                              const MaskingRule& rule) {
+  const auto total = static_cast<int64_t>(tokens.size());
+  const int64_t text_of_block = config.model.length - 1;
+  const int64_t whole_blocks = total / text_of_block;
+  const int64_t rest = total % text_of_block;
+  TextScore score;
+  const auto add = [&](int64_t number, int64_t length, int64_t blocks) {
+    const auto source = [&](int64_t first, int64_t count) {
+      return masked_blocks(tokens, rule, number, number * text_of_block, length, first, count);
+    };
+    const EvaluationResult result = evaluate(model, config, source, blocks);
+    score.nll_sum += result.nll_sum;
+    score.tokens += result.tokens;
+  };
+  if (whole_blocks > 0) add(0, config.model.length, whole_blocks);
+  if (rest > 0) add(whole_blocks, rest + 1, 1);
+  return score;
+}
 
 TextScore score_tokens(ModelInstance& model, const RunConfig& config, std::span<const int32_t> tokens,
                        int32_t before, bool keep_nll) {

@@ -16,6 +16,7 @@ struct AttentionInit {
 
 AttentionInit attention_init(const ModelConfig& config) {
   const auto width = static_cast<double>(config.width);
+  if (config.init == Initialisation::bert) return {kBertWeights, kZeros, kBertWeights};
   if (config.init == Initialisation::gpt2) {
     // Radford et al. 2019, section 2.3: residual projections scaled by 1 / sqrt(number of residual layers).
     return {InitialValue::normal(0.02), InitialValue::constant(0.0),
@@ -149,7 +150,8 @@ NormedStream<Stream> AttentionBlock<Stream>::forward(const MicroBatch& batch,
   const Tensor product = qkv_linear().forward(input).tensor();
   const Tensor qkv = config.qkv_norm ? qkv_norm_.forward(product, saved.qkv_norm) : product;
 
-  saved.shape = {batch.sequences, batch.length, heads.size(), config.head_size(), heads.begin, true};
+  saved.shape = {batch.sequences,    batch.length, heads.size(),
+                 config.head_size(), heads.begin,  config.attention == AttentionMask::causal};
   saved.part = batch.part;
   saved.probabilities_dropout = make_dropout(environment_, batch, DropoutSite::attention, layer_,
                                              config.attention_dropout, batch.length);

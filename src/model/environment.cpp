@@ -73,6 +73,12 @@ Parameter& ParameterDeclarer::stream_vector(const std::string& name, int64_t siz
   return declare(name, {size}, {{0, size}, {0, 1}, size, 1}, Held::on_stream, initial, false);
 }
 
+Parameter& ParameterDeclarer::replicated_matrix(const std::string& name, int64_t rows, int64_t columns,
+                                                InitialValue initial) const {
+  return declare(name, {rows, columns}, {{0, rows}, {0, columns}, rows, columns}, Held::replicated, initial,
+                 false);
+}
+
 Parameter& ParameterDeclarer::sharded_vector(const std::string& name, int64_t size, Range part,
                                              InitialValue initial, bool joins_previous) const {
   return declare(name, {size}, {part, {0, 1}, size, 1}, Held::sharded, initial, joins_previous);
@@ -98,6 +104,18 @@ Parameter& ParameterDeclarer::column_sharded(const std::string& name, int64_t ro
 TraceScope trace_module(const ModelEnvironment& environment, std::string_view module,
                         std::string_view direction) {
   return {*environment.context, TraceKind::module, module, direction};
+}
+
+ops::ActivationKind activation_kind(const ModelConfig& config) {
+  switch (config.activation) {
+    case Activation::gelu:
+      return ops::ActivationKind::gelu;
+    case Activation::gelu_tanh:
+      return ops::ActivationKind::gelu_tanh;
+    case Activation::relu_squared:
+      return ops::ActivationKind::relu_squared;
+  }
+  return ops::ActivationKind::gelu;
 }
 
 std::string layer_prefix(int64_t layer) { return fmt::format("decoder.layers.{}.", layer); }

@@ -20,6 +20,7 @@ struct FeedForwardInit {
 };
 
 FeedForwardInit feed_forward_init(const ModelConfig& config) {
+  if (config.init == Initialisation::bert) return {kBertWeights, kZeros, kBertWeights, kZeros};
   if (config.init == Initialisation::gpt2) {
     // Radford et al. 2019, section 2.3: residual projections scaled by 1 / sqrt(number of residual layers).
     const double residual = 0.02 / std::sqrt(2.0 * static_cast<double>(config.layers));
@@ -84,19 +85,6 @@ bool FeedForwardBlock<Stream>::is_folded() const {
 template <class Stream>
 bool FeedForwardBlock<Stream>::is_plain() const {
   return environment_.config.ffn_norm && environment_.config.ffn_norm_form == FfnNormForm::plain;
-}
-
-template <class Stream>
-ops::ActivationKind FeedForwardBlock<Stream>::activation() const {
-  switch (environment_.config.activation) {
-    case Activation::gelu:
-      return ops::ActivationKind::gelu;
-    case Activation::gelu_tanh:
-      return ops::ActivationKind::gelu_tanh;
-    case Activation::relu_squared:
-      return ops::ActivationKind::relu_squared;
-  }
-  return ops::ActivationKind::gelu;
 }
 
 template <class Stream>
@@ -177,8 +165,9 @@ template <class Stream>
 void FeedForwardBlock<Stream>::activate(Saved& saved, const Tensor& sums) const {
   Context& context = *environment_.context;
   saved.activated = context.empty(saved.hidden.shape(), environment_.dtype);
-  ops::activation_forward(context, activation(), saved.hidden, fc1_bias_->value, saved.activation_dropout,
-                          is_folded() ? ffn_norm_.gamma->value : Tensor(), saved.activated, sums);
+  ops::activation_forward(context, activation_kind(environment_.config), saved.hidden, fc1_bias_->value,
+                          saved.activation_dropout, is_folded() ? ffn_norm_.gamma->value : Tensor(),
+                          saved.activated, sums);
 }
 
 template <class Stream>
@@ -283,8 +272,8 @@ ops::NormOfActivation FeedForwardBlock<Stream>::plain_backward(Saved& saved, con
 template <class Stream>
 void FeedForwardBlock<Stream>::activation_backward(Saved& saved, const Tensor& d,
                                                    const ops::NormOfActivation* norm) const {
-  ops::activation_backward(*environment_.context, activation(), d, saved.hidden, fc1_bias_->value,
-                           saved.activation_dropout, norm, d, fc1_bias_->gradient);
+  ops::activation_backward(*environment_.context, activation_kind(environment_.config), d, saved.hidden,
+                           fc1_bias_->value, saved.activation_dropout, norm, d, fc1_bias_->gradient);
   saved.hidden = {};
   saved.dhidden = d;
 }

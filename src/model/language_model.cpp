@@ -1,10 +1,12 @@
 #include "normformer/model/language_model.h"
 
 #include <cmath>
+#include <optional>
 #include <utility>
 
 #include "normformer/model/attention_block.h"
 #include "normformer/model/feed_forward_block.h"
+#include "normformer/model/masked_language_head.h"
 #include "normformer/ops/cross_entropy.h"
 #include "normformer/ops/embedding.h"
 #include "normformer/tensor_parallel/stream.h"
@@ -139,8 +141,9 @@ class StageOf final : public LanguageModelStage {
   std::vector<std::unique_ptr<Layer<Stream>>> layers_;
   NormParameters first_norm_;  // Pre-LN: what reads the stage's input
   NormParameters final_norm_;
-  Tensor folded_;                  // [layers, 2, D]: c and w_beta of every layer
-  std::vector<bool> is_folded_;    // of each layer: whether these are of its present weights
+  std::optional<MaskedLanguageHead> head_;  // where logits are not the embedding's alone
+  Tensor folded_;                           // [layers, 2, D]: c and w_beta of every layer
+  std::vector<bool> is_folded_;             // of each layer: whether these are of its present weights
   std::vector<size_t> backwards_;  // of each layer: micro-batches whose gradients of weights are added
 };
 
@@ -150,9 +153,9 @@ StageOf<Stream>::StageOf(const ModelEnvironment& environment, const StagePart& p
       store_(&store),
       boundary_(*environment.context, environment.tensor) {
   const ModelConfig& config = environment.config;
-  const bool gpt2 = config.init == Initialisation::gpt2;
+  const bool fairseq = config.init == Initialisation::fairseq;
   const auto embedding_init =
-      InitialValue::normal(gpt2 ? 0.02 : 1.0 / std::sqrt(static_cast<double>(config.width)));
+      InitialValue::normal(fairseq ? 1.0 / std::sqrt(static_cast<double>(config.width)) : 0.02);
   const ParameterDeclarer declare(this->environment(), store, "decoder.", -1, -1);
   if (part.first || part.last) {
     embedding_ = store.find("decoder.embed_tokens.weight");
@@ -173,6 +176,7 @@ StageOf<Stream>::StageOf(const ModelEnvironment& environment, const StagePart& p
   if (part.last && config.norm_position == NormPosition::pre) {
     final_norm_ = declare_stream_norm(declare, "layer_norm", config.width);
   }
+  if (part.last && config.head == OutputHead::masked_language) head_.emplace(this->environment(), store);
   if (config.norm_position == NormPosition::pre) hand_out_norms();
 }
 
@@ -322,6 +326,14 @@ void StageOf<Stream>::finish(int64_t micro_batch, const NormedStream<Stream>& st
   const MicroBatch& batch = this->batch(micro_batch);
   const TraceScope scope = trace_module(environment(), "decoder.output", "forward");
   const Placed<Replicated> hidden = boundary_.enter(stream.normed, batch.num_tokens());
+  if (head_) {
+    HeadResult made = head_->forward(batch, hidden, vocabulary_rows());
+    set_result(micro_batch, std::move(made.nll));
+    if (batch.purpose != Purpose::training) return;
+    saved.final_norm = stream.norm;
+    saved.dhidden = boundary_.keep_own(made.dhidden);
+    return;
+  }
   if (batch.purpose == Purpose::generation) {
     const Placed<Replicated> last(last_tokens(batch, hidden.tensor()));
     return set_result(micro_batch, vocabulary_logits(context(), vocabulary_rows(), last).tensor());

@@ -113,12 +113,4 @@ std::vector<LogicalTensor> logical_parameters(const RunConfig& config) {
   return all;
 }
 
-double training_flops_per_token(const ModelConfig& config) {
-  const auto d = static_cast<double>(config.width);
-  const auto f = static_cast<double>(config.ffn);
-  const auto layers = static_cast<double>(config.layers);
-  const double products = layers * (4.0 * d * d + 2.0 * d * f) + static_cast<double>(config.vocab) * d;
-  return 6.0 * products + 6.0 * layers * d * static_cast<double>(config.length);
-}
-
 }  // namespace normformer

@@ -1,9 +1,27 @@
 #include "normformer/model/parts.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 namespace normformer {
+
+namespace {
+
+// Of width elements each, in the matrices that make logits of a token.
+int64_t output_rows(const ModelConfig& model) {
+  switch (model.head) {
+    case OutputHead::language:
+      return model.vocab;
+    case OutputHead::masked_language:
+      return model.width + model.vocab;
+    case OutputHead::classification:
+      return model.width + model.classes;
+  }
+  return model.vocab;
+}
+
+}  // namespace
 
 Schedule make_schedule(const ParallelConfig& parallel, int64_t stages, int64_t micro_batches) {
   switch (parallel.schedule) {
@@ -24,10 +42,23 @@ Schedule make_schedule(const ParallelConfig& parallel, int64_t stages, int64_t m
   return one_f_one_b_schedule(stages, micro_batches);
 }
 
-std::vector<int64_t> balanced_split(const ModelConfig& model, int64_t parts) {
+double predicted_share(const RunConfig& config) {
+  switch (config.model.head) {
+    case OutputHead::language:
+      return 1.0;
+    case OutputHead::masked_language:
+      return config.data.mask_probability;
+    case OutputHead::classification:
+      return 1.0 / static_cast<double>(config.model.length);
+  }
+  return 1.0;
+}
+
+std::vector<int64_t> balanced_split(const ModelConfig& model, int64_t parts, double predicted) {
   NF_CHECK(parts >= 1 && parts <= model.layers, "{} layers for {} parts", model.layers, parts);
-  const int64_t of_layer = model.width * (4 * model.width + 2 * model.ffn + model.length);
-  const int64_t of_logits = model.width * model.vocab;
+  const int64_t seen = model.attention == AttentionMask::causal ? model.length : 2 * model.length;
+  const int64_t of_layer = model.width * (4 * model.width + 2 * model.ffn + seen);
+  const int64_t of_logits = std::llround(predicted * static_cast<double>(model.width * output_rows(model)));
   std::vector<int64_t> split(static_cast<size_t>(parts), 1);
   const auto cost_with_one_more = [&](size_t part) {
     return (split[part] + 1) * of_layer + (part + 1 == split.size() ? of_logits : 0);
@@ -42,12 +73,24 @@ std::vector<int64_t> balanced_split(const ModelConfig& model, int64_t parts) {
   return split;
 }
 
+double training_flops_per_token(const RunConfig& config) {
+  const ModelConfig& model = config.model;
+  const auto d = static_cast<double>(model.width);
+  const auto f = static_cast<double>(model.ffn);
+  const auto layers = static_cast<double>(model.layers);
+  const double output = predicted_share(config) * static_cast<double>(output_rows(model)) * d;
+  const double attention = (model.attention == AttentionMask::causal ? 6.0 : 12.0) * layers * d *
+                           static_cast<double>(model.length);
+  return 6.0 * (layers * (4.0 * d * d + 2.0 * d * f) + output) + attention;
+}
+
 std::vector<StagePart> parts_of_stage(const RunConfig& config, int64_t stages, int64_t stage) {
   const Schedule schedule = make_schedule(config.parallel, stages, 0);
   const int64_t last = schedule.num_parts() - 1;
-  const std::vector<int64_t> split = config.parallel.split.empty()
-                                         ? balanced_split(config.model, schedule.num_parts())
-                                         : config.parallel.split;
+  const std::vector<int64_t> split =
+      config.parallel.split.empty()
+          ? balanced_split(config.model, schedule.num_parts(), predicted_share(config))
+          : config.parallel.split;
   NF_CHECK(static_cast<int64_t>(split.size()) == schedule.num_parts(), "{} parts of {} are given layers",
            split.size(), schedule.num_parts());
   std::vector<StagePart> parts;

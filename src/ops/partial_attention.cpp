@@ -39,14 +39,14 @@ Extents check_shape(const PartialAttentionShape& s, const Tensor& qkv, const Dro
           {s.batch, s.heads, s.queries.size()}};
 }
 
-// A token's document cannot start behind it.
+// Every token must have something to attend to in the whole sequence.
 void check_document_starts(const PartialAttentionShape& s, const Tensor& document_start) {
   // On a GPU a look would mean to wait for it.
   if (!document_start || document_start.device() == DeviceKind::cuda) return;
   const int32_t* starts = document_start.data<int32_t>();
   for (int64_t i = 0; i < document_start.numel(); ++i) {
     const int64_t position = s.queries.position_of(i % s.queries.size());
-    NF_CHECK(starts[i] >= 0 && starts[i] <= position,
+    NF_CHECK(starts[i] >= 0 && starts[i] <= (s.causal ? position : s.length - 1),
              "partial attention: the document of the token at {} starts at {}", position, starts[i]);
   }
 }
@@ -63,15 +63,17 @@ int64_t visible_pairs(Range queries, Range keys) {
 }  // namespace
 
 std::string to_string(const PartialAttentionShape& shape) {
-  return fmt::format("{} x {} of {} tokens to {}, {} heads of {}", shape.batch, shape.queries.size(),
-                     shape.length, shape.keys.size(), shape.heads, shape.head_size);
+  return fmt::format("{} x {} of {} tokens to {}, {} heads of {}{}", shape.batch, shape.queries.size(),
+                     shape.length, shape.keys.size(), shape.heads, shape.head_size,
+                     shape.causal ? ", causal" : "");
 }
 
 int64_t partial_attention_forward_flops(const PartialAttentionShape& s) {
   int64_t pairs = 0;
   for (const Range queries : {s.queries.first, s.queries.second}) {
     for (const Range keys : {s.keys.first, s.keys.second})
-      pairs = checked_add(pairs, visible_pairs(queries, keys));
+      pairs = checked_add(pairs,
+                          s.causal ? visible_pairs(queries, keys) : checked_mul(queries.size(), keys.size()));
   }
   return checked_mul(checked_mul(4 * s.head_size, checked_mul(s.batch, s.heads)), pairs);
 }

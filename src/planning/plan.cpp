@@ -1,6 +1,7 @@
 #include "normformer/planning/plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <utility>
 
@@ -14,6 +15,14 @@ namespace normformer {
 
 namespace {
 
+// Ones in a share of so many places, as evenly as can be.
+std::vector<uint8_t> even_mask(size_t places, double share) {
+  std::vector<uint8_t> mask(places);
+  const auto ones_before = [&](size_t place) { return std::floor(static_cast<double>(place) * share); };
+  for (size_t i = 0; i < places; ++i) mask[i] = ones_before(i + 1) > ones_before(i) ? 1 : 0;
+  return mask;
+}
+
 // Samples of the right size; on meta nobody reads them.
 Batch blank_batch(const RunConfig& config, int64_t sequences) {
   const auto tokens = static_cast<size_t>(sequences * config.model.length);
@@ -23,6 +32,7 @@ Batch blank_batch(const RunConfig& config, int64_t sequences) {
               .targets = std::vector<int32_t>(tokens),
               .document_start = {},
               .loss_mask = {}};
+  if (predicts_some_tokens(config.model)) batch.loss_mask = even_mask(tokens, predicted_share(config));
   if (!config.data.document_mask) return batch;
   batch.document_start.resize(tokens);
   batch.loss_mask.resize(tokens, 1);
@@ -169,8 +179,8 @@ Plan make_plan(const RunConfig& config, int64_t ranks, int64_t most_ranks) {
   plan.ranks = ranks;
   plan.parameters = count_parameters(config);
   plan.stages.resize(static_cast<size_t>(config.parallel.pipeline));
-  plan.model_flops = training_flops_per_token(config.model) *
-                     static_cast<double>(config.train.global_batch * config.model.length);
+  plan.model_flops =
+      training_flops_per_token(config) * static_cast<double>(config.train.global_batch * config.model.length);
   std::vector<RankEvents> events;
   for (const int64_t rank : ranks_to_run(config, ranks, most_ranks)) {
     PlannedRank planned(config, rank, ranks);

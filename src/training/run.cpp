@@ -7,6 +7,7 @@
 
 #include "normformer/comm/ledger_file.h"
 #include "normformer/core/log.h"
+#include "normformer/model/parts.h"
 #include "normformer/ops/matmul.h"
 #include "normformer/training/agreement.h"
 #include "normformer/training/gathered_file.h"
@@ -16,6 +17,7 @@
 #include "normformer/training/run_checkpoint.h"
 #include "normformer/training/run_data.h"
 #include "normformer/training/run_signals.h"
+#include "normformer/training/starting_weights.h"
 #include "normformer/training/statistics.h"
 #include "normformer/training/tensorboard.h"
 #include "normformer/training/trainer.h"
@@ -55,6 +57,7 @@ class TrainingRun {
   void print_banner();
   void open_metrics();
   void restore();
+  void draw_weights();
   void dump_gradients();
   void step();
   void settle();
@@ -81,6 +84,7 @@ class TrainingRun {
   ExitCode finish(ExitCode code);
   bool stop_is_wanted();
   bool save_is_wanted() const { return save_requests_ > saves_heard_; }
+  std::string tokenizer_hash() const { return fmt::format("tokenizer {:016x}", tokenizer_->hash()); }
   bool is_root() const { return world_.rank() == 0; }
   void say(const std::string& message);
 
@@ -135,7 +139,7 @@ TrainingRun::TrainingRun(const RunConfig& config, const RunOptions& options, Con
                  .rank = world.rank(),
                  .updates = config.train.updates}),
       profiler_(context, world, options.profile, folder_.trace(options.profile)),
-      speedometer_(training_flops_per_token(config.model)) {}
+      speedometer_(training_flops_per_token(config)) {}
 
 void TrainingRun::say(const std::string& message) {
   if (status_) status_->show_message(message);
@@ -226,7 +230,7 @@ void TrainingRun::open_metrics() {
   if (!is_root()) return;
   const TrainingCounters counters = trainer_->counters();
   metrics_.emplace(folder_.metrics(), counters);
-  metrics_->write_run(counters, parameters_, training_flops_per_token(config_.model));
+  metrics_->write_run(counters, parameters_, training_flops_per_token(config_));
   statistics_.emplace(folder_.statistics(), counters);
   if (!config_.metrics.tensorboard) return;
   tensorboard_.emplace(folder_.tensorboard(), counters);
@@ -239,8 +243,14 @@ void TrainingRun::restore() {
     saving_at_ = saved_at_ = trainer_->counters().batch_index;
     say(fmt::format("resumed after update {}", trainer_->counters().updates));
   } else {
-    trainer_->initialise();
+    draw_weights();
   }
+}
+
+void TrainingRun::draw_weights() {
+  trainer_->initialise();
+  if (config_.train.init_from.empty()) return;
+  say(describe(load_starting_weights(*trainer_, config_.train.init_from, tokenizer_hash())));
 }
 
 void TrainingRun::dump_gradients() {
@@ -291,7 +301,9 @@ void TrainingRun::enter(const std::optional<FinishedStep>& step) {
   watchdog_.finish_update(counters.updates, report.loss);
   ++steps_;
   redone_ += report.redone ? 1 : 0;
-  const Speed speed = speedometer_.enter_step(report.tokens, config_.train.updates - counters.updates);
+  const int64_t tokens =
+      predicts_some_tokens(config_.model) ? config_.train.global_batch * config_.model.length : report.tokens;
+  const Speed speed = speedometer_.enter_step(tokens, config_.train.updates - counters.updates);
   if (metrics_) metrics_->write_step(*step, speed);
   if (statistics_ && !report.skipped && !step->gradient_norms.empty())
     statistics_->write_gradients(counters, trainer_->gradient_norms().names(), step->gradient_norms);
@@ -355,7 +367,7 @@ void TrainingRun::go_back(const FinishedStep& step) {
   ++rollbacks_;
   const bool has_checkpoint = checkpoints_->load_newest(*trainer_);
   if (!has_checkpoint) {
-    trainer_->initialise();
+    draw_weights();
     trainer_->set_counters({});
   }
   TrainingCounters counters = trainer_->counters();
@@ -553,8 +565,7 @@ ExitCode TrainingRun::run() {
   if (is_root()) status_.emplace(config_.train.updates, config_.train.log_every);
   open_data();
   require_same(world_, "training data", fmt::format("{:016x}", train_data_->fingerprint()));
-  checkpoints_.emplace(world_, folder_.checkpoints(), config_,
-                       fmt::format("tokenizer {:016x}", tokenizer_->hash()), train_data_->fingerprint());
+  checkpoints_.emplace(world_, folder_.checkpoints(), config_, tokenizer_hash(), train_data_->fingerprint());
   prepare_folder();
   open_ledger();
   const Mesh mesh = make_mesh(world_, config_.parallel);

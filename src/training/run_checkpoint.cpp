@@ -80,6 +80,10 @@ int64_t staging_bytes(const CheckpointConfig& config, const ShardedOptimizer& op
   return save_options(config).staging_for(saved);
 }
 
+bool names_checkpoint(const std::filesystem::path& path) {
+  return path.filename().string().starts_with("step-");
+}
+
 std::optional<CheckpointReader> open_newest_agreed(const Group& world, FileSystem& files,
                                                    const std::filesystem::path& folder,
                                                    const std::function<void(const CheckpointReader&)>& use,

@@ -8,6 +8,7 @@
 
 #include "normformer/mesh/layout.h"
 #include "normformer/model/parts.h"
+#include "normformer/ops/embedding.h"
 #include "normformer/pipeline/checker.h"
 #include "normformer/pipeline/executor.h"
 #include "normformer/training/agreement.h"
@@ -62,6 +63,22 @@ std::vector<T> values_of(const std::vector<T>& values, int64_t length, const Seq
   return chosen;
 }
 
+// Where ones are.
+std::vector<int32_t> places_of(const std::vector<uint8_t>& ones) {
+  std::vector<int32_t> places;
+  for (size_t i = 0; i < ones.size(); ++i) {
+    if (ones[i] != 0) places.push_back(static_cast<int32_t>(i));
+  }
+  return places;
+}
+
+template <class T>
+std::vector<T> at_places(const std::vector<T>& values, const std::vector<int32_t>& places) {
+  std::vector<T> chosen;
+  for (const int32_t place : places) chosen.push_back(values[static_cast<size_t>(place)]);
+  return chosen;
+}
+
 template <class T>
 Tensor to_device(Context& context, const std::vector<T>& values) {
   return from_host<T>(context, values, {static_cast<int64_t>(values.size())});
@@ -87,12 +104,21 @@ MicroBatch make_micro_batch(ModelInstance& model, const Batch& batch, int64_t fi
                   .tokens = {},
                   .targets = {},
                   .weights = {},
+                  .predicted = {},
                   .document_start = {},
                   .counted = batch.loss_mask.empty() ? batch.sequences * part.size()
                                                      : std::count(counts.begin(), counts.end(), uint8_t{1})};
   if (first) made.tokens = to_device(context, held(batch.inputs));
-  if (last) made.targets = to_device(context, held(batch.targets));
-  if (last && !batch.loss_mask.empty()) made.weights = to_device(context, counts);
+  if (last && predicts_some_tokens(model.environment().config)) {
+    NF_CHECK(batch.sequences == 0 || !batch.loss_mask.empty(),
+             "a batch does not tell which tokens are predicted");
+    const std::vector<int32_t> places = places_of(counts);
+    made.predicted = to_device(context, places);
+    made.targets = to_device(context, at_places(held(batch.targets), places));
+  } else if (last) {
+    made.targets = to_device(context, held(batch.targets));
+    if (!batch.loss_mask.empty()) made.weights = to_device(context, counts);
+  }
   if (!batch.document_start.empty()) made.document_start = to_device(context, held(batch.document_start));
   return made;
 }
@@ -399,11 +425,20 @@ void Trainer::update_weights(const StepReport& report, double clip) {
 
 namespace {
 
+// Negative log-likelihoods of all tokens here: 0 where a token is not predicted.
+Tensor of_all_tokens(Context& context, const MicroBatch& batch, const Tensor& result) {
+  if (!batch.predicted.defined()) return result;
+  const Tensor all = context.zeros({batch.num_tokens(), 1}, result.dtype());
+  ops::embedding_backward(context, batch.predicted, result.view({result.numel(), 1}), 1.0, 0, all);
+  return all.view({batch.num_tokens()});
+}
+
 // A micro-batch's negative log-likelihoods in the order of its tokens, [sequences * length], from those of
 // this rank's part of every sequence. Collective over the context group.
-Tensor of_whole_sequences(ModelInstance& model, const MicroBatch& batch, const Tensor& mine) {
+Tensor of_whole_sequences(ModelInstance& model, const MicroBatch& batch, const Tensor& result) {
   Context& context = model.context();
   const Group& group = model.mesh().context();
+  const Tensor mine = of_all_tokens(context, batch, result);
   if (group.size() == 1) return mine;
   std::vector<int64_t> counts;
   for (int r = 0; r < group.size(); ++r)

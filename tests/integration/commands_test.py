@@ -3,12 +3,11 @@
 import json
 import math
 import re
-import struct
 import sys
 import unittest
 from xml.etree import ElementTree
 
-from program import ROOT, Folder, losses, metrics, run
+from program import ROOT, Folder, losses, metrics, numbers, read_safetensors, run
 
 FIXTURE = ROOT / "tests" / "fixtures" / "oracle" / "normformer"
 ORACLE_MODEL = {
@@ -18,21 +17,6 @@ ORACLE_MODEL = {
 }
 # tensor x context x pipeline x data
 LAYOUTS = [(1, 1, 1, 1), (2, 1, 1, 1), (1, 1, 3, 1), (2, 1, 1, 2), (3, 1, 1, 1), (1, 3, 1, 1), (2, 2, 1, 1)]
-
-
-def read_safetensors(path):
-    """Names to (type, shape, bytes): a reader of the format that is not the program's own."""
-    raw = path.read_bytes()
-    (size,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(raw[8:8 + size])
-    header.pop("__metadata__", None)
-    data = raw[8 + size:]
-    return {name: (t["dtype"], t["shape"], data[slice(*t["data_offsets"])]) for name, t in header.items()}
-
-
-def numbers(tensor):
-    dtype, _, raw = tensor
-    return struct.unpack(f"<{len(raw) // {'F32': 4, 'F64': 8}[dtype]}{'f' if dtype == 'F32' else 'd'}", raw)
 
 
 def layout_flags(degrees):

@@ -330,6 +330,31 @@ TEST(LayoutMatrix, NormedQueriesKeysAndValuesEqualOneProcess) {
   }
 }
 
+// The same choices for a model that sees all of a sequence and predicts some of its tokens.
+RunConfig masked_config_of(const Choice& c) {
+  const ModelConfig masked = small_masked_config(Precision::fp64).model;
+  RunConfig config = config_of(c);
+  config.model.attention = masked.attention;
+  config.model.head = masked.head;
+  config.model.init = masked.init;
+  config.model.positions = masked.positions;
+  config.model.embedding_scale = masked.embedding_scale;
+  return config;
+}
+
+TEST(LayoutMatrix, MaskedModelsInAllPairsOfChoicesEqualOneProcess) {
+  RunConfig alone = masked_config_of({});
+  alone.train.micro_batch = alone.train.global_batch;
+  const Outcome expected = outcome_of(alone, {});
+  EXPECT_TRUE(expected.gradients.contains("decoder.lm_head.dense.weight"));
+  EXPECT_LT(expected.losses.back(), expected.losses.front());
+  for (const Choice& c : all_pairs()) {
+    SCOPED_TRACE(describe(c));
+    expect_same_run(outcome_of(masked_config_of(c), degrees_of(c)), expected);
+    if (HasFailure()) return;
+  }
+}
+
 // What only moves work elsewhere in time changes no bit, in the types that are trained in.
 TEST(LayoutMatrix, BucketsRecomputationAndOverlapChangeNoBit) {
   Choice with_tensor{};

@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
 import time
@@ -127,6 +128,21 @@ def weights(folder, dtype="f32"):
     path = pathlib.Path(f"{folder}.safetensors")
     run(["checkpoint", "export", folder, path, "--dtype", dtype], expect=0)
     return path.read_bytes()
+
+
+def read_safetensors(path):
+    """Names to (type, shape, bytes): a reader of the format that is not the program's own."""
+    raw = path.read_bytes()
+    (size,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8:8 + size])
+    header.pop("__metadata__", None)
+    data = raw[8 + size:]
+    return {name: (t["dtype"], t["shape"], data[slice(*t["data_offsets"])]) for name, t in header.items()}
+
+
+def numbers(tensor):
+    dtype, _, raw = tensor
+    return struct.unpack(f"<{len(raw) // {'F32': 4, 'F64': 8}[dtype]}{'f' if dtype == 'F32' else 'd'}", raw)
 
 
 def checkpoints(folder):

@@ -36,6 +36,8 @@ struct Run {
         model(context, make_mesh(world, config.parallel), config, true),
         expected(f.folder / "expected.safetensors"),
         tokens(expected.read(context.host(), "tokens")),
+        targets(read_masked("targets")),
+        predicted(read_masked("predicted")),
         trainer(model, config, [this](int64_t first, int64_t count) { return batch(first, count); }) {}
 
   static RunConfig configure(const OracleFixture& f, const OracleLayout& layout, const Group& world) {
@@ -58,7 +60,8 @@ struct Run {
     return resolve_layout(c, world.size());
   }
 
-  // Global samples start over with every batch: the fixture trains on one batch again and again.
+  // Global samples start over with every batch: the fixture trains on one batch again and again. A masked
+  // model has targets of their own.
   Batch batch(int64_t first, int64_t count) const {
     const int64_t length = config.model.length;
     Batch made{.sequences = count,
@@ -68,13 +71,22 @@ struct Run {
                .document_start = {},
                .loss_mask = {}};
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t* row = tokens.data<int64_t>() + (first + i) % fixture.sequences * (length + 1);
+      const int64_t sample = (first + i) % fixture.sequences;
+      const int64_t* row = tokens.data<int64_t>() + sample * tokens.dim(1);
+      const int64_t* asked = targets ? targets.data<int64_t>() + sample * length : row + 1;
       for (int64_t t = 0; t < length; ++t) {
         made.inputs.push_back(static_cast<int32_t>(row[t]));
-        made.targets.push_back(static_cast<int32_t>(row[t + 1]));
+        made.targets.push_back(static_cast<int32_t>(asked[t]));
+        if (!predicted) continue;
+        made.loss_mask.push_back(static_cast<uint8_t>(predicted.data<int64_t>()[sample * length + t]));
       }
     }
     return made;
+  }
+
+  // What only the fixtures of masked models have.
+  Tensor read_masked(const std::string& name) {
+    return predicts_some_tokens(config.model) ? expected.read(context.host(), name) : Tensor();
   }
 
   // Rounded to `type` first.
@@ -98,6 +110,8 @@ struct Run {
   ModelInstance model;
   SafetensorsReader expected;
   Tensor tokens;
+  Tensor targets;    // of a masked model
+  Tensor predicted;  // of a masked model
   Trainer trainer;
 };
 

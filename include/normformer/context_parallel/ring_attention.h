@@ -22,7 +22,7 @@ class RingAttention {
   /// The tokens of every sequence of `length` that this rank has.
   SequencePart part(int64_t length) const;
 
-  // `shape` is that of the whole attention, length and all; it is causal. With n = batch *
+  // `shape` is that of the whole attention, length and all. With n = batch *
   // part(length).size() and c = heads * head_size: qkv [n, 3 c], out [n, c] and lse [batch, heads, part] are
   // those of ops::attention_forward for this rank's tokens; so is document_start [n], in positions of the
   // whole sequence.

@@ -8,6 +8,7 @@
 
 #include "normformer/data/blend.h"
 #include "normformer/data/indexed_dataset.h"
+#include "normformer/data/masking.h"
 #include "normformer/data/sample_order.h"
 
 namespace normformer {
@@ -34,6 +35,9 @@ struct TokenDatasetOptions {
   /// The token that ends a document. Where given, batches carry document starts and a loss mask, so that no
   /// token sees, or is predicted from, another document.
   std::optional<int32_t> document_mask_token = std::nullopt;
+  /// For masked language models: a sample is the rule's start token and then seq_len - 1 tokens, of which the
+  /// predicted ones are the targets. Not beside a document mask.
+  std::optional<MaskingRule> masking = std::nullopt;
 };
 
 /// A piece of a global batch: sequences as rows.
@@ -41,12 +45,13 @@ struct Batch {
   int64_t sequences = 0;
   int64_t seq_len = 0;
   std::vector<int32_t> inputs;   ///< [sequences, seq_len]
-  std::vector<int32_t> targets;  ///< [sequences, seq_len]: the token after each input
+  std::vector<int32_t> targets;  ///< [sequences, seq_len]: the token after each input; of masked samples, the
+                                 ///< token in its place
   /// [sequences, seq_len]: the place in its row where each token's document starts (0 for one that began
   /// before the row); a token at t may attend to places document_start..t. Empty without a document mask.
   std::vector<int32_t> document_start;
   /// [sequences, seq_len]: 1 where the target counts, 0 where the input ends a document, so that its target
-  /// belongs to the next one. Empty without a document mask.
+  /// belongs to the next one; of masked samples, 1 where a token is predicted. Empty without either.
   std::vector<uint8_t> loss_mask;
 };
 
@@ -56,7 +61,8 @@ struct Batch {
 ///
 /// Each source is one stream of tokens, its documents one after another; sample i holds tokens
 /// [i·seq_len, (i + 1)·seq_len] of it, so that every token but the first is predicted once an epoch. What is
-/// left at the end, if shorter, is dropped. Reading is safe from several threads.
+/// left at the end, if shorter, is dropped. Masked samples take seq_len - 1 tokens in place of seq_len.
+/// Reading is safe from several threads.
 class TokenDataset {
  public:
   /// Opens and validates every source. Throws ConfigError, IoError and DataError; a source that is too short
@@ -84,8 +90,8 @@ class TokenDataset {
   /// How often each source has been gone through before global sample `index`, in epochs.
   std::vector<double> epochs(int64_t index) const;
 
-  /// Copies global sample `index` >= 0: seq_len + 1 tokens. Throws DataError for a token outside of the
-  /// vocabulary.
+  /// Copies global sample `index` >= 0: seq_len + 1 tokens, or the seq_len of a masked one as they are.
+  /// Throws DataError for a token outside of the vocabulary.
   void read_sample(int64_t index, std::span<int32_t> tokens) const;
 
   /// Global samples [first, first + count) as rows of a batch.
@@ -103,6 +109,10 @@ class TokenDataset {
     int64_t first_sample;  ///< samples of the sources before
   };
 
+  // Tokens from the beginning of a sample to that of the next one.
+  int64_t stride() const { return options_.masking ? options_.seq_len - 1 : options_.seq_len; }
+  void fill_row(int64_t index, int64_t row, Batch& batch) const;
+  void fill_masked_row(int64_t index, int64_t row, Batch& batch) const;
   void mask_documents(Batch& batch, int64_t row) const;
 
   TokenDatasetOptions options_;

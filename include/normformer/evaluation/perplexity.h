@@ -4,6 +4,7 @@
 #include <span>
 #include <vector>
 
+#include "normformer/data/masking.h"
 #include "normformer/training/trainer.h"
 
 namespace normformer {
@@ -20,5 +21,11 @@ struct TextScore {
 /// world.
 TextScore score_tokens(ModelInstance& model, const RunConfig& config, std::span<const int32_t> tokens,
                        int32_t before, bool keep_nll);
+
+/// Scores the masked tokens of a text: blocks of the model's length, without overlap, each beginning with the
+/// rule's start token and masked as a sample of its number. Keeps no single token's score. Collective over
+/// the world.
+TextScore score_masked_tokens(ModelInstance& model, const RunConfig& config, std::span<const int32_t> tokens,
+                              const MaskingRule& rule);
 
 }  // namespace normformer

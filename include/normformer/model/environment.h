@@ -8,6 +8,7 @@
 #include "normformer/config/run_config.h"
 #include "normformer/mesh/layout.h"
 #include "normformer/mesh/parameter.h"
+#include "normformer/ops/activation.h"
 #include "normformer/ops/dropout.h"
 #include "normformer/ops/sublayer.h"
 #include "normformer/sharding/parameter_store.h"
@@ -41,6 +42,9 @@ struct ModelEnvironment {
   Range vocabulary() const { return vocabulary_shard(config.vocab, tensor.size(), tensor.rank()); }
 };
 
+/// Whether the model predicts only the tokens that a batch's loss mask names.
+inline bool predicts_some_tokens(const ModelConfig& config) { return config.head != OutputHead::language; }
+
 /// What a forward pass is for.
 enum class Purpose {
   training,    ///< dropout is on, the loss and its gradients are wanted
@@ -57,9 +61,10 @@ struct MicroBatch {
   int64_t first_sample = 0;  ///< position of its first sequence in the global batch
   uint64_t batch_index = 0;  ///< which global batch; keys dropout
   Purpose purpose = Purpose::evaluation;
-  Tensor tokens;            ///< i32 [num_tokens()]: the sequences' parts one behind the other
-  Tensor targets;           ///< i32, as many
-  Tensor weights;           ///< u8, as many: 1 where a target counts
+  Tensor tokens;     ///< i32 [num_tokens()]: the sequences' parts one behind the other
+  Tensor targets;    ///< i32, as many; or one for each of `predicted`
+  Tensor weights;    ///< u8, as many: 1 where a target counts; none beside `predicted`
+  Tensor predicted;  ///< i32 [counted]: of a model that predicts some tokens only, their rows in `tokens`
   Tensor document_start;    ///< i32, as many, of whole sequences: see ops/attention.h
   int64_t counted = 0;      ///< how many of these targets count
   double loss_scale = 1.0;  ///< what the gradient of its loss is multiplied by
@@ -86,6 +91,10 @@ ops::Dropout make_dropout(const ModelEnvironment& environment, const MicroBatch&
 ops::Dropout make_stream_dropout(const ModelEnvironment& environment, const MicroBatch& batch,
                                  DropoutSite site, int64_t layer, double probability, int64_t first_row);
 
+/// BERT's matrices and embeddings (Devlin et al. 2019; fairseq's init_bert_params), and biases.
+inline constexpr InitialValue kBertWeights{InitialValue::Kind::normal, 0.02};
+inline constexpr InitialValue kZeros{InitialValue::Kind::constant, 0.0};
+
 /// Declares parameters of one module under a common prefix.
 class ParameterDeclarer {
  public:
@@ -102,7 +111,12 @@ class ParameterDeclarer {
   /// first rank owns it.
   Parameter& replicated_vector(const std::string& name, int64_t size, InitialValue initial) const;
 
-  /// The same of one that acts on the residual stream: each rank makes the gradient of the tokens it has.
+  /// A matrix of that kind.
+  Parameter& replicated_matrix(const std::string& name, int64_t rows, int64_t columns,
+                               InitialValue initial) const;
+
+  /// The same of a vector that acts on the residual stream: each rank makes the gradient of the tokens it
+  /// has.
   Parameter& stream_vector(const std::string& name, int64_t size, InitialValue initial) const;
 
   /// A vector of `size` of which this rank holds `part`.
@@ -135,6 +149,9 @@ class ParameterDeclarer {
 /// A module's span in traces: "decoder.layers.3.self_attn forward".
 TraceScope trace_module(const ModelEnvironment& environment, std::string_view module,
                         std::string_view direction);
+
+/// The operation of the model's activation.
+ops::ActivationKind activation_kind(const ModelConfig& config);
 
 /// "decoder.layers.N."
 std::string layer_prefix(int64_t layer);

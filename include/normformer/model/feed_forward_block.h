@@ -81,7 +81,6 @@ class FeedForwardBlock {
   bool normalises_again() const { return is_pre() && activates_again(); }
   void activate(Saved& saved, const Tensor& sums) const;
   void compute_statistics(Saved& saved, const Tensor& sums) const;
-  ops::ActivationKind activation() const;
   ColumnParallelLinear fc1() const;
   RowParallelLinear fc2() const;
   ops::SublayerOutput output_parts(const ops::Dropout& dropout) const;

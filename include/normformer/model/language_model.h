@@ -13,7 +13,7 @@ namespace normformer {
 struct StagePart {
   Range layers;                 ///< global numbers
   bool first = true;            ///< holds the embeddings
-  bool last = true;             ///< holds the final LayerNorm, the output logits and the loss
+  bool last = true;             ///< holds the final LayerNorm, the head and the loss
   bool holds_both_ends = true;  ///< one rank holds the first and the last part, if not this one then another
 };
 
@@ -37,9 +37,9 @@ class LanguageModelStage : public Stage {
   /// set_micro_batches; 0 on other stages than the last.
   double loss_sum() const;
 
-  /// What the forward of micro-batch `index` computed on the last stage: [N] negative log-likelihoods, or for
-  /// Purpose::generation the logits [sequences, V of this rank] after the last tokens. Undefined before, and
-  /// for empty ones.
+  /// What the forward of micro-batch `index` computed on the last stage: [N] negative log-likelihoods, or
+  /// those of its predicted tokens, or for Purpose::generation the logits [sequences, V of this rank] after
+  /// the last tokens. Undefined before, and for empty ones.
   const Tensor& result(int64_t index) const { return results_[static_cast<size_t>(index)]; }
 
   DType boundary_dtype() const override { return environment_.dtype; }

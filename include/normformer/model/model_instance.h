@@ -77,9 +77,4 @@ class ModelInstance {
 /// configuration is resolved; its layout does not matter.
 std::vector<LogicalTensor> logical_parameters(const RunConfig& config);
 
-/// Floating-point operations that training on one token needs: three times the products of a forward pass,
-/// tied output included, counting only what the causal mask lets through: 6 (4 L d^2 + 2 L d F + V d) + 6 L d
-/// T.
-double training_flops_per_token(const ModelConfig& config);
-
 }  // namespace normformer

@@ -7,7 +7,7 @@
 
 namespace normformer::ops {
 
-/// The shape of causal self-attention over this rank's heads.
+/// The shape of self-attention over this rank's heads.
 struct AttentionShape {
   int64_t batch = 1;       ///< sequences
   int64_t length = 1;      ///< tokens of a sequence

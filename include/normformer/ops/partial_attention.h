@@ -4,9 +4,9 @@
 #include "normformer/ops/dropout.h"
 #include "normformer/tensor/context.h"
 
-// Causal self-attention of some of a sequence's tokens to some of them, the others being elsewhere: summed up
-// over blocks of keys it is that of attention.h. A token attends to the keys of a block that are of no later
-// position than its own.
+// Self-attention of some of a sequence's tokens to some of them, the others being elsewhere: summed up over
+// blocks of keys it is that of attention.h. Where it is causal, a token attends to the keys of a block that
+// are of no later position than its own.
 namespace normformer::ops {
 
 /// Which tokens meet, over this rank's heads.
@@ -18,9 +18,10 @@ struct PartialAttentionShape {
   int64_t heads = 1;       ///< heads of this rank
   int64_t head_size = 1;   ///< channels of a head
   int64_t first_head = 0;  ///< global number of this rank's first head
+  bool causal = true;      ///< as in AttentionShape
 };
 
-/// "4 x 512 of 1024 tokens to 512, 12 heads of 64"
+/// "4 x 512 of 1024 tokens to 512, 12 heads of 64, causal"
 std::string to_string(const PartialAttentionShape& shape);
 
 // With q = queries.size(), k = keys.size() and c = heads * head_size: qkv is [batch * q, 3 c] of T, of which

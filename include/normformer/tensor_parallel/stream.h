@@ -58,6 +58,9 @@ class StreamBoundary<Replicated> {
   Placed<Replicated> enter_backward(const Placed<Partial>& dx) const { return reduce(dx); }
   Arriving<Replicated> start_enter_backward(const Placed<Partial>& dx) const;
 
+  /// The gradient of all tokens that every rank has made whole, on the stream.
+  Placed<Replicated> keep_own(const Placed<Replicated>& dx) const { return dx; }
+
   /// The output of a row-parallel product, on the stream. Collective over the tensor group.
   Placed<Replicated> leave(const Placed<Partial>& y) const { return reduce(y); }
 
@@ -95,6 +98,9 @@ class StreamBoundary<SequenceSharded> {
   /// group.
   Placed<SequenceSharded> enter_backward(const Placed<Partial>& dx) const { return leave(dx); }
   Arriving<SequenceSharded> start_enter_backward(const Placed<Partial>& dx) const;
+
+  /// The gradient of all tokens that every rank has made whole, for this rank's tokens.
+  Placed<SequenceSharded> keep_own(const Placed<Replicated>& dx) const;
 
   /// The output of a row-parallel product, for this rank's tokens. Collective over the tensor group.
   Placed<SequenceSharded> leave(const Placed<Partial>& y) const;

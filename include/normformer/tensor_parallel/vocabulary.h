@@ -5,11 +5,14 @@
 
 namespace normformer {
 
-/// One rank's rows of the token embedding [V, D] and their main gradient.
+/// One rank's rows of the token embedding [V, D] and their main gradient; of the logits' bias [V] likewise,
+/// where there is one.
 struct VocabularyRows {
   Tensor weight;
   Tensor gradient;
   int64_t first_row = 0;
+  Tensor bias = {};
+  Tensor bias_gradient = {};
 };
 
 /// Token embeddings with the vocabulary's rows split over the tensor-parallel group. tokens: i32 [N].
@@ -32,7 +35,8 @@ struct LossResult {
                             ///< rows of the vocabulary; undefined without training
 };
 
-/// Output logits (hidden times the embedding's rows) and softmax cross-entropy over the split vocabulary.
+/// Output logits (hidden times the embedding's rows, plus the bias) and softmax cross-entropy over the split
+/// vocabulary.
 ///
 /// Tokens are taken in chunks so that logits exist for one chunk only: each chunk's logits become their own
 /// gradient and are used up at once, for dhidden and for the gradient of the rows, which is added here and

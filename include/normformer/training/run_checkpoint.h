@@ -21,6 +21,9 @@ std::vector<TensorPiece> checkpoint_pieces(const ShardedOptimizer& optimizer, bo
 /// Memory that a rank takes to stage what it saves; on the host, whatever the device.
 int64_t staging_bytes(const CheckpointConfig& config, const ShardedOptimizer& optimizer);
 
+/// Whether a path is that of one checkpoint, a "step-..." folder, and not of a run.
+bool names_checkpoint(const std::filesystem::path& path);
+
 /// open_newest_checkpoint, which fails on every rank alike, with its failures as AgreedError. Collective over
 /// `world`.
 std::optional<CheckpointReader> open_newest_agreed(const Group& world, FileSystem& files,

@@ -722,7 +722,7 @@ AttentionInput<T> input_of(const PartialAttentionShape& shape, const Tensor& qkv
           .head_size = shape.head_size,
           .first_head = shape.first_head,
           .length = shape.length,
-          .causal = true,
+          .causal = shape.causal,
           .queries = shape.queries,
           .keys = shape.keys,
           .dropout = dropout,

@@ -198,6 +198,7 @@ struct PartialInput {
         length(shape.length),
         queries(shape.queries),
         keys(shape.keys),
+        causal(shape.causal),
         scale(static_cast<A>(1.0 / std::sqrt(static_cast<double>(shape.head_size)))) {}
 
   constexpr int64_t num_queries() const { return queries.size(); }
@@ -214,6 +215,7 @@ struct PartialInput {
   int64_t length;
   SequencePart queries;
   SequencePart keys;
+  bool causal;
   A scale;
 };
 
@@ -264,7 +266,7 @@ class PartialHead {
     return {keys_before(start), end_of_keys(last - 1)};
   }
   __device__ int first_query_of(int key) const {
-    return static_cast<int>(input_.queries.rows_before(input_.keys.position_of(key)));
+    return input_.causal ? static_cast<int>(input_.queries.rows_before(input_.keys.position_of(key))) : 0;
   }
   __device__ bool drops_by_fours() const {
     const SequencePart& k = input_.keys;
@@ -287,7 +289,9 @@ class PartialHead {
   __device__ int keys_before(int64_t position) const {
     return static_cast<int>(input_.keys.rows_before(position));
   }
-  __device__ int end_of_keys(int query) const { return keys_before(input_.queries.position_of(query) + 1); }
+  __device__ int end_of_keys(int query) const {
+    return input_.causal ? keys_before(input_.queries.position_of(query) + 1) : keys();
+  }
 
   const PartialInput<T>& input_;
   int64_t sample_;

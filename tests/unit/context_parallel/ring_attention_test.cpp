@@ -140,6 +140,10 @@ std::vector<Case> cases() {
     all.push_back({shape});
     all.push_back({shape, true});
     all.push_back({shape, true, 0.3});
+    ops::AttentionShape bidirectional = shape;
+    bidirectional.causal = false;
+    all.push_back({bidirectional});
+    all.push_back({bidirectional, true, 0.3});
   }
   return all;
 }

@@ -171,5 +171,58 @@ TEST_F(TokenDatasetTest, TheFingerprintChangesWithEverythingThatMatters) {
   for (const auto& other : others) EXPECT_NE(TokenDataset(other).fingerprint(), fingerprint);
 }
 
+MaskingRule masking_rule() {
+  return {.probability = 0.5,
+          .kept = 0.0,
+          .random = 0.0,
+          .mask_token = 99,
+          .start_token = 98,
+          .ordinary_tokens = 98,
+          .stream = RandomStream{4}.with("masking")};
+}
+
+TEST_F(TokenDatasetTest, MaskedSamplesBeginWithTheStartTokenAndFollowOneAnother) {
+  const TokenDataset data({.sources = {counting("a", 0, 12)},
+                           .seq_len = 5,
+                           .sequence = SampleSequence::sequential,
+                           .masking = masking_rule()});
+  ASSERT_EQ(data.num_samples(), 3);
+  const Batch batch = data.read_batch(0, 3);
+  EXPECT_THAT(batch.targets, ElementsAre(98, 0, 1, 2, 3, 98, 4, 5, 6, 7, 98, 8, 9, 10, 11));
+  int64_t predicted = 0;
+  for (size_t i = 0; i < batch.inputs.size(); ++i) {
+    EXPECT_EQ(batch.inputs[i], batch.loss_mask[i] == 1 ? 99 : batch.targets[i]);
+    predicted += batch.loss_mask[i];
+  }
+  EXPECT_GT(predicted, 0);
+  EXPECT_LT(predicted, 12);
+}
+
+// Who reads which part of a batch changes nothing; another epoch, or another seed, does.
+TEST_F(TokenDatasetTest, MasksBelongToTheGlobalSample) {
+  const TokenDatasetOptions options{
+      .sources = {counting("a", 0, 90)}, .seq_len = 10, .seed = 3, .masking = masking_rule()};
+  const TokenDataset data(options);
+  const Batch all = data.read_batch(0, 20);
+  for (int64_t i = 0; i < 20; ++i) {
+    const Batch one = data.read_batch(i, 1);
+    EXPECT_TRUE(std::equal(one.inputs.begin(), one.inputs.end(), all.inputs.begin() + 10 * i));
+    EXPECT_TRUE(std::equal(one.loss_mask.begin(), one.loss_mask.end(), all.loss_mask.begin() + 10 * i));
+  }
+  std::set<std::vector<uint8_t>> masks;
+  for (int64_t i = 0; i < 20; ++i) masks.insert(data.read_batch(i, 1).loss_mask);
+  EXPECT_GT(masks.size(), 15U);
+  TokenDatasetOptions other = options;
+  other.masking->stream = RandomStream{5}.with("masking");
+  EXPECT_NE(TokenDataset(other).fingerprint(), data.fingerprint());
+  other.masking.reset();
+  EXPECT_NE(TokenDataset(other).fingerprint(), data.fingerprint());
+}
+
+TEST_F(TokenDatasetTest, AMaskedSampleNeedsRoomBesideItsStartToken) {
+  EXPECT_THROW(TokenDataset({.sources = {counting("a", 0, 12)}, .seq_len = 1, .masking = masking_rule()}),
+               ConfigError);
+}
+
 }  // namespace
 }  // namespace normformer

@@ -62,6 +62,17 @@ TEST(Meta, ForetellsEveryRankOfALayout) {
   }
 }
 
+TEST(Meta, ForetellsMaskedModels) {
+  for (const Precision precision : {Precision::fp32, Precision::bf16}) {
+    RunConfig config = small_masked_config(precision);
+    expect_foretold(config, {});
+    expect_foretold(config, {.tensor = 2, .context = 2});
+    config.parallel.sequence = true;
+    config.parallel.schedule = PipelineSchedule::zb_h1;
+    expect_foretold(config, {.tensor = 2, .context = 1, .data = 2, .pipeline = 2});
+  }
+}
+
 TEST(Meta, ForetellsSchedulesAndRecomputation) {
   RunConfig config = small_config(Precision::bf16);
   config.model.layers = 4;
@@ -475,6 +486,28 @@ TEST(Meta, ThePapersModelsHaveThePapersParameters) {
     config.model.residual_scale = true;
     EXPECT_EQ(count(), size.with_residual_scale);
   }
+}
+
+// RoBERTa-base of the paper, 125.42M (arXiv 2110.09456, Table 1): with the final LayerNorm and the whole
+// head, but positions 0 to 511 only, of which fairseq's table has two rows more.
+TEST(Meta, TheMaskedModelHasThePapersParameters) {
+  RunConfig config;
+  config.model.layers = 12;
+  config.model.width = 768;
+  config.model.heads = 12;
+  config.model.ffn = 3072;
+  config.model.vocab = 51200;
+  config.model.length = 512;
+  config.model.attention = AttentionMask::bidirectional;
+  config.model.head = OutputHead::masked_language;
+  config.model.positions = Positions::learned;
+  Context context(DeviceKind::meta);
+  const int64_t parameters =
+      ModelInstance(context, Mesh(make_self_world(), {}), config, true).count_parameters();
+  constexpr int64_t kLayers = 12 * (4 * (768 * 768 + 768) + 2 * 768 * 3072 + 3072 + 768 + 4 * 768);
+  constexpr int64_t kHead = 768 * 768 + 3 * 768 + 51200;
+  EXPECT_EQ(parameters, 51200 * 768 + 512 * 768 + kLayers + 2 * 768 + kHead);
+  EXPECT_EQ(parameters + 2 * 768, 125'415'680);
 }
 
 }  // namespace

@@ -29,6 +29,27 @@ inline RunConfig small_config(Precision precision) {
   return c;
 }
 
+/// A model that predicts masked tokens, with positions of its own.
+inline RunConfig small_masked_config(Precision precision) {
+  RunConfig c = small_config(precision);
+  c.model.attention = AttentionMask::bidirectional;
+  c.model.head = OutputHead::masked_language;
+  c.model.init = Initialisation::bert;
+  c.model.positions = Positions::learned;
+  c.model.embedding_scale = false;
+  return c;
+}
+
+/// Hides some tokens, which are the targets then.
+inline void mask_some(const RunConfig& config, int64_t first, Batch& batch) {
+  batch.targets = batch.inputs;
+  for (size_t i = 0; i < batch.inputs.size(); ++i) {
+    const int64_t at = first * config.model.length + static_cast<int64_t>(i);
+    batch.loss_mask.push_back(at * at % 11 < 4 ? 1 : 0);
+    if (batch.loss_mask.back() == 1) batch.inputs[i] = static_cast<int32_t>(config.model.vocab - 1);
+  }
+}
+
 /// Tokens that depend on their place alone.
 inline Batch counted_batch(const RunConfig& config, int64_t first, int64_t count) {
   Batch batch{.sequences = count,
@@ -42,6 +63,7 @@ inline Batch counted_batch(const RunConfig& config, int64_t first, int64_t count
     batch.inputs.push_back(static_cast<int32_t>(at * 7 % config.model.vocab));
     batch.targets.push_back(static_cast<int32_t>((at + 1) * 7 % config.model.vocab));
   }
+  if (predicts_some_tokens(config.model)) mask_some(config, first, batch);
   return batch;
 }
 

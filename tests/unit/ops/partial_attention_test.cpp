@@ -52,7 +52,8 @@ PartialAttentionShape shape_of(const Case& c, const SequencePart& queries, const
           .keys = keys,
           .heads = c.shape.heads,
           .head_size = c.shape.head_size,
-          .first_head = c.shape.first_head};
+          .first_head = c.shape.first_head,
+          .causal = c.shape.causal};
 }
 
 // What one part has, computes and receives.
@@ -205,6 +206,10 @@ TEST(PartialAttention, PartsTogetherAreTheWhole) {
     all.push_back({shape, true});
     all.push_back({shape, false, 0.25});
     all.push_back({shape, true, 0.1});
+    AttentionShape bidirectional = shape;
+    bidirectional.causal = false;
+    all.push_back({bidirectional});
+    all.push_back({bidirectional, true, 0.1});
   }
   expect_reference(all, {1, 2, 3});
 }
@@ -220,6 +225,7 @@ TEST(PartialAttention, WideHeads) {
   std::vector<Case> all;
   for (const AttentionShape& shape : shapes) all.push_back({shape, true, 0.1});
   all.push_back({{.batch = 1, .length = 300, .heads = 1, .head_size = 64}});
+  all.push_back({{.batch = 1, .length = 300, .heads = 1, .head_size = 64, .causal = false}, false, 0.1});
   expect_reference(all, {2});
 }
 
@@ -292,6 +298,9 @@ TEST(PartialAttention, CostsCountThePairsThatSeeEachOther) {
     const PartialAttentionShape shape{
         .batch = 2, .length = 16, .queries = queries, .keys = keys, .heads = 3, .head_size = 5};
     EXPECT_EQ(partial_attention_forward_flops(shape), 4 * 5 * 6 * pairs);
+    PartialAttentionShape bidirectional = shape;
+    bidirectional.causal = false;
+    EXPECT_EQ(partial_attention_forward_flops(bidirectional), 4 * 5 * 6 * queries.size() * keys.size());
   }
 }
 

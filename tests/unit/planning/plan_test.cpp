@@ -101,7 +101,7 @@ TEST(Plan, ReadsTheModelOffTheConfiguration) {
   EXPECT_EQ(plan.parameters, 354740224);  // the paper's baseline of 24 layers
   EXPECT_EQ(plan.micro_batches, 4);
   EXPECT_EQ(plan.order.ranks, 2 * 2 * 4);
-  EXPECT_EQ(plan.model_flops, training_flops_per_token(config.model) * 64 * 2048);
+  EXPECT_EQ(plan.model_flops, training_flops_per_token(config) * 64 * 2048);
   std::vector<int64_t> layers;
   for (const StagePlan& stage : plan.stages) layers.push_back(stage.layers.at(0).size());
   EXPECT_EQ(layers, balanced_split(config.model, 4));
