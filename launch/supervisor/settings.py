@@ -24,15 +24,24 @@ class Settings:
         return self.tensor * self.context * self.pipeline
 
 
-def overrides_of(train_options: Sequence[str]) -> list[tuple[str, str]]:
-    """The `--set section.key=value` of the program's options, in order."""
+def overrides_of(train_options: Sequence[str]) -> list[tuple[str, Any]]:
+    """The `--set section.key=value` of the program's options, in order; `--set @FILE` is all that a TOML file sets."""
     found = []
     for at, word in enumerate(train_options):
         if word == "--set" and at + 1 < len(train_options):
             found.append(train_options[at + 1])
         elif word.startswith("--set="):
             found.append(word.removeprefix("--set="))
-    return [(key, value) for key, separator, value in (text.partition("=") for text in found) if separator]
+    return [override for text in found for override in _overrides_in(text)]
+
+
+def _overrides_in(text: str) -> list[tuple[str, Any]]:
+    if text.startswith("@"):
+        table = read_table(pathlib.Path(text[1:]))
+        return [(f"{section}.{key}", value) for section, keys in table.items() if isinstance(keys, dict)
+                for key, value in keys.items()]
+    key, separator, value = text.partition("=")
+    return [(key, _value_of(value))] if separator else []
 
 
 def _value_of(text: str) -> Any:
@@ -66,11 +75,11 @@ def _datasets(value: Any) -> list[str]:
 def read_settings(config: pathlib.Path, train_options: Sequence[str] = ()) -> Settings:
     """Reads the configuration with its overrides. Raises Refusal where the file is no TOML."""
     table = read_table(config)
-    for key, text in overrides_of(train_options):
+    for key, value in overrides_of(train_options):
         section, _, field = key.partition(".")
         fields = table.setdefault(section, {})
         if isinstance(fields, dict):
-            fields[field] = _value_of(text)
+            fields[field] = value
     sections = {name: value for name, value in table.items() if isinstance(value, dict)}
     parallel, data = sections.get("parallel", {}), sections.get("data", {})
     return Settings(

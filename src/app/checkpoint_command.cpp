@@ -131,8 +131,9 @@ void add_checkpoint_command(CLI::App& app, Command& chosen) {
   command->add_option("--output", options->import.output,
                       "The run's folder; without, the configuration's checkpoint.folder");
   command
-      ->add_option("--set", options->import.overrides,
-                   "Replace one key of the configuration: section.key=value")
+      ->add_option(
+          "--set", options->import.overrides,
+          "Replace keys of the configuration: one by section.key=value, those of a TOML file by @FILE")
       ->take_all()
       ->allow_extra_args(false);
   choose(command, [options] { return import_weights(options->import); });

@@ -53,7 +53,10 @@ void add_plan_command(CLI::App& app, Command& chosen) {
   command->add_option("-n,--ranks", options->ranks, "The number of ranks")
       ->required()
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 20));
-  command->add_option("--set", options->overrides, "Replace one key of the configuration: section.key=value")
+  command
+      ->add_option(
+          "--set", options->overrides,
+          "Replace keys of the configuration: one by section.key=value, those of a TOML file by @FILE")
       ->take_all()
       ->allow_extra_args(false);
   command->callback([options, &chosen] {

@@ -72,7 +72,10 @@ void add_train_command(CLI::App& app, Command& chosen) {
         throw CLI::Success();
       },
       "List every key of the configuration with its meaning, and end");
-  command->add_option("--set", options->overrides, "Replace one key of the configuration: section.key=value")
+  command
+      ->add_option(
+          "--set", options->overrides,
+          "Replace keys of the configuration: one by section.key=value, those of a TOML file by @FILE")
       ->take_all()
       ->allow_extra_args(false);
   command->add_flag("--resume", options->run.resume,

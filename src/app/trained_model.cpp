@@ -56,7 +56,9 @@ void TrainedModelOptions::add_to(CLI::App& command) {
   command.add_option("run", run, "A run's folder (its newest checkpoint is taken) or one of its checkpoints")
       ->required();
   command
-      .add_option("--set", overrides, "Replace one key of the run's configuration, such as parallel.tensor=2")
+      .add_option(
+          "--set", overrides,
+          "Replace keys of the run's configuration: one by section.key=value, those of a TOML file by @FILE")
       ->take_all()
       ->allow_extra_args(false);
 }

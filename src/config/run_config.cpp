@@ -220,25 +220,41 @@ std::string read_text(const std::string& path) {
   return text;
 }
 
-}  // namespace
-
-RunConfig parse_run_config(const std::string& text, const std::string& name,
-                           const std::vector<std::string>& overrides) {
+void read_toml(Reader& reader, const std::string& text, const std::string& name) {
   refuse_large(name, text.size());
   refuse_deep(name, text);
-  for (const std::string& text_of_one : overrides) refuse_deep("--set", text_of_one);
-  Reader reader;
   try {
     reader.read_file(toml::parse(text), Origin::file(name));
   } catch (const toml::parse_error& error) {
     refuse(Origin::file(name).place(error.source()), std::string(error.description()));
   }
-  for (const std::string& text_of_one : overrides) reader.read_override(text_of_one);
+}
+
+void read_override(Reader& reader, const std::string& text) {
+  refuse_deep("--set", text);
+  reader.read_override(text);
+}
+
+}  // namespace
+
+RunConfig parse_run_config(const std::string& text, const std::string& name,
+                           const std::vector<std::string>& overrides) {
+  Reader reader;
+  read_toml(reader, text, name);
+  for (const std::string& text_of_one : overrides) read_override(reader, text_of_one);
   return reader.finish();
 }
 
 RunConfig load_run_config(const std::string& path, const std::vector<std::string>& overrides) {
-  return parse_run_config(read_text(path), path, overrides);
+  Reader reader;
+  read_toml(reader, read_text(path), path);
+  for (const std::string& text_of_one : overrides) {
+    if (text_of_one.starts_with('@'))
+      read_toml(reader, read_text(text_of_one.substr(1)), text_of_one.substr(1));
+    else
+      read_override(reader, text_of_one);
+  }
+  return reader.finish();
 }
 
 std::string to_toml(const RunConfig& config) {

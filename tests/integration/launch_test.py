@@ -169,6 +169,10 @@ class Reading(unittest.TestCase):
                                                     "--set=parallel.data=3", "--set", 'device.kind="cuda"'])
             self.assertEqual(changed, Settings(pathlib.Path("runs/b"), "cuda", tensor=2, data=3,
                                                datasets=("x", "y", "v")))
+            over = folder / "over.toml"
+            over.write_text("[parallel]\ntensor = 4\npipeline = 2\n")
+            overlaid = settings.read_settings(path, ["--set", f"@{over}", "--set", "parallel.pipeline=3"])
+            self.assertEqual((overlaid.tensor, overlaid.pipeline, overlaid.folder), (4, 3, pathlib.Path("runs/a")))
             path.write_text("[parallel\n")
             self.assertRaises(Refusal, settings.read_settings, path)
 

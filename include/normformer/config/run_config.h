@@ -292,13 +292,14 @@ struct RunConfig {
   bool operator==(const RunConfig&) const = default;
 };
 
-/// Reads a TOML file of at most 1 MiB and then applies "section.key=value" overrides in order; values are
-/// TOML (strings may go unquoted). Throws ConfigError naming file, line and key for anything unknown (with
-/// the nearest known key), mistyped or out of range, and for combinations that no run can have. Checks
-/// nothing that needs the number of ranks or the corpus.
+/// Reads a TOML file of at most 1 MiB and then applies overrides in order: "section.key=value", whose values
+/// are TOML (strings may go unquoted), or "@FILE", a TOML file whose keys replace those read before. Throws
+/// ConfigError naming file, line and key for anything unknown (with the nearest known key), mistyped or out
+/// of range, and for combinations that no run can have. Checks nothing that needs the number of ranks or the
+/// corpus.
 RunConfig load_run_config(const std::string& path, const std::vector<std::string>& overrides);
 
-/// As load_run_config, from text; `name` stands for the file in messages.
+/// As load_run_config, from text and without files of overrides; `name` stands for the file in messages.
 RunConfig parse_run_config(const std::string& text, const std::string& name,
                            const std::vector<std::string>& overrides);
 

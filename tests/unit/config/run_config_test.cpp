@@ -594,6 +594,30 @@ TEST_F(ConfigFile, IsReadWithOverrides) {
   EXPECT_EQ(c.model.width, 128);
 }
 
+TEST_F(ConfigFile, FilesOfOverridesReplaceInOrder) {
+  const std::string path = write("a.toml", "[model]\nlayers = 3\nwidth = 128\n");
+  const std::string over = write("b.toml", "[model]\nlayers = 5\n[parallel]\ntensor = 2\n");
+  const RunConfig c = load_run_config(path, {"model.layers=4", "@" + over, "parallel.tensor=4"});
+  EXPECT_EQ(c.model.layers, 5);
+  EXPECT_EQ(c.model.width, 128);
+  EXPECT_EQ(c.parallel.tensor, 4);
+}
+
+TEST_F(ConfigFile, ErrorsInFilesOfOverridesNameThem) {
+  const std::string path = write("a.toml", "[model]\nlayers = 3\n");
+  const std::string over = write("b.toml", "[model]\nlayer = 5\n");
+  const auto complaint = [&](const std::string& override_text) -> std::string {
+    try {
+      load_run_config(path, {override_text});
+    } catch (const ConfigError& error) {
+      return error.what();
+    }
+    return "accepted";
+  };
+  EXPECT_THAT(complaint("@" + over), StartsWith(over + ":2:1: model.layer is not a key"));
+  EXPECT_THAT(complaint("@" + over + "x"), StartsWith(over + "x: there is no such file"));
+}
+
 TEST_F(ConfigFile, ErrorsNameIt) {
   const std::string path = write("a.toml", "[model]\nlayers = -3\n");
   EXPECT_THAT(refusal(path), StartsWith(path + ":2:10: model.layers must be"));
