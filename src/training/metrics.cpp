@@ -145,9 +145,9 @@ void MetricsFile::write_explosion(const FinishedStep& step, ExplosionReason reas
   lines_->write(line);
 }
 
-void MetricsFile::write_validation(const TrainingCounters& counters, const EvaluationResult& result,
+bool MetricsFile::write_validation(const TrainingCounters& counters, const EvaluationResult& result,
                                    int64_t peak_memory) {
-  if (counters.batch_index == validated_at_) return;
+  if (counters.batch_index == validated_at_) return false;
   validated_at_ = counters.batch_index;
   nlohmann::ordered_json line;
   line["kind"] = "validation";
@@ -161,6 +161,7 @@ void MetricsFile::write_validation(const TrainingCounters& counters, const Evalu
   line["targets"] = result.tokens;
   line["peak_memory"] = peak_memory;
   lines_->write(line);
+  return true;
 }
 
 StatusLine::StatusLine(int64_t updates, int64_t every)

@@ -466,8 +466,10 @@ void TrainingRun::validate() {
   const EvaluationResult result = evaluate(
       *model_, config_, [&](int64_t f, int64_t n) { return valid_data_->read_batch(f, n); }, sequences);
   const TrainingCounters counters = trainer_->counters();
-  if (metrics_) metrics_->write_validation(counters, result, context_.memory().report().peak_live);
-  if (tensorboard_) tensorboard_->write_validation(counters, result);
+  // Whether the run's files do not have it yet: one that is resumed at its end validates again.
+  const bool is_new =
+      metrics_ && metrics_->write_validation(counters, result, context_.memory().report().peak_live);
+  if (is_new && tensorboard_) tensorboard_->write_validation(counters, result);
   say(fmt::format("validation after update {}: loss {:.4f}, perplexity {:.3f} over {} tokens",
                   trainer_->counters().updates, result.mean(), std::exp(result.mean()), result.tokens));
 }
@@ -487,8 +489,8 @@ void TrainingRun::record_distributions() {
   if (config_.metrics.distributions_every == 0) return;
   const TraceScope scope(context_, TraceKind::step, "distributions of scales");
   const auto scales = scale_distributions(*trainer_, master_dtype(config_.train.precision));
-  if (statistics_) statistics_->write_distributions(trainer_->counters(), scales);
-  if (!tensorboard_) return;
+  const bool is_new = statistics_ && statistics_->write_distributions(trainer_->counters(), scales);
+  if (!is_new || !tensorboard_) return;
   for (const Distribution& d : scales) tensorboard_->write_distribution(trainer_->counters(), d);
 }
 

@@ -117,9 +117,9 @@ void StatisticsFile::write_gradients(const TrainingCounters& counters, std::span
   lines_->write(line);
 }
 
-void StatisticsFile::write_distributions(const TrainingCounters& counters,
+bool StatisticsFile::write_distributions(const TrainingCounters& counters,
                                          std::span<const Distribution> scales) {
-  if (counters.batch_index == distributions_at_) return;
+  if (counters.batch_index == distributions_at_) return false;
   distributions_at_ = counters.batch_index;
   nlohmann::ordered_json line = record("distributions", counters);
   for (const Distribution& d : scales) {
@@ -129,6 +129,7 @@ void StatisticsFile::write_distributions(const TrainingCounters& counters,
                                   {"std", d.std},     {"bins", d.edges}, {"counts", d.counts}};
   }
   lines_->write(line);
+  return true;
 }
 
 }  // namespace normformer

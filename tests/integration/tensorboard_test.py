@@ -62,17 +62,14 @@ def fields(data):
     return found
 
 
+def summary_values(event):
+    """The values of an event's summary, each {field: value}."""
+    return [dict(fields(value)) for number, summary in fields(event) if number == 5 for _, value in fields(summary)]
+
+
 def scalars(event):
     """{tag: value} of an event."""
-    found = {}
-    for number, summary in fields(event):
-        if number != 5:
-            continue
-        for _, value in fields(summary):
-            parts = dict(fields(value))
-            if 2 in parts:
-                found[parts[1].decode()] = struct.unpack("<f", parts[2])[0]
-    return found
+    return {parts[1].decode(): struct.unpack("<f", parts[2])[0] for parts in summary_values(event) if 2 in parts}
 
 
 def event_files(folder):
@@ -122,6 +119,13 @@ class TensorBoardFiles(WithCorpus):
             values = {**first, **second}[line["update"]]
             for tag, key in KEYS.items():
                 self.assertEqual(values[tag], as_float(line[key]), (tag, line["update"]))
+
+    def test_no_start_says_anything_twice(self):
+        for file in event_files(self.path):
+            said = [(dict(fields(event)).get(2, 0), parts[1].decode())
+                    for event in records(file) for parts in summary_values(event)]
+            self.assertEqual(len(said), len(set(said)))
+            self.assertTrue(any(tag.startswith("distributions/") for _, tag in said))
 
     def test_none_are_written_where_none_are_wanted(self):
         config = self.folder.config("unwatched", train__updates=1, metrics__tensorboard="false")

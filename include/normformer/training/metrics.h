@@ -58,9 +58,9 @@ class MetricsFile {
 
   void write_step(const FinishedStep& step, const Speed& speed);
 
-  /// Nothing where there is a validation of as many batches: of a run that ended behind it and was resumed.
-  /// `peak_memory`: the bytes that rank 0's tensors took at most so far.
-  void write_validation(const TrainingCounters& counters, const EvaluationResult& result,
+  /// Whether it was written: nothing is where there is a validation of as many batches, of a run that ended
+  /// behind it and was resumed. `peak_memory`: the bytes that rank 0's tensors took at most so far.
+  bool write_validation(const TrainingCounters& counters, const EvaluationResult& result,
                         int64_t peak_memory);
 
   /// The run went back behind step `from` to counters `to`; batches `first_left_out` ... to.batch_index, the

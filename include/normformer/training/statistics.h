@@ -56,8 +56,8 @@ class StatisticsFile {
   void write_gradients(const TrainingCounters& counters, std::span<const std::string> names,
                        std::span<const ParameterNorms> norms);
 
-  /// Nothing where there is a record of as many batches.
-  void write_distributions(const TrainingCounters& counters, std::span<const Distribution> scales);
+  /// Whether it was written: nothing is where there is a record of as many batches.
+  bool write_distributions(const TrainingCounters& counters, std::span<const Distribution> scales);
 
  private:
   int64_t distributions_at_ = -1;  // batch index of the newest

@@ -47,9 +47,9 @@ TEST_F(Metrics, ResumingDropsWhatAnUninterruptedRunWouldNotHave) {
 }
 
 TEST_F(Metrics, AValidationThatIsMadeAgainIsTheSame) {
-  MetricsFile(file(), {}).write_validation({.batch_index = 5}, {.nll_sum = 6.0, .tokens = 3}, 0);
+  EXPECT_TRUE(MetricsFile(file(), {}).write_validation({.batch_index = 5}, {.nll_sum = 6.0, .tokens = 3}, 0));
   MetricsFile resumed(file(), {.batch_index = 5});
-  resumed.write_validation({.batch_index = 5}, {.nll_sum = 6.0, .tokens = 3}, 0);
+  EXPECT_FALSE(resumed.write_validation({.batch_index = 5}, {.nll_sum = 6.0, .tokens = 3}, 0));
   resumed.write_validation({.batch_index = 6}, {.nll_sum = 5.0, .tokens = 3}, 0);
   EXPECT_EQ(read_lines(file()).size(), 2u);
 }

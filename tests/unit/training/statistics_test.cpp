@@ -64,11 +64,11 @@ TEST(StatisticsFile, ResumingDropsWhatAnUninterruptedRunWouldNotHave) {
   {
     StatisticsFile file(path, {});
     for (int64_t i = 1; i <= 3; ++i) file.write_gradients({.batch_index = i, .updates = i}, names, norms);
-    file.write_distributions({.batch_index = 3, .updates = 3, .tokens = 30}, {&d, 1});
+    EXPECT_TRUE(file.write_distributions({.batch_index = 3, .updates = 3, .tokens = 30}, {&d, 1}));
   }
   {
     StatisticsFile again(path, {.batch_index = 3, .updates = 3});
-    again.write_distributions({.batch_index = 3, .updates = 3}, {&d, 1});  // is there already
+    EXPECT_FALSE(again.write_distributions({.batch_index = 3, .updates = 3}, {&d, 1}));
   }
   StatisticsFile(path, {.batch_index = 2}).write_gradients({.batch_index = 3, .updates = 3}, names, norms);
   std::vector<nlohmann::json> lines;
