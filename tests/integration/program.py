@@ -98,10 +98,12 @@ def run(arguments, ranks=1, expect=None, timeout=120, **options):
 
 
 def metrics(folder):
+    """What a run measured: its metrics but for the line that tells what it trains."""
     path = pathlib.Path(folder) / "metrics.jsonl"
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return [line for line in lines if line["kind"] != "run"]
 
 
 def last_update(folder):

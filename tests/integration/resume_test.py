@@ -99,7 +99,8 @@ class Resume(unittest.TestCase):
             for name, optimistic in (("waits", "false"), ("optimistic", "true")):
                 run(["train", folder.config(name, **settings, optimizer__optimistic=optimistic)], 2, expect=0)
                 runs[name] = metrics(folder.path / name)
-            speeds = ("time", "tokens_per_second", "flops_per_second", "compute_median", "compute_max", "slowest_rank")
+            speeds = ("time", "elapsed", "peak_memory", "tokens_per_second", "flops_per_second", "compute_median",
+                      "compute_max", "slowest_rank")
             self.assertEqual(without(runs["waits"], *speeds), without(runs["optimistic"], "redone", *speeds))
             steps = [line for line in runs["optimistic"] if line["kind"] == "step"]
             redone = sum(line.get("redone", False) for line in steps)
