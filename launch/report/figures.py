@@ -73,7 +73,7 @@ def validation_perplexity(groups):
         mean, low, high = measures.mean_curve([run.perplexity() for run in group.runs])
         at = x(mean, group.runs[0])
         ax.fill_between(at, low, high, color=group.colour, alpha=0.2, linewidth=0)
-        ax.plot(at, mean.value, color=group.colour, linestyle=group.line, marker="o", markersize=2.5)
+        ax.plot(at, mean.value, color=group.colour, linestyle=group.line, marker="o", markersize=2.5 if len(at) > 1 else 5)
         seen.append(mean.value)
 
     seen = []
@@ -96,13 +96,14 @@ def speed(rows, target, owner):
                 ax.text(2, i, "not reached", va="center", fontsize=8, color="#555555")
                 continue
             ax.barh(i, part, color=group.colour, height=0.62)
-            ax.text(part + 2, i, f"{part:.0f} %", va="center", fontsize=8)
+            ax.text(part + 2, i, f"{part:.0f} %", va="center", fontsize=8,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
         ax.set_xlim(0, 1.22 * max([100] + [measures.part_of(reached, whole, name) or 0 for _, reached, _ in rows]))
         ax.set_xlabel(f"{title} (%)")
         ax.set_yticks(range(len(rows)), [group.label for group, _, _ in rows])
         ax.axvline(100, color="#555555", linewidth=0.8)
         ax.grid(axis="y", visible=False)
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)
     figure.suptitle(f"to validation perplexity {target:.4g}, in % of what {owner.label} needs", fontsize=9)
     return figure
 
@@ -151,7 +152,10 @@ def draw_layers(ax, updates, norms):
 
 def tell_layers(ax, updates, ends, top):
     """The layers' names at the ends of their lines, none over another."""
-    places = spread([end[0] for end in ends], 0.065 * top)
+    gap = 0.065 * top
+    places = spread([end[0] for end in ends], gap)
+    # None reaches down to the axis' numbers.
+    places = [max(place, (i + 0.5) * gap) for i, place in enumerate(places)]
     for place, (_, layer, line_colour) in zip(places, ends):
         ax.annotate(f"layer {layer}", (updates[-1], place), xytext=(4, 0), textcoords="offset points",
                     color=line_colour, fontsize=7.5, va="center", annotation_clip=False)

@@ -152,9 +152,11 @@ def read_run(path):
 
 
 def find_runs(paths):
-    """The runs in folders: a folder that is no run's stands for the runs directly in it. NoRun where there is none."""
+    """The runs in folders: a folder that is no run's stands for the runs directly in it. Files beside folders, such as a
+    sweep's tables in SWEEP/*, are passed over. NoRun where there is none."""
     found = []
-    for path in map(pathlib.Path, paths):
+    paths = [pathlib.Path(path) for path in paths]
+    for path in [path for path in paths if not path.is_file()] or paths:
         inner = sorted(path.glob("*/config.toml")) if not (path / "config.toml").exists() else []
         found += [read_run(file.parent) for file in inner] if inner else [read_run(path)]
     return found
