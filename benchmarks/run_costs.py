@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""What checkpoints, and what a run watches itself for, cost of its time, as ratios within runs and between runs side by side.
+"""What checkpoints, what a run watches itself for and what it records of its gradients cost of its time, as ratios within runs
+and between runs side by side.
 
     run_costs.py CONFIG [--ranks 2] [--every 50] [--windows 4] [--rounds 3] [--program ...] [--set section.key=value ...]
 
 Checkpoints: in one run that saves every 2N updates, the N updates behind each save are held against the N after those, with
 checkpoint.async and without. Health: runs with the watchdog, comparisons of replicas every N updates and spikes looked for, in turn
-with runs without. The ledger is in both: it cannot be turned off. The corpus must be prepared before.
+with runs without. The ledger is in both: it cannot be turned off. Gradients' norms: in one run that records them every fourth
+update, an update that records and the one behind it, which has waited for the file, against the two between. The corpus must be
+prepared before.
 """
 import argparse
 import statistics
@@ -52,6 +55,20 @@ def cost_of_health(options):
     return [a / b for a, b in zip(seconds["watched"], seconds["not"])]
 
 
+def cost_of_gradient_norms(options):
+    """The time of an update that records each parameter's gradient norms over that of one that does not."""
+    ratios = []
+    for _ in range(options.rounds):
+        times, _ = train(options, [f"train.updates={8 * options.every}", "metrics.gradient_norms_every=4", *OFF])
+        # times[i] ends update i + 1. Behind a first stretch, whole groups of four from one that records on.
+        seconds = [after - before for before, after in zip(times, times[1:])]  # seconds[i]: of update i + 2
+        groups = range(4 * (options.every // 4) + 2, len(seconds) - 3, 4)
+        recorded = sum(seconds[i] + seconds[i + 1] for i in groups)
+        others = sum(seconds[i + 2] + seconds[i + 3] for i in groups)
+        ratios.append(1 + 2 * (recorded - others) / others)
+    return ratios
+
+
 def show(title, ratios):
     print(f"{title:<40} {statistics.median(ratios):.4f}   ({', '.join(f'{r:.3f}' for r in ratios)})", flush=True)
 
@@ -71,6 +88,7 @@ def main():
     show(f"a checkpoint in {options.every} updates, async", cost_of_checkpoints(options, "true"))
     show(f"a checkpoint in {options.every} updates, waited for", cost_of_checkpoints(options, "false"))
     show("watchdog, replicas, spikes", cost_of_health(options))
+    show("gradient norms of every update", cost_of_gradient_norms(options))
 
 
 if __name__ == "__main__":
