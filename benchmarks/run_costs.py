@@ -63,9 +63,8 @@ def cost_of_gradient_norms(options):
         # times[i] ends update i + 1. Behind a first stretch, whole groups of four from one that records on.
         seconds = [after - before for before, after in zip(times, times[1:])]  # seconds[i]: of update i + 2
         groups = range(4 * (options.every // 4) + 2, len(seconds) - 3, 4)
-        recorded = sum(seconds[i] + seconds[i + 1] for i in groups)
-        others = sum(seconds[i + 2] + seconds[i + 3] for i in groups)
-        ratios.append(1 + 2 * (recorded - others) / others)
+        of_groups = [(seconds[i] + seconds[i + 1]) / (seconds[i + 2] + seconds[i + 3]) for i in groups]
+        ratios.append(1 + 2 * (statistics.median(of_groups) - 1))
     return ratios
 
 
