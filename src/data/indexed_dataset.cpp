@@ -67,14 +67,26 @@ bool is_absent(const fs::path& path) {
   return !fs::exists(path, error) && !error;
 }
 
+// What `prepare --output` was told for the datasets that it writes.
+std::string output_of(const std::string& prefix) {
+  for (const std::string_view split : {"_train", "_valid"}) {
+    if (prefix.ends_with(split)) return prefix.substr(0, prefix.size() - split.size());
+  }
+  return prefix;
+}
+
 MappedFile open_tokens(const fs::path& prefix) {
   const fs::path path = with_suffix(prefix, ".bin");
   if (is_absent(path)) {
     const bool prepared = !is_absent(with_suffix(prefix, "_train.bin"));
-    throw IoError(fmt::format(
-        "{} does not exist; {}", path.string(),
-        prepared ? fmt::format("{}_train.bin does: give {}_train", prefix.string(), prefix.string())
-                 : "a dataset is named by what its .bin and .idx files have in common"));
+    throw IoError(
+        prepared ? fmt::format("{} does not exist; {}_train.bin does: give {}_train", path.string(),
+                               prefix.string(), prefix.string())
+                 : fmt::format(
+                       "{} does not exist: make the corpus with `normformer prepare TEXTS --output {}`, or "
+                       "name another in data.train and data.valid, each by what its .bin and .idx files "
+                       "have in common",
+                       path.string(), output_of(prefix.string())));
   }
   return MappedFile(path);
 }

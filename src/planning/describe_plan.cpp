@@ -126,6 +126,14 @@ std::string describe_work(const Plan& plan) {
                  : "");
 }
 
+std::string describe_training(const Plan& plan) {
+  const TrainConfig& train = plan.config.train;
+  return fmt::format("training: {} updates take {} tokens and {:.2e} FLOPs of the model\n",
+                     grouped(train.updates),
+                     grouped(train.updates * train.global_batch * plan.config.model.length),
+                     static_cast<double>(train.updates) * plan.model_flops);
+}
+
 std::string describe_sharding(const Plan& plan) {
   if (!plan.sharding) return "";
   const double factor =
@@ -156,7 +164,7 @@ std::string describe_order(const Plan& plan) {
 
 std::string describe(const Plan& plan) {
   return describe_model(plan) + describe_memory(plan) + describe_traffic(plan) + describe_work(plan) +
-         describe_sharding(plan) + describe_order(plan);
+         describe_training(plan) + describe_sharding(plan) + describe_order(plan);
 }
 
 }  // namespace normformer

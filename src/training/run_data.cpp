@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "normformer/core/error.h"
+#include "normformer/data/indexed_dataset.h"
 #include "normformer/data/manifest.h"
 
 namespace normformer {
@@ -55,8 +56,9 @@ RunConfig with_vocabulary(RunConfig config) {
     config.data.mask_token = mask_token_of(config, tokenizer);
   if (config.model.vocab == 0) {
     if (!tokenizer) {
-      throw ConfigError(fmt::format("{} has no manifest that tells its vocabulary: set model.vocab",
-                                    config.data.train.front().prefix));
+      const std::string& prefix = config.data.train.front().prefix;
+      const IndexedDataset existing(prefix);  // else its own sentence
+      throw ConfigError(fmt::format("{} has no manifest that tells its vocabulary: set model.vocab", prefix));
     }
     config.model.vocab = least_vocabulary(config, *tokenizer);
   }

@@ -86,6 +86,9 @@ class BadInput(WithCorpus):
     def test_missing_corpus(self):
         self.refused(self.train("run_missing", data__train='"/nowhere/corpus"', model__vocab=300), 74, "/nowhere/corpus",
                      ranks=2)
+        unknown = self.train("run_missing", data__train='"runs/none/corpus_train"')
+        self.refused(unknown, 74, "runs/none/corpus_train.bin does not exist",
+                     "normformer prepare TEXTS --output runs/none/corpus`", ranks=2)
 
     def test_invalid_utf8(self):
         path = self.folder.path / "latin.txt"

@@ -221,6 +221,10 @@ TEST(Plan, ReadsAsText) {
                               "\"gradients\"\n"));
   EXPECT_THAT(text, HasSubstr("batch       5 sequences of 12 tokens; micro-batches of 1, 3 a step"));
   EXPECT_THAT(text, HasSubstr("of all 8 ranks fit together"));
+  // 6 for each weight of a product and token, 8 * (4 * 20^2 + 2 * 20 * 33) + 41 * 20, and attention's 6 * 8 *
+  // 20 * 12.
+  EXPECT_THAT(text,
+              HasSubstr("training: 1,000 updates take 60,000 tokens and 9.40e+09 FLOPs of the model\n"));
   EXPECT_THAT(text, HasSubstr("sharding: \"gradients\" moves "));
   EXPECT_THAT(text, HasSubstr("gradients are reduced for each of 3 micro-batches: a pipeline"));
   EXPECT_THAT(text, HasSubstr(" over the data group, "));
