@@ -110,14 +110,19 @@ Tensor SafetensorsReader::read(Context& context, std::string_view name, MemoryUs
   return into;
 }
 
+void SafetensorsReader::expect(std::string_view name, int64_t rows, int64_t columns) const {
+  const Shape& shape = tensor(name).shape;
+  const auto [stored_rows, stored_columns] = matrix_of(shape);
+  if (rows == stored_rows && columns == stored_columns) return;
+  throw DataError(fmt::format("{}: tensor '{}' is a matrix of {} x {} ({}), where {} x {} is wanted",
+                              path_.string(), name, stored_rows, stored_columns, to_string(shape), rows,
+                              columns));
+}
+
 void SafetensorsReader::read(std::string_view name, const Rectangle& part, const Tensor& into) const {
   const SafetensorsEntry& entry = tensor(name);
   const auto [rows, columns] = matrix_of(entry.shape);
-  if (part.global_rows != rows || part.global_columns != columns) {
-    throw DataError(fmt::format("{}: tensor '{}' is a matrix of {} x {} ({}), where {} x {} is wanted",
-                                path_.string(), name, rows, columns, to_string(entry.shape), part.global_rows,
-                                part.global_columns));
-  }
+  expect(name, part.global_rows, part.global_columns);
   if (!is_convertible(type_of(entry), into.dtype())) {
     throw DataError(fmt::format("{}: tensor '{}' has type {}, which cannot be read as {}", path_.string(),
                                 name, entry.stored_type, name_of(into.dtype())));

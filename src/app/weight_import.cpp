@@ -57,21 +57,28 @@ class ForeignWeights {
   }
 
   const SafetensorsEntry& embedding() const {
-    const std::string name = written(*huggingface_place(kind_, "decoder.embed_tokens.weight"));
+    const std::string name = written(place_of("decoder.embed_tokens.weight"));
     return reader_of(name).tensor(name);
+  }
+
+  /// DataError where there is no such tensor of [rows, columns].
+  void expect(std::string_view ours, int64_t rows, int64_t columns) const {
+    const HuggingFacePlace place = place_of(ours);
+    const std::string name = written(place);
+    const int64_t all = place.parts * rows;
+    reader_of(name).expect(name, place.transposed ? columns : all, place.transposed ? all : columns);
   }
 
   /// Fills a piece that is a whole tensor.
   void read(Context& context, const TensorPiece& piece) {
-    const std::optional<HuggingFacePlace> place = huggingface_place(kind_, piece.name);
-    NF_CHECK(place, "a GPT-2 has no '{}'", piece.name);
-    const std::string name = written(*place);
+    const HuggingFacePlace place = place_of(piece.name);
+    const std::string name = written(place);
     used_.insert(name);
     const int64_t rows = piece.rectangle.global_rows;
     const int64_t columns = piece.rectangle.global_columns;
-    const Range part{place->part * rows, (place->part + 1) * rows};
-    const int64_t all = place->parts * rows;
-    if (!place->transposed) {
+    const Range part{place.part * rows, (place.part + 1) * rows};
+    const int64_t all = place.parts * rows;
+    if (!place.transposed) {
       reader_of(name).read(name, {part, {0, columns}, all, columns}, piece.data);
       return;
     }
@@ -96,6 +103,12 @@ class ForeignWeights {
   bool is_no_weight(std::string_view name) const {
     return kind_ == HuggingFaceKind::gpt2 &&
            (name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias") || name == "lm_head.weight");
+  }
+
+  HuggingFacePlace place_of(std::string_view ours) const {
+    const std::optional<HuggingFacePlace> place = huggingface_place(kind_, ours);
+    NF_CHECK(place, "a GPT-2 has no '{}'", ours);
+    return *place;
   }
 
   std::string written(const HuggingFacePlace& place) const {
@@ -176,6 +189,14 @@ std::optional<BpeTokenizer> tokenizer_of(const fs::path& folder, int64_t vocab) 
   return tokenizer;
 }
 
+// Before anything is allocated that a configuration claims and the file has not.
+void check_sizes(const ForeignWeights& weights, const ModelConfig& model) {
+  weights.expect("decoder.embed_tokens.weight", model.vocab, model.width);
+  if (model.positions == Positions::learned)
+    weights.expect("decoder.embed_positions.weight", model.length, model.width);
+  weights.expect(fmt::format("decoder.layers.{}.fc1.weight", model.layers - 1), model.ffn, model.width);
+}
+
 SaveResult save_weights(FileSystem& files, const RunConfig& config, ForeignWeights& weights,
                         bool all_of_them) {
   Context context(DeviceKind::cpu);
@@ -217,6 +238,7 @@ int import_weights(const ImportOptions& options) {
                          described ? described->kind : HuggingFaceKind::normformer);
   if (config.model.vocab == 0) config.model.vocab = weights.embedding().shape[0];
   config = resolve_layout(config, 1);
+  check_sizes(weights, config.model);
   const std::optional<BpeTokenizer> tokenizer =
       is_folder ? tokenizer_of(options.input, config.model.vocab) : std::nullopt;
   const SaveResult result = save_weights(*files, config, weights, is_folder);

@@ -57,13 +57,16 @@ class SafetensorsReader {
   /// The tensor of that name; DataError naming the file and names that it has where there is none.
   const SafetensorsEntry& tensor(std::string_view name) const;
 
+  /// DataError that tells both shapes where the tensor is no matrix of this size. A tensor [a] is the matrix
+  /// [a, 1], [] is [1, 1], and [a, b, ...] is [a, b * ...].
+  void expect(std::string_view name, int64_t rows, int64_t columns) const;
+
   /// The whole tensor, in the type of its entry.
   Tensor read(Context& context, std::string_view name, MemoryUse use = MemoryUse::parameters) const;
 
   /// The part `part` of a tensor into `into`, of part.numel() elements, row by row, converted to its type
-  /// (between floating-point types, to nearest even; integers only to themselves). A tensor [a] is the
-  /// matrix [a, 1], [] is [1, 1], and [a, b, ...] is [a, b * ...]; part.global_rows and part.global_columns
-  /// must say so too, or DataError tells both shapes.
+  /// (between floating-point types, to nearest even; integers only to themselves). part.global_rows and
+  /// part.global_columns are expected of it.
   void read(std::string_view name, const Rectangle& part, const Tensor& into) const;
 
  private:
