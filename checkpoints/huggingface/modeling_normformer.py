@@ -31,7 +31,7 @@ def sinusoidal(positions, width):
 
 
 class Attention(nn.Module):
-    """Causal self-attention's four products."""
+    """Causal self-attention's four products, and the LayerNorms behind three of them."""
 
     def __init__(self, config):
         super().__init__()
@@ -39,6 +39,14 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.width, config.width)
         self.v_proj = nn.Linear(config.width, config.width)
         self.out_proj = nn.Linear(config.width, config.width)
+        self.has_norms = config.qkv_norm
+        if self.has_norms:
+            self.q_ln, self.k_ln, self.v_ln = (nn.LayerNorm(config.width, eps=config.norm_eps) for _ in range(3))
+
+    def queries_keys_values(self, x):
+        """Each [B, T, D]."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return (self.q_ln(q), self.k_ln(k), self.v_ln(v)) if self.has_norms else (q, k, v)
 
 
 class Layer(nn.Module):
@@ -52,8 +60,6 @@ class Layer(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self.self_attn = Attention(config)
         self.self_attn_layer_norm = norm(config.width)
-        if config.qkv_norm:
-            self.q_ln, self.k_ln, self.v_ln = norm(config.width), norm(config.width), norm(config.width)
         if config.head_scale != "none":
             self.c_attn = nn.Parameter(torch.ones(config.heads))
         if config.post_attention_norm:
@@ -75,10 +81,7 @@ class Layer(nn.Module):
 
     def attend(self, x, mask, cache):
         """Attention of x [B, T, D] to all tokens that mask [B, 1, T, S] lets through, and the head scale."""
-        q, k, v = self.self_attn.q_proj(x), self.self_attn.k_proj(x), self.self_attn.v_proj(x)
-        if self.config.qkv_norm:
-            q, k, v = self.q_ln(q), self.k_ln(k), self.v_ln(v)
-        q, k, v = self.split_heads(q), self.split_heads(k), self.split_heads(v)
+        q, k, v = map(self.split_heads, self.self_attn.queries_keys_values(x))
         if cache is not None:
             k, v = cache.update(k, v, self.index)
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])

@@ -3,6 +3,8 @@
 installed (with torch and safetensors; else those tests are skipped)."""
 import json
 import pathlib
+import random
+import shutil
 import struct
 import sys
 import tempfile
@@ -39,6 +41,9 @@ NORMFORMER = {
     "learned_relu": {"model__positions": '"learned"', "model__activation": '"relu_squared"', "model__norm_eps": 1e-3},
     "gelu_tanh_ffn_norm": {"model__head_scale": '"none"', "model__post_attention_norm": "false",
                            "model__activation": '"gelu_tanh"'},
+    "qkv_norm": {"model__qkv_norm": "true"},
+    "qkv_norm_alone": {**BASELINE, "model__qkv_norm": "true"},
+    "residual_scale_alone": {**BASELINE, "model__residual_scale": "true"},
 }
 TEXTS = ["Once upon a time", "  two spaces,\n\nlines\tand tabs  ", "don't I'LL we've 'tis ''s", "1,234.5 e\u0301 \u00bd \u2167",
          "\u00e4\u00f6\u00fc \u4e2d\u6587 \U0001f600", " ", "\n", "def f(x):\n    return x**2\n", "\u00a0\u00a0x \u200bx"]
@@ -54,6 +59,15 @@ def read_safetensors(path):
     return {name: (t["dtype"], t["shape"], data[slice(*t["data_offsets"])]) for name, t in header.items()}
 
 
+def jitter(path):
+    """Adds noise to all weights of a file of f32, so that no gain is 1, no bias 0 and no two channels alike."""
+    raw = path.read_bytes()
+    begin = 8 + struct.unpack("<Q", raw[:8])[0]
+    values = struct.unpack(f"<{(len(raw) - begin) // 4}f", raw[begin:])
+    noise = random.Random(path.parent.name)
+    path.write_bytes(raw[:begin] + struct.pack(f"<{len(values)}f", *(v + noise.gauss(0.0, 0.2) for v in values)))
+
+
 def nlls(lines):
     return [json.loads(line)["nll"] for line in lines.splitlines()]
 
@@ -66,9 +80,15 @@ class HuggingFace(WithCorpus):
         cls.text = cls.path / "short.txt"
         cls.text.write_text((cls.path / "text.txt").read_text()[:1500])
         for name, settings in {**GPT2, **NORMFORMER}.items():
-            run(["train", cls.folder.config(name, train__updates=6, **settings)], expect=0)
-            run(["checkpoint", "export", cls.path / name, "--output", cls.path / f"{name}-hf", "--format", "huggingface"],
-                expect=0)
+            run(["train", cls.folder.config(f"{name}-trained", train__updates=2, **settings)], expect=0)
+            cls.export(f"{name}-trained", f"{name}-hf")
+            jitter(cls.path / f"{name}-hf/model.safetensors")
+            run(["checkpoint", "import", cls.path / f"{name}-hf", "--output", cls.path / name], expect=0)
+
+    @classmethod
+    def export(cls, name, folder, expect=0):
+        return run(["checkpoint", "export", cls.path / name, "--output", cls.path / folder, "--format", "huggingface"],
+                   expect=expect)
 
     def model_of(self, folder):
         model, found = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
@@ -177,10 +197,15 @@ class HuggingFace(WithCorpus):
 
     def test_weights_come_back_bit_for_bit(self):
         for name in {**GPT2, **NORMFORMER}:
-            back = self.path / f"{name}-back"
-            run(["checkpoint", "import", self.path / f"{name}-hf", "--output", back], expect=0)
-            self.assertEqual(self.weights(back), self.weights(self.path / name), name)
-            self.assertEqual(self.nll_of(back), self.nll_of(self.path / name), name)
+            trained, plain, back = self.path / f"{name}-trained", f"{name}-plain", self.path / f"{name}-back"
+            self.export(trained, plain)
+            run(["checkpoint", "import", self.path / plain, "--output", back], expect=0)
+            self.assertEqual(self.weights(back), self.weights(trained), name)
+            self.assertEqual(self.nll_of(back), self.nll_of(trained), name)
+            # And the other way round.
+            self.export(name, f"{name}-hf-again")
+            self.assertEqual(*(read_safetensors(self.path / folder / "model.safetensors")
+                               for folder in (f"{name}-hf", f"{name}-hf-again")), name)
 
     def test_an_imported_folder_trains_on(self):
         config = self.folder.config("goes_on", **BASELINE)
@@ -197,6 +222,29 @@ class HuggingFace(WithCorpus):
             refused = run(["checkpoint", "import", self.path / "gelu-hf", config], expect=64)
             self.assertEqual(len(refused.sentences()), 1, refused.err)
             self.assertIn(said, refused.err)
+
+    def test_masked_models_are_refused(self):
+        masked = {**BASELINE, "model__attention": '"bidirectional"', "model__head": '"masked_language"'}
+        run(["train", self.folder.config("masked", train__updates=1, **masked)], expect=0)
+        refused = self.export("masked", "masked-hf", expect=64)
+        self.assertEqual(len(refused.sentences()), 1, refused.err)
+        self.assertIn('is "masked_language"; --format safetensors writes any', refused.err)
+        self.assertFalse((self.path / "masked-hf").exists())
+
+    def test_sizes_that_the_weights_have_not_are_refused_at_once(self):
+        for name, key, said in (("gelu", "vocab_size", "'transformer.wte.weight'"),
+                                ("gelu", "n_positions", "'transformer.wpe.weight'"),
+                                ("gelu", "n_inner", "c_fc.weight'"), ("paper", "vocab", "'decoder.embed_tokens.weight'"),
+                                ("paper", "ffn", "fc1.weight'"), ("paper", "layers", "has no tensor 'decoder.layers.")):
+            claims = self.path / "claims"
+            shutil.copytree(self.path / f"{name}-hf", claims)
+            config = json.loads((claims / "config.json").read_text())
+            (claims / "config.json").write_text(json.dumps({**config, key: 2**30}))
+            refused = run(["checkpoint", "import", claims, "--output", self.path / "claimed"], expect=65)
+            self.assertEqual(len(refused.sentences()), 1, refused.err)
+            self.assertIn(said, refused.err)
+            self.assertFalse((self.path / "claimed").exists())
+            shutil.rmtree(claims)
 
     def test_types_are_as_asked_for(self):
         for dtype, stored, name in (("bf16", "BF16", "bfloat16"), ("f16", "F16", "float16"), ("f64", "F64", "float64")):
