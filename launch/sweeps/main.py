@@ -44,6 +44,9 @@ def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[st
     parser = _Parser(prog="launch/sweep", allow_abbrev=False,
                      description="Trains many runs that differ in some settings, and tells how they compare.")
     parser.add_argument("sweep", metavar="SWEEP.toml", type=pathlib.Path, help="what to train (docs/sweeps.md)")
+    parser.add_argument("-n", dest="ranks", metavar="RANKS", type=_positive, help="ranks of a run, instead of the file's")
+    parser.add_argument("--set", dest="keys", metavar="KEY=VALUE", action="append", default=[],
+                        help="a key for all runs, instead of the file's; @FILE: all that a TOML file sets, such as a layout")
     parser.add_argument("--jobs", metavar="N", type=_positive, default=1, help="runs at a time (1)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="check every run and print its command; train nothing")
@@ -126,8 +129,9 @@ def dry_run(sweep: Sweep) -> None:
         print(shlex.join(["launch/run", str(run.config), "-n", str(sweep.ranks), "--", *train_options(run)]))
 
 
-def submit(sweep: Sweep, options: Sequence[str]) -> int:
-    """Hands the runs that are not complete to Slurm; returns sbatch's exit code."""
+def submit(sweep: Sweep, keys: Sequence[str], options: Sequence[str]) -> int:
+    """Hands the runs that are not complete to Slurm, which asks for their words with the same `--set`; returns sbatch's
+    exit code."""
     runs = unfinished(sweep)
     check(sweep, runs)
     if not runs:
@@ -136,7 +140,8 @@ def submit(sweep: Sweep, options: Sequence[str]) -> int:
     for run in runs:
         outcome.claim(run)
     numbers = ",".join(str(sweep.runs.index(run) + 1) for run in runs)
-    command = ["sbatch", f"--array={numbers}", f"--ntasks={sweep.ranks}", *options, str(SLURM_SCRIPT), str(sweep.path)]
+    command = ["sbatch", f"--array={numbers}", f"--ntasks={sweep.ranks}", *options, str(SLURM_SCRIPT), str(sweep.path),
+               *(f"--set={text}" for text in keys)]
     say(shlex.join(command))
     try:
         return subprocess.run(command).returncode
@@ -157,13 +162,13 @@ def main(arguments: Sequence[str]) -> int:
     """launch/sweep."""
     given, sbatch_options = parse_options(arguments)
     try:
-        sweep = read_sweep(given.sweep)
+        sweep = read_sweep(given.sweep, given.ranks, given.keys)
         if given.list:
             show_tables(sweep)
         elif given.dry_run:
             dry_run(sweep)
         elif given.slurm:
-            return submit(sweep, sbatch_options)
+            return submit(sweep, given.keys, sbatch_options)
         elif given.of_array:
             words_of_array(sweep, given.of_array)
         else:

@@ -7,11 +7,13 @@ import re
 from typing import Any, Iterator, Mapping, Optional, Sequence
 
 from supervisor.codes import Refusal
-from supervisor.settings import read_table
+from supervisor.settings import overrides_of, read_table
 
 SEED = "train.seed"
-# What a run computes does not depend on these, nor on where it is kept.
-IRRELEVANT = ("device.threads", "checkpoint.folder")
+FOLDER = "checkpoint.folder"
+# What a run computes does not depend on these, but for rounding: a run may go on under another layout.
+IRRELEVANT = ("device.threads", "train.micro_batch", "train.recompute", FOLDER)
+IRRELEVANT_SECTION = "parallel."
 
 _KNOWN = {"base", "folder", "ranks", "axes", "set"}
 _KNOWN_OF_AXIS = {"name", "variants", "values"}
@@ -40,13 +42,14 @@ class Run:
 
     def overrides(self) -> list[str]:
         """The keys as options of `normformer train`."""
-        keys = dict(self.keys, **{"checkpoint.folder": str(self.folder)})
+        keys = dict(self.keys, **{FOLDER: str(self.folder)})
         return [word for key, value in keys.items() for word in ("--set", f"{key}={toml_text(value)}")]
 
     def settings(self) -> dict[str, Any]:
         """All keys that decide what the run computes, as they are written down."""
         merged = flattened(read_table(self.config)) | self.keys
-        return {key: value for key, value in merged.items() if key not in IRRELEVANT}
+        return {key: value for key, value in merged.items()
+                if key not in IRRELEVANT and not key.startswith(IRRELEVANT_SECTION)}
 
     def setting(self, key: str) -> Any:
         """What is written for a key; None where nothing is."""
@@ -160,21 +163,42 @@ def _config_of(reader: _Reader, choices: Sequence[Choice]) -> pathlib.Path:
     return reader.path.parent / base
 
 
-def read_sweep(path: pathlib.Path) -> Sweep:
-    """Reads a sweep file; configurations are named relative to it. Raises Refusal where it makes no sense; whether the
-    keys mean something is the program's part."""
+def _keys_of_command(texts: Sequence[str]) -> dict[str, Any]:
+    """What the command's `--set` say. Raises Refusal where one says nothing."""
+    for text in texts:
+        if not text.startswith("@") and "=" not in text:
+            raise Refusal(f"--set {text}: write section.key=value, or @FILE for all that a TOML file sets")
+    return dict(overrides_of([f"--set={text}" for text in texts]))
+
+
+def _refuse_wrong_places(reader: _Reader, keys: Mapping[str, Any], of_command: Mapping[str, Any],
+                         choices: Sequence[Choice]) -> None:
+    if FOLDER in keys:
+        raise reader.refuse(f"each run has a {FOLDER} of its own, below what the sweep's folder = \"...\" says")
+    for key in (key for choice in choices for key in choice.keys):
+        if key in of_command:
+            raise reader.refuse(f"its runs differ in {key}, which --set cannot set for all of them")
+
+
+def read_sweep(path: pathlib.Path, ranks: Optional[int] = None, of_command: Sequence[str] = ()) -> Sweep:
+    """Reads a sweep file; configurations are named relative to it. `ranks` stands for the file's; `of_command`,
+    "section.key=value" or "@FILE", outranks its keys. Raises Refusal where it makes no sense; whether the keys mean
+    something is the program's part."""
     reader = _Reader(path)
     folder = pathlib.Path(reader.text("folder") or f"runs/{path.stem}")
+    command_keys = _keys_of_command(of_command)
     runs = []
     for choices in itertools.product(*reader.axes()):
         labels = {column: value for choice in choices for column, value in choice.labels.items()}
         keys = reader.keys()
         for choice in choices:
             keys |= choice.keys
+        keys |= command_keys
+        _refuse_wrong_places(reader, keys, command_keys, choices)
         name = "_".join(choice.name for choice in choices)
         runs.append(Run(name, labels, _config_of(reader, choices), folder / name, keys))
     names = [run.name for run in runs]
     for name in names:
         if names.count(name) > 1:
             raise reader.refuse(f"{names.count(name)} runs would be called {name}")
-    return Sweep(path, folder, reader.ranks(), tuple(runs[0].labels), tuple(runs))
+    return Sweep(path, folder, ranks or reader.ranks(), tuple(runs[0].labels), tuple(runs))

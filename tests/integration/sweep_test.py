@@ -67,6 +67,27 @@ optimizer.lr = 0.25
                           "--set", "train.seed=2", "--set", "optimizer.eps=1e-06", "--set",
                           'checkpoint.folder="runs/x/plain_seed-2_eps-1e-06"'])
 
+    def test_the_command_outranks_the_file_but_not_its_axes(self):
+        self.folder.config("base")
+        layout = self.write('[parallel]\npipeline = 3\n[train]\nmicro_batch = 1\n', "layout")
+        path = self.write('base = "base.toml"\nranks = 2\n' + SEEDS + "[set]\ntrain.updates = 3\ntrain.micro_batch = 4\n")
+        sweep = read_sweep(path, 6, [f"@{layout}", "train.updates=5", "data.tokenizer=x"])
+        self.assertEqual(sweep.ranks, 6)
+        self.assertEqual(sweep.runs[1].overrides()[:12],
+                         ["--set", "train.updates=5", "--set", "train.micro_batch=1", "--set", "train.seed=2",
+                          "--set", "parallel.pipeline=3", "--set", 'data.tokenizer="x"', "--set",
+                          'checkpoint.folder="runs/sweep/seed-2"'])
+        # What a layout sets does not make another run.
+        other = read_sweep(path, of_command=["train.updates=5", "data.tokenizer=x"])
+        self.assertEqual(sweep.runs[1].settings(), other.runs[1].settings())
+        for given, sentence in (("train.seed=3", "its runs differ in train.seed, which --set cannot set"),
+                                ("checkpoint.folder=x", "each run has a checkpoint.folder of its own"),
+                                ("train.updates", "--set train.updates: write section.key=value"),
+                                ("@nowhere.toml", "cannot read nowhere.toml")):
+            with self.subTest(given=given), self.assertRaises(Refusal) as caught:
+                read_sweep(path, of_command=[given])
+            self.assertIn(sentence, str(caught.exception))
+
     def test_variants_may_have_bases_of_their_own(self):
         for name in ("small", "large"):
             self.folder.config(name)
@@ -260,17 +281,20 @@ class Sweeps(WithCorpus):
         bin_folder.mkdir(exist_ok=True)
         (bin_folder / "sbatch").write_text(f"#!/bin/sh\necho \"$@\" > {bin_folder}/said\n")
         os.chmod(bin_folder / "sbatch", 0o755)
-        words, variables = self.command(path, "--slurm", "--", "--time=1:00:00")
+        words, variables = self.command(path, "--set", "train.log_every=3", "--slurm", "--", "--time=1:00:00")
         variables["PATH"] = f"{bin_folder}:{variables['PATH']}"
         self.assertEqual(subprocess.run(words, env=variables, capture_output=True).returncode, 0)
         self.assertEqual((bin_folder / "said").read_text().split(),
-                         ["--array=1,2", "--ntasks=1", "--time=1:00:00", str(ROOT / "launch/slurm/sweep.sbatch"), str(path)])
+                         ["--array=1,2", "--ntasks=1", "--time=1:00:00", str(ROOT / "launch/slurm/sweep.sbatch"), str(path),
+                          "--set=train.log_every=3"])
         # What a job of the array does, without Slurm.
-        done = subprocess.run(["bash", ROOT / "launch/slurm/sweep.sbatch", path], capture_output=True, text=True,
+        done = subprocess.run(["bash", ROOT / "launch/slurm/sweep.sbatch", path, "--set=train.log_every=3"],
+                              capture_output=True, text=True,
                               env=dict(variables, SLURM_ARRAY_TASK_ID="2", SLURM_NTASKS="1", NORMFORMER_ROOT=str(ROOT)))
         self.assertEqual(done.returncode, 0, done.stderr)
         self.sweep(path, "--list")
         self.assertEqual([row["state"] for row in self.table("slurm")], ["waiting", "complete"])
+        self.assertIn("log_every = 3\n", (self.path("slurm") / "seed-2/config.toml").read_text())
 
 
 if __name__ == "__main__":
