@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "normformer/ops/cached_attention.h"
 #include "normformer/ops/head_scale.h"
 
 namespace normformer {
@@ -136,6 +137,33 @@ void AttentionBlock<Stream>::attend_backward(const Saved& saved, const Tensor& d
                           saved.probabilities_dropout, saved.heads, saved.lse, saved.dqkv);
 }
 
+// Sequences that begin attend to nothing but rows that are here.
+template <class Stream>
+void AttentionBlock<Stream>::attend_continued(const Continuation& continuation, const Tensor& qkv,
+                                              const Tensor& out) const {
+  Context& context = *environment_.context;
+  const KeysAndValues& cache = continuation.cache->of_layer(layer_);
+  ops::store_keys_and_values(context, qkv, continuation.slots, continuation.positions, cache.keys,
+                             cache.values);
+  if (!continuation.begins()) {
+    return ops::cached_attention_forward(context, qkv, continuation.slots, continuation.positions, cache.keys,
+                                         cache.values, out);
+  }
+  const Range heads = environment_.heads();
+  int64_t row = 0;
+  for (const ContinuedSequence& sequence : continuation.sequences) {
+    const ops::AttentionShape shape{.length = sequence.tokens,
+                                    .heads = heads.size(),
+                                    .head_size = environment_.config.head_size(),
+                                    .first_head = heads.begin};
+    const int64_t end = row + sequence.tokens;
+    const Tensor lse = context.empty({1, heads.size(), sequence.tokens}, accumulator_of(qkv.dtype()));
+    ops::attention_forward(context, shape, qkv.rows(row, end), Tensor(), ops::Dropout(), out.rows(row, end),
+                           lse);
+    row = end;
+  }
+}
+
 template <class Stream>
 NormedStream<Stream> AttentionBlock<Stream>::forward(const MicroBatch& batch,
                                                      const NormedStream<Stream>& stream, Saved& saved) const {
@@ -157,8 +185,12 @@ NormedStream<Stream> AttentionBlock<Stream>::forward(const MicroBatch& batch,
                                              config.attention_dropout, batch.length);
   saved.document_start = batch.document_start;
   saved.heads = context.empty({tokens, environment_.head_channels().size()}, environment_.dtype);
-  saved.lse = context.empty({batch.sequences, heads.size(), batch.part.size()}, accumulator);
-  attend(saved, qkv);
+  if (batch.continuation) {
+    attend_continued(*batch.continuation, qkv, saved.heads);
+  } else {
+    saved.lse = context.empty({batch.sequences, heads.size(), batch.part.size()}, accumulator);
+    attend(saved, qkv);
+  }
 
   const Placed<Stream> projected = boundary_.leave(output_linear().forward(scaled_heads(saved.heads)));
   saved.output_dropout = make_stream_dropout(environment_, batch, DropoutSite::attention_output, layer_,

@@ -1,5 +1,6 @@
 #include "normformer/model/environment.h"
 
+#include "normformer/ops/embedding.h"
 #include "normformer/ops/layer_norm.h"
 
 namespace normformer {
@@ -116,6 +117,12 @@ ops::ActivationKind activation_kind(const ModelConfig& config) {
       return ops::ActivationKind::relu_squared;
   }
   return ops::ActivationKind::gelu;
+}
+
+Tensor pick_rows(const ModelEnvironment& environment, const Tensor& from, const Tensor& rows) {
+  Tensor picked = environment.context->empty({rows.dim(0), from.dim(1)}, from.dtype());
+  ops::embedding_forward(*environment.context, rows, from, 0, picked);
+  return picked;
 }
 
 std::string layer_prefix(int64_t layer) { return fmt::format("decoder.layers.{}.", layer); }

@@ -259,6 +259,7 @@ double StageOf<Stream>::embedding_factor() const {
 template <class Stream>
 Tensor StageOf<Stream>::positions_of(const MicroBatch& batch) const {
   const Tensor table = positions_ != nullptr ? positions_->value : sinusoidal_;
+  if (batch.continuation) return pick_rows(environment(), table, batch.continuation->positions);
   if (is_whole(batch)) return table.rows(0, batch.length);
   const auto& [first, second] = batch.part;
   const Tensor rows = context().empty({batch.part.size(), table.dim(1)}, table.dtype());
@@ -311,6 +312,7 @@ void StageOf<Stream>::embed_backward(const MicroBatch& batch, const SavedState& 
 
 template <class Stream>
 Tensor StageOf<Stream>::last_tokens(const MicroBatch& batch, const Tensor& x) const {
+  if (batch.continuation) return pick_rows(environment(), x, batch.continuation->last_rows);
   Tensor picked = context().empty({batch.sequences, x.dim(1)}, x.dtype());
   for (int64_t s = 0; s < batch.sequences; ++s) {
     const int64_t row = (s + 1) * batch.part.size() - 1;

@@ -12,13 +12,6 @@ namespace normformer {
 
 namespace {
 
-// Rows of a matrix by their numbers.
-Tensor pick_rows(Context& context, const Tensor& from, const Tensor& rows) {
-  const Tensor picked = context.empty({rows.dim(0), from.dim(1)}, from.dtype());
-  ops::embedding_forward(context, rows, from, 0, picked);
-  return picked;
-}
-
 // A matrix of `count` rows: zeros, but for these.
 Tensor put_rows(Context& context, const Tensor& picked, const Tensor& rows, int64_t count) {
   const Shape shape{count, picked.dim(1)};
@@ -83,7 +76,7 @@ HeadResult MaskedLanguageHead::forward(const MicroBatch& batch, const Placed<Rep
   Context& context = *environment_.context;
   rows.bias = bias_->value;
   rows.bias_gradient = bias_->gradient;
-  const Made made = forward_to_norm(pick_rows(context, hidden.tensor(), batch.predicted));
+  const Made made = forward_to_norm(pick_rows(environment_, hidden.tensor(), batch.predicted));
   const LossOptions options{batch.targets, {}, batch.purpose == Purpose::training, batch.loss_scale};
   const LossResult loss =
       vocabulary_loss(context, environment_.tensor, rows, Placed<Replicated>(made.normed), options);

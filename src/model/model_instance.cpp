@@ -86,6 +86,13 @@ const Tensor& ModelInstance::result(int64_t micro_batch) const {
   return parts_.back()->result(micro_batch);
 }
 
+KeyValueCache ModelInstance::make_cache(int64_t slots, int64_t capacity) {
+  std::vector<Range> layers;
+  for (const auto& part : parts_) layers.push_back(part->part().layers);
+  const ModelEnvironment& e = environment();
+  return KeyValueCache(*context_, e.dtype, {slots, capacity, e.heads().size(), e.config.head_size()}, layers);
+}
+
 void ModelInstance::forward(int64_t micro_batches) {
   std::vector<ForwardOnlyStage> stages;
   for (const auto& part : parts_) stages.emplace_back(*part);

@@ -81,6 +81,7 @@ class AttentionBlock {
   bool splits_sequences() const { return environment_.sequences.size() > 1; }
   void attend(const Saved& saved, const Tensor& qkv) const;
   void attend_backward(const Saved& saved, const Tensor& dheads) const;
+  void attend_continued(const Continuation& continuation, const Tensor& qkv, const Tensor& out) const;
 
   ModelEnvironment environment_;
   int64_t layer_;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -8,6 +9,7 @@
 #include "normformer/config/run_config.h"
 #include "normformer/mesh/layout.h"
 #include "normformer/mesh/parameter.h"
+#include "normformer/model/key_value_cache.h"
 #include "normformer/ops/activation.h"
 #include "normformer/ops/dropout.h"
 #include "normformer/ops/sublayer.h"
@@ -68,8 +70,10 @@ struct MicroBatch {
   Tensor document_start;    ///< i32, as many, of whole sequences: see ops/attention.h
   int64_t counted = 0;      ///< how many of these targets count
   double loss_scale = 1.0;  ///< what the gradient of its loss is multiplied by
+  std::optional<Continuation> continuation = std::nullopt;  ///< of generation with a cache: its rows, of
+                                                            ///< sequences of which none is longer than length
 
-  int64_t num_tokens() const { return sequences * part.size(); }
+  int64_t num_tokens() const { return continuation ? continuation->num_tokens() : sequences * part.size(); }
 };
 
 /// Where in the model a dropout acts. The values are part of what a seed means: they never change.
@@ -155,6 +159,9 @@ ops::ActivationKind activation_kind(const ModelConfig& config);
 
 /// "decoder.layers.N."
 std::string layer_prefix(int64_t layer);
+
+/// Rows of a matrix by their numbers, i32.
+Tensor pick_rows(const ModelEnvironment& environment, const Tensor& from, const Tensor& rows);
 
 /// Gain and bias of one LayerNorm.
 struct NormParameters {

@@ -54,6 +54,9 @@ class ModelInstance {
   /// Result of the last part; LogicError on ranks without it.
   const Tensor& result(int64_t micro_batch) const;
 
+  /// Room for so many sequences of so many tokens, in this rank's layers.
+  KeyValueCache make_cache(int64_t slots, int64_t capacity);
+
   /// Passes micro-batches 0 ... micro_batches - 1 through the whole model, nothing saved. Collective over the
   /// model's ranks.
   void forward(int64_t micro_batches);
