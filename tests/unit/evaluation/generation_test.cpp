@@ -1,6 +1,7 @@
 #include "normformer/evaluation/generation.h"
 
 #include <cmath>
+#include <limits>
 #include <map>
 
 #include <gtest/gtest.h>
@@ -38,6 +39,17 @@ TEST(SampleToken, FrequenciesFollowTheSoftmax) {
     const double p = std::exp(kLogits[id] / 1.5) / total;
     const double sigma = std::sqrt(p * (1 - p) * kDraws);
     EXPECT_NEAR(counts.at(static_cast<int32_t>(id)), p * kDraws, 5 * sigma);
+  }
+}
+
+TEST(SampleToken, LogitsThatAreNoNumbersAreRefused) {
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  const double infinity = std::numeric_limits<double>::infinity();
+  for (const std::vector<double>& logits :
+       {std::vector<double>{0.0, nan}, std::vector<double>{nan, 0.0}, std::vector<double>{0.0, infinity},
+        std::vector<double>{-infinity, -infinity}}) {
+    for (const double temperature : {0.0, 1.0})
+      EXPECT_THROW(sample_token(logits, {.temperature = temperature}, RandomStream{}, 0), NumericError);
   }
 }
 
