@@ -101,7 +101,7 @@ class File:
     def vocab(self):
         """What a header says of the corpus' own vocabulary; None where the configuration says it."""
         path = self.runs[0].config
-        said = re.search(r"with a vocabulary of (\d+)", path.read_text())
+        said = re.search(r"^#   parameters .* with a vocabulary of (\d+)$", path.read_text(), re.M)
         return int(said[1]) if said else None
 
     def settings(self, a_run):
