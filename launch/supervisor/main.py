@@ -14,7 +14,7 @@ from .output import RankOutput, say
 from .policy import Decision, History, Shape, after_job, after_silence, cores_per_rank, shrink
 from .probe import Report, differences, probe, probe_here
 from .record import RunRecord, now
-from .settings import Settings, read_settings
+from .settings import Settings, overlays_of, read_settings
 from .signals import Signals
 
 FORWARDED_PREFIXES = ("NORMFORMER_", "NCCL_", "CUDA_", "CUDNN_", "CUBLAS_", "UCX_", "DNNL_", "ONEDNN_")
@@ -125,8 +125,9 @@ class Supervisor:
         """Where the next attempt can run; a sentence where it cannot now. Raises Refusal where it never can."""
         if not self._options.hosts:
             return Start((), Shape(self._options.ranks), {"": probe_here().bindable_cores})
-        reports = probe(self._options.hosts, self._program, str(self._options.config), self._settings.datasets,
-                        self._options.host_timeout, lambda: self._signals.stops > 0)
+        configs = [str(self._options.config), *overlays_of(self._options.train)]
+        reports = probe(self._options.hosts, self._program, configs, self._settings.datasets, self._options.host_timeout,
+                        lambda: self._signals.stops > 0)
         if different := differences(reports):
             raise Refusal("; ".join(different))
         return self._start_on(reports)

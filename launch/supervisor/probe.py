@@ -8,7 +8,7 @@ from .job import mpirun_command, run_all
 
 AT_ONCE = 16
 
-# Needs nothing but a POSIX shell and coreutils on the host. Arguments: the program, the configuration, data sets.
+# Needs nothing but a POSIX shell and coreutils on the host. Arguments: the program, configurations, --, data sets.
 # Lines say "normformer-probe KEY VALUE"; keys with a path end in it.
 SCRIPT = r"""
 tell() { printf 'normformer-probe\t%s\t%s\n' "$1" "$2"; }
@@ -22,8 +22,12 @@ tell cores "$(echo "$allowed" | numbers | siblings | sort -u | wc -l)"
 tell allowed "$allowed"
 tell online "$(cat $cpus/online)"
 tell "program $1" "$(hash_of "$1")"
-tell "configuration $2" "$(hash_of "$2")"
-shift 2
+shift
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+  tell "configuration $1" "$(hash_of "$1")"
+  shift
+done
+[ $# -eq 0 ] || shift
 for data in "$@"; do
   base=${data%.bin}; base=${base%.idx}
   tell "data $base.idx" "$(size_of "$base.idx") $(hash_of "$base.idx")"
@@ -68,16 +72,16 @@ def read_facts(text: str) -> dict[str, str]:
 
 def probe_here() -> Report:
     """Counts this machine's cores; the program itself says what it misses."""
-    done = subprocess.run(["sh", "-c", SCRIPT, "probe", "", ""], capture_output=True, text=True, errors="replace",
+    done = subprocess.run(["sh", "-c", SCRIPT, "probe", ""], capture_output=True, text=True, errors="replace",
                           stdin=subprocess.DEVNULL)
     return Report("this machine", read_facts(done.stdout), done.stderr.strip())
 
 
-def probe(hosts: Sequence[Host], program: str, config: str, datasets: Sequence[str], seconds: float,
+def probe(hosts: Sequence[Host], program: str, configs: Sequence[str], datasets: Sequence[str], seconds: float,
           is_stopped: Callable[[], bool]) -> list[Report]:
     """Looks at every host by the way that the job will take, each within `seconds`."""
     commands = [[*mpirun_command(), "--bind-to", "none", "--host", f"{host.name}:1", "-n", "1", "sh", "-c", SCRIPT,
-                 "probe", program, config, *datasets] for host in hosts]
+                 "probe", program, *configs, "--", *datasets] for host in hosts]
     done = run_all(commands, seconds, AT_ONCE, is_stopped)
     return [_report(host.name, result, seconds) for host, result in zip(hosts, done)]
 

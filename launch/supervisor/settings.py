@@ -24,15 +24,25 @@ class Settings:
         return self.tensor * self.context * self.pipeline
 
 
-def overrides_of(train_options: Sequence[str]) -> list[tuple[str, Any]]:
-    """The `--set section.key=value` of the program's options, in order; `--set @FILE` is all that a TOML file sets."""
+def _set_words(train_options: Sequence[str]) -> list[str]:
+    """What follows each `--set`."""
     found = []
     for at, word in enumerate(train_options):
         if word == "--set" and at + 1 < len(train_options):
             found.append(train_options[at + 1])
         elif word.startswith("--set="):
             found.append(word.removeprefix("--set="))
-    return [override for text in found for override in _overrides_in(text)]
+    return found
+
+
+def overrides_of(train_options: Sequence[str]) -> list[tuple[str, Any]]:
+    """The `--set section.key=value` of the program's options, in order; `--set @FILE` is all that a TOML file sets."""
+    return [override for text in _set_words(train_options) for override in _overrides_in(text)]
+
+
+def overlays_of(train_options: Sequence[str]) -> list[str]:
+    """The files of `--set @FILE`."""
+    return [text.removeprefix("@") for text in _set_words(train_options) if text.startswith("@")]
 
 
 def _overrides_in(text: str) -> list[tuple[str, Any]]:

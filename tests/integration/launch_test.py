@@ -173,6 +173,8 @@ class Reading(unittest.TestCase):
             over.write_text("[parallel]\ntensor = 4\npipeline = 2\n")
             overlaid = settings.read_settings(path, ["--set", f"@{over}", "--set", "parallel.pipeline=3"])
             self.assertEqual((overlaid.tensor, overlaid.pipeline, overlaid.folder), (4, 3, pathlib.Path("runs/a")))
+            self.assertEqual(settings.overlays_of(["--set", "@a.toml", "--resume", "--set=@b", "--set", "x.y=@c"]),
+                             ["a.toml", "b"])
             path.write_text("[parallel\n")
             self.assertRaises(Refusal, settings.read_settings, path)
 
@@ -230,10 +232,12 @@ class Hosts(unittest.TestCase):
         with Scratch() as folder:
             for name, text in (("p", "program"), ("c", "config"), ("d.idx", "index"), ("d.bin", "tokens")):
                 (folder / name).write_text(text)
-            done = subprocess.run(["sh", "-c", probe.SCRIPT, "probe", folder / "p", folder / "c", folder / "d.bin",
-                                   folder / "e"], capture_output=True, text=True)
+            done = subprocess.run(["sh", "-c", probe.SCRIPT, "probe", folder / "p", folder / "c", folder / "o", "--",
+                                   folder / "d.bin", folder / "e"], capture_output=True, text=True)
             facts = probe.read_facts("Welcome!\n" + done.stdout)
             self.assertRegex(facts[f"program {folder}/p"], "^[0-9a-f]{64}$")
+            self.assertRegex(facts[f"configuration {folder}/c"], "^[0-9a-f]{64}$")
+            self.assertEqual(facts[f"configuration {folder}/o"], "missing")
             self.assertRegex(facts[f"data {folder}/d.idx"], "^5 [0-9a-f]{64}$")
             self.assertEqual(facts[f"data {folder}/d.bin"], "6")
             self.assertEqual(facts[f"data {folder}/e.bin"], "missing")

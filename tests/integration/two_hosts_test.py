@@ -137,22 +137,27 @@ class Hosts(unittest.TestCase):
         self.assert_same_losses("two", "one")
         self.assertEqual(self.attempts("two")[0]["hosts"], [f"{name}:2" for name in self.hosts.names])
 
-    def test_hosts_that_differ_are_named(self):
-        # A mount namespace of its own gives the second host another file in the same place.
-        config = self.config("differ", train__updates=3)
+    def start_where_the_second_host_has(self, other, path, config, *options):
+        """Runs launch/run where a mount namespace of its own gives the second host another file in a place."""
         agent = self.hosts.agent.read_text()
-        other = self.folder.path / "other.toml"
-        other.write_text(config.read_text() + "\n")
         try:
             self.hosts.agent.write_text(agent.replace(
-                'exec ip', f'[ "$host" = {self.hosts.names[0]} ] || set -- "mount --bind {other} {config}; $*"\nexec ip')
+                'exec ip', f'[ "$host" = {self.hosts.names[0]} ] || set -- "mount --bind {other} {path}; $*"\nexec ip')
                 .replace("unshare --uts", "unshare --uts --mount"))
-            code, text = self.finish(self.start(config))
+            return self.finish(self.start(config, *options))
         finally:
             self.hosts.agent.write_text(agent)
-        self.assertEqual(code, 64, text)
-        self.assertIn(f"{self.hosts.names[1]} has another configuration than {self.hosts.names[0]} in {config}", text)
-        self.assertFalse((self.folder.path / "differ" / "attempts.jsonl").exists())
+
+    def test_hosts_that_differ_are_named(self):
+        config = self.config("differ", train__updates=3)
+        other, overlay = self.folder.path / "other.toml", self.folder.path / "overlay.toml"
+        other.write_text(config.read_text() + "\n")
+        overlay.write_text("[train]\nlog_every = 2\n")
+        for path in (config, overlay):
+            code, text = self.start_where_the_second_host_has(other, path, config, "--", "--set", f"@{overlay}")
+            self.assertEqual(code, 64, text)
+            self.assertIn(f"{self.hosts.names[1]} has another configuration than {self.hosts.names[0]} in {path}", text)
+            self.assertFalse((self.folder.path / "differ" / "attempts.jsonl").exists())
 
     def test_a_lost_host_is_named_and_waited_for(self):
         config = self.config("waits", train__updates=1000000)
