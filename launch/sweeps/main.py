@@ -2,6 +2,7 @@
 import argparse
 import pathlib
 import shlex
+import shutil
 import subprocess
 import sys
 from typing import NoReturn, Optional, Sequence
@@ -132,6 +133,8 @@ def dry_run(sweep: Sweep) -> None:
 def submit(sweep: Sweep, keys: Sequence[str], options: Sequence[str]) -> int:
     """Hands the runs that are not complete to Slurm, which asks for their words with the same `--set`; returns sbatch's
     exit code."""
+    if not shutil.which("sbatch"):
+        raise Refusal("no sbatch here: submit where Slurm is")
     runs = unfinished(sweep)
     check(sweep, runs)
     if not runs:
@@ -143,10 +146,7 @@ def submit(sweep: Sweep, keys: Sequence[str], options: Sequence[str]) -> int:
     command = ["sbatch", f"--array={numbers}", f"--ntasks={sweep.ranks}", *options, str(SLURM_SCRIPT), str(sweep.path),
                *(f"--set={text}" for text in keys)]
     say(shlex.join(command))
-    try:
-        return subprocess.run(command).returncode
-    except FileNotFoundError as error:
-        raise Refusal("no sbatch here: submit where Slurm is") from error
+    return subprocess.run(command).returncode
 
 
 def words_of_array(sweep: Sweep, number: int) -> None:

@@ -277,5 +277,26 @@ class HuggingFace(WithCorpus):
         self.assertEqual(list(self.path.glob(".tmp-*")), [])
 
 
+class Recorded(unittest.TestCase):
+    """A folder that transformers itself has written, and the likelihoods that it has recorded
+    (tests/tools/record_huggingface.py)."""
+
+    def test_a_gpt2_of_transformers_gives_its_likelihoods(self):
+        recorded = ROOT / "tests/fixtures/huggingface/gpt2"
+        expected = json.loads((recorded / "expected.json").read_text())
+        with tempfile.TemporaryDirectory() as name:
+            path = pathlib.Path(name)
+            (path / "text.txt").write_text(expected.pop("text"))
+            for activation, theirs in expected.items():
+                folder, imported, nll = (path / f"{activation}{what}" for what in ("", "-run", ".jsonl"))
+                shutil.copytree(recorded, folder)
+                config = json.loads((folder / "config.json").read_text())
+                (folder / "config.json").write_text(json.dumps({**config, "activation_function": activation}))
+                run(["checkpoint", "import", folder, "--output", imported], expect=0)
+                run(["eval", imported, path / "text.txt", "--nll", nll], expect=0)
+                for mine, other in zip(nlls(nll.read_text()), theirs, strict=True):
+                    self.assertAlmostEqual(mine, other, delta=1e-5)
+
+
 if __name__ == "__main__":
     sys.exit(unittest.main(verbosity=2))
