@@ -164,12 +164,6 @@ RunConfig resolve_layout(RunConfig config, int64_t world) {
   const ParallelConfig& p = config.parallel;
   NF_CHECK(world >= 1 && p.tensor >= 1 && p.context >= 1 && p.pipeline >= 1 && p.data >= 0,
            "degrees {} x {} x {} x {} on {} ranks", p.tensor, p.context, p.pipeline, p.data, world);
-  if (config.model.head == OutputHead::classification) {
-    throw ConfigError(
-        "model.head = \"classification\" cannot be trained by this version of the program; write "
-        "\"language\" or "
-        "\"masked_language\"");
-  }
   if (config.model.ffn == 0) config.model.ffn = checked_mul(4, config.model.width);
   const std::string reason = misfit(config, world);
   if (!reason.empty()) throw ConfigError(fmt::format("{}; {}", reason, nearest_layouts(config, world)));

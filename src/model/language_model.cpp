@@ -1,10 +1,12 @@
 #include "normformer/model/language_model.h"
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <utility>
 
 #include "normformer/model/attention_block.h"
+#include "normformer/model/classification_head.h"
 #include "normformer/model/feed_forward_block.h"
 #include "normformer/model/masked_language_head.h"
 #include "normformer/ops/cross_entropy.h"
@@ -21,6 +23,7 @@ void LanguageModelStage::set_micro_batches(std::vector<MicroBatch> batches) {
   }
   batches_ = std::move(batches);
   results_.assign(batches_.size(), Tensor());
+  logits_.assign(batches_.size(), Tensor());
 }
 
 double LanguageModelStage::loss_sum() const {
@@ -31,6 +34,35 @@ double LanguageModelStage::loss_sum() const {
     }
   }
   return sum;
+}
+
+std::vector<double> LanguageModelStage::logits(int64_t index) const {
+  const Tensor& made = logits_[static_cast<size_t>(index)];
+  if (!made.defined() || environment_.context->is_meta()) return {};
+  const auto classes = static_cast<size_t>(made.dim(1));
+  const std::vector<double> weights = to_host(batch(index).weights);
+  std::vector<double> values = to_host(made);
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (weights[i / classes] == 0.0) values[i] = 0.0;
+  }
+  return values;
+}
+
+int64_t LanguageModelStage::correct() const {
+  int64_t count = 0;
+  for (size_t i = 0; i < batches_.size(); ++i) {
+    const std::vector<double> values = logits(static_cast<int64_t>(i));
+    if (values.empty()) continue;
+    const std::vector<double> weights = to_host(batches_[i].weights);
+    const std::vector<double> targets = to_host(batches_[i].targets);
+    const auto classes = static_cast<int64_t>(values.size() / weights.size());
+    for (size_t s = 0; s < weights.size(); ++s) {
+      const auto row = values.begin() + static_cast<int64_t>(s) * classes;
+      const auto likeliest = std::max_element(row, row + classes) - row;
+      if (weights[s] != 0.0 && likeliest == static_cast<int64_t>(targets[s])) ++count;
+    }
+  }
+  return count;
 }
 
 namespace {
@@ -121,6 +153,9 @@ class StageOf final : public LanguageModelStage {
   VocabularyRows vocabulary_rows() const;
   double embedding_factor() const;
   static bool is_whole(const MicroBatch& batch) { return batch.part == SequencePart::whole(batch.length); }
+  // Whether the rows of positions are the table's first ones.
+  static bool stand_in_table(const MicroBatch& batch) { return is_whole(batch) && !batch.positions; }
+  static int64_t num_positions(const MicroBatch& batch);
   Tensor positions_of(const MicroBatch& batch) const;
   Tensor position_gradients(const MicroBatch& batch) const;
   void add_position_gradients(const MicroBatch& batch, const Tensor& of_part) const;
@@ -142,8 +177,9 @@ class StageOf final : public LanguageModelStage {
   NormParameters first_norm_;  // Pre-LN: what reads the stage's input
   NormParameters final_norm_;
   std::optional<MaskedLanguageHead> head_;  // where logits are not the embedding's alone
-  Tensor folded_;                           // [layers, 2, D]: c and w_beta of every layer
-  std::vector<bool> is_folded_;             // of each layer: whether these are of its present weights
+  std::optional<ClassificationHead> classifier_;
+  Tensor folded_;                  // [layers, 2, D]: c and w_beta of every layer
+  std::vector<bool> is_folded_;    // of each layer: whether these are of its present weights
   std::vector<size_t> backwards_;  // of each layer: micro-batches whose gradients of weights are added
 };
 
@@ -157,13 +193,13 @@ StageOf<Stream>::StageOf(const ModelEnvironment& environment, const StagePart& p
   const auto embedding_init =
       InitialValue::normal(fairseq ? 1.0 / std::sqrt(static_cast<double>(config.width)) : 0.02);
   const ParameterDeclarer declare(this->environment(), store, "decoder.", -1, -1);
-  if (part.first || part.last) {
-    embedding_ = store.find("decoder.embed_tokens.weight");
-  }
-  if (embedding_ == nullptr && (part.first || part.last)) {
+  const bool classifies = config.head == OutputHead::classification;
+  const bool embeds = part.first || (part.last && !classifies);
+  if (embeds) embedding_ = store.find("decoder.embed_tokens.weight");
+  if (embedding_ == nullptr && embeds) {
     embedding_ = &declare.row_sharded("embed_tokens.weight", config.vocab, config.width,
                                       environment.vocabulary(), embedding_init);
-    embedding_->spec.sum_over.embedding = !part.holds_both_ends;
+    embedding_->spec.sum_over.embedding = !part.holds_both_ends && !classifies;
     embedding_->spec.owned = part.first;
   }
   if (part.first && config.positions == Positions::learned) {
@@ -177,6 +213,7 @@ StageOf<Stream>::StageOf(const ModelEnvironment& environment, const StagePart& p
     final_norm_ = declare_stream_norm(declare, "layer_norm", config.width);
   }
   if (part.last && config.head == OutputHead::masked_language) head_.emplace(this->environment(), store);
+  if (part.last && classifies) classifier_.emplace(this->environment(), store);
   if (config.norm_position == NormPosition::pre) hand_out_norms();
 }
 
@@ -260,6 +297,7 @@ template <class Stream>
 Tensor StageOf<Stream>::positions_of(const MicroBatch& batch) const {
   const Tensor table = positions_ != nullptr ? positions_->value : sinusoidal_;
   if (batch.continuation) return pick_rows(environment(), table, batch.continuation->positions);
+  if (batch.positions) return pick_rows(environment(), table, batch.positions);
   if (is_whole(batch)) return table.rows(0, batch.length);
   const auto& [first, second] = batch.part;
   const Tensor rows = context().empty({batch.part.size(), table.dim(1)}, table.dtype());
@@ -268,17 +306,24 @@ Tensor StageOf<Stream>::positions_of(const MicroBatch& batch) const {
   return rows;
 }
 
+// How many rows positions_of has: those of a sequence, or of all sequences one behind the other.
+template <class Stream>
+int64_t StageOf<Stream>::num_positions(const MicroBatch& batch) {
+  return batch.positions ? batch.num_tokens() : batch.part.size();
+}
+
 // Where the gradients of these rows add up: in the table's own, or beside them until they go there.
 template <class Stream>
 Tensor StageOf<Stream>::position_gradients(const MicroBatch& batch) const {
   const Tensor& table = positions_->gradient;
-  if (is_whole(batch)) return table.rows(0, batch.length);
-  return context().zeros({batch.part.size(), table.dim(1)}, table.dtype());
+  if (stand_in_table(batch)) return table.rows(0, batch.length);
+  return context().zeros({num_positions(batch), table.dim(1)}, table.dtype());
 }
 
 template <class Stream>
 void StageOf<Stream>::add_position_gradients(const MicroBatch& batch, const Tensor& of_part) const {
   const Tensor& table = positions_->gradient;
+  if (batch.positions) return ops::embedding_backward(context(), batch.positions, of_part, 1.0, 0, table);
   const auto& [first, second] = batch.part;
   add(context(), of_part.rows(0, first.size()), table.rows(first.begin, first.end));
   add(context(), of_part.rows(first.size(), batch.part.size()), table.rows(second.begin, second.end));
@@ -302,10 +347,10 @@ void StageOf<Stream>::embed_backward(const MicroBatch& batch, const SavedState& 
                                      const Placed<Stream>& dx) const {
   const TraceScope scope = trace_module(environment(), "decoder.embed_tokens", "backward");
   const Tensor dpositions = positions_ != nullptr ? position_gradients(batch) : Tensor();
-  ops::add_positions_backward(context(), dx.tensor(), batch.part.size(),
+  ops::add_positions_backward(context(), dx.tensor(), num_positions(batch),
                               boundary_.rows(batch.num_tokens()).begin, saved.embedding_dropout, dx.tensor(),
                               dpositions);
-  if (dpositions && !is_whole(batch)) add_position_gradients(batch, dpositions);
+  if (dpositions && !stand_in_table(batch)) add_position_gradients(batch, dpositions);
   embed_tokens_backward(context(), vocabulary_rows(), batch.tokens,
                         boundary_.leave_backward(dx, batch.num_tokens()), embedding_factor());
 }
@@ -328,9 +373,11 @@ void StageOf<Stream>::finish(int64_t micro_batch, const NormedStream<Stream>& st
   const MicroBatch& batch = this->batch(micro_batch);
   const TraceScope scope = trace_module(environment(), "decoder.output", "forward");
   const Placed<Replicated> hidden = boundary_.enter(stream.normed, batch.num_tokens());
-  if (head_) {
-    HeadResult made = head_->forward(batch, hidden, vocabulary_rows());
+  if (head_ || classifier_) {
+    HeadResult made =
+        head_ ? head_->forward(batch, hidden, vocabulary_rows()) : classifier_->forward(batch, hidden);
     set_result(micro_batch, std::move(made.nll));
+    set_logits(micro_batch, std::move(made.logits));
     if (batch.purpose != Purpose::training) return;
     saved.final_norm = stream.norm;
     saved.dhidden = boundary_.keep_own(made.dhidden);

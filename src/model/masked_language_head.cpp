@@ -3,27 +3,11 @@
 #include <cmath>
 
 #include "normformer/ops/activation.h"
-#include "normformer/ops/embedding.h"
 #include "normformer/ops/layer_norm.h"
 #include "normformer/ops/matmul.h"
 #include "normformer/tensor_parallel/stream.h"
 
 namespace normformer {
-
-namespace {
-
-// A matrix of `count` rows: zeros, but for these.
-Tensor put_rows(Context& context, const Tensor& picked, const Tensor& rows, int64_t count) {
-  const Shape shape{count, picked.dim(1)};
-  const Tensor sums = context.zeros(shape, accumulator_of(picked.dtype()));
-  ops::embedding_backward(context, rows, picked, 1.0, 0, sums);
-  if (sums.dtype() == picked.dtype()) return sums;
-  const Tensor rounded = context.empty(shape, picked.dtype());
-  copy(context, sums, rounded);
-  return rounded;
-}
-
-}  // namespace
 
 MaskedLanguageHead::MaskedLanguageHead(const ModelEnvironment& environment, ParameterStore& store)
     : environment_(environment) {

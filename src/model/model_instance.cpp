@@ -81,6 +81,13 @@ void ModelInstance::set_micro_batches(const std::vector<MicroBatch>& batches) {
 
 double ModelInstance::loss_sum() const { return has_last_part() ? parts_.back()->loss_sum() : 0.0; }
 
+int64_t ModelInstance::correct() const { return has_last_part() ? parts_.back()->correct() : 0; }
+
+std::vector<double> ModelInstance::logits(int64_t micro_batch) const {
+  NF_CHECK(has_last_part(), "logits are asked of a rank without the model's last part");
+  return parts_.back()->logits(micro_batch);
+}
+
 const Tensor& ModelInstance::result(int64_t micro_batch) const {
   NF_CHECK(has_last_part(), "a result is asked of a rank without the model's last part");
   return parts_.back()->result(micro_batch);

@@ -32,8 +32,15 @@ Batch blank_batch(const RunConfig& config, int64_t sequences) {
               .targets = std::vector<int32_t>(tokens),
               .document_start = {},
               .loss_mask = {}};
-  if (predicts_some_tokens(config.model)) batch.loss_mask = even_mask(tokens, predicted_share(config));
-  if (!config.data.document_mask) return batch;
+  const bool classifies = config.model.head == OutputHead::classification;
+  if (classifies) {
+    batch.loss_mask.resize(tokens);
+    for (size_t row = 0; row < tokens; row += static_cast<size_t>(config.model.length))
+      batch.loss_mask[row] = 1;
+  } else if (predicts_some_tokens(config.model)) {
+    batch.loss_mask = even_mask(tokens, predicted_share(config));
+  }
+  if (!config.data.document_mask && !classifies) return batch;
   batch.document_start.resize(tokens);
   batch.loss_mask.resize(tokens, 1);
   return batch;

@@ -79,6 +79,42 @@ std::vector<T> at_places(const std::vector<T>& values, const std::vector<int32_t
   return chosen;
 }
 
+// Of a classifier: which token of each sequence it reads, as far as it is here.
+struct ReadTokens {
+  std::vector<int32_t> rows;     // among the tokens here; their number where it is not
+  std::vector<uint8_t> is_here;  // of each sequence
+  std::vector<int32_t> targets;
+};
+
+ReadTokens read_tokens(const Batch& batch, const SequencePart& part) {
+  const std::vector<uint8_t> here = values_of(batch.loss_mask, batch.seq_len, part);
+  const int64_t size = part.size();
+  ReadTokens read;
+  for (int64_t s = 0; s < batch.sequences; ++s) {
+    const auto in_batch = batch.loss_mask.begin() + s * batch.seq_len;
+    const int64_t token = std::find(in_batch, in_batch + batch.seq_len, uint8_t{1}) - in_batch;
+    NF_CHECK(token < batch.seq_len, "no token of sequence {} is to be read", s);
+    const auto held = here.begin() + s * size;
+    const int64_t place = std::find(held, held + size, uint8_t{1}) - held;
+    read.is_here.push_back(place < size ? 1 : 0);
+    read.rows.push_back(static_cast<int32_t>(place < size ? s * size + place : batch.sequences * size));
+    read.targets.push_back(batch.targets[static_cast<size_t>(s * batch.seq_len + token)]);
+  }
+  return read;
+}
+
+// Counted from where a text begins; padding before it from the row's beginning.
+std::vector<int32_t> places_in_text(const Batch& batch) {
+  NF_CHECK(batch.document_start.size() == batch.inputs.size(), "a batch does not tell where its texts begin");
+  std::vector<int32_t> places(batch.inputs.size());
+  for (size_t i = 0; i < places.size(); ++i) {
+    const auto token = static_cast<int32_t>(i % static_cast<size_t>(batch.seq_len));
+    const int32_t start = batch.document_start[i];
+    places[i] = token < start ? token : token - start;
+  }
+  return places;
+}
+
 template <class T>
 Tensor to_device(Context& context, const std::vector<T>& values) {
   return from_host<T>(context, values, {static_cast<int64_t>(values.size())});
@@ -108,10 +144,18 @@ MicroBatch make_micro_batch(ModelInstance& model, const Batch& batch, int64_t fi
                   .document_start = {},
                   .counted = batch.loss_mask.empty() ? batch.sequences * part.size()
                                                      : std::count(counts.begin(), counts.end(), uint8_t{1})};
+  const bool classifies = model.environment().config.head == OutputHead::classification;
   if (first) made.tokens = to_device(context, held(batch.inputs));
-  if (last && predicts_some_tokens(model.environment().config)) {
-    NF_CHECK(batch.sequences == 0 || !batch.loss_mask.empty(),
-             "a batch does not tell which tokens are predicted");
+  if (first && classifies) made.positions = to_device(context, held(places_in_text(batch)));
+  NF_CHECK(
+      batch.sequences == 0 || !batch.loss_mask.empty() || !predicts_some_tokens(model.environment().config),
+      "a batch does not tell which tokens are predicted");
+  if (last && classifies) {
+    const ReadTokens read = read_tokens(batch, part);
+    made.predicted = to_device(context, read.rows);
+    made.weights = to_device(context, read.is_here);
+    made.targets = to_device(context, read.targets);
+  } else if (last && predicts_some_tokens(model.environment().config)) {
     const std::vector<int32_t> places = places_of(counts);
     made.predicted = to_device(context, places);
     made.targets = to_device(context, at_places(held(batch.targets), places));
@@ -192,27 +236,28 @@ namespace {
 // What a rank tells all others about its gradients.
 struct RankNumbers {
   double loss_sum = 0.0;
+  double correct = 0.0;
   double wants_stop = 0.0;
   double save_requests = 0.0;
   double save_progress = 0.0;
   double compute_seconds = 0.0;
   GradientSize gradients = {};
 
-  static constexpr size_t kScalars = 6;
+  static constexpr size_t kScalars = 7;
   static constexpr size_t kCount = kScalars + ops::OrderFreeSumOfSquares::kBins;
   std::array<double, kCount> packed() const;
   static RankNumbers unpacked(std::span<const double> numbers);
 };
 
 std::array<double, RankNumbers::kCount> RankNumbers::packed() const {
-  std::array<double, kCount> numbers = {loss_sum,      wants_stop,      save_requests,
+  std::array<double, kCount> numbers = {loss_sum,      correct,         wants_stop,       save_requests,
                                         save_progress, compute_seconds, gradients.largest};
   std::copy(gradients.bins.begin(), gradients.bins.end(), numbers.begin() + kScalars);
   return numbers;
 }
 
 RankNumbers RankNumbers::unpacked(std::span<const double> numbers) {
-  RankNumbers made{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], {numbers[5], {}}};
+  RankNumbers made{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], {numbers[6], {}}};
   std::copy(numbers.begin() + kScalars, numbers.end(), made.gradients.bins.begin());
   return made;
 }
@@ -223,7 +268,9 @@ RankNumbers RankNumbers::unpacked(std::span<const double> numbers) {
 void Trainer::agree_on_gradients(Unsettled& step, const std::function<RankWord()>& word) {
   const RankWord said = word ? word() : RankWord{};
   const GradientSize size = optimizer_.gradient_size();
-  const RankNumbers mine{.loss_sum = model_.answers_for_loss() ? model_.loss_sum() : 0.0,
+  const bool answers = model_.answers_for_loss();
+  const RankNumbers mine{.loss_sum = answers ? model_.loss_sum() : 0.0,
+                         .correct = answers ? static_cast<double>(model_.correct()) : 0.0,
                          .wants_stop = said.wants_stop ? 1.0 : 0.0,
                          .save_requests = static_cast<double>(said.save_requests),
                          .save_progress = static_cast<double>(said.save_progress),
@@ -242,12 +289,14 @@ bool Trainer::measures_norms() const {
 void Trainer::conclude(Unsettled& step) const {
   step.request.wait();
   double loss_sum = 0.0;
+  double correct = 0.0;
   double save_progress = std::numeric_limits<double>::infinity();
   std::vector<GradientSize> sizes;
   const std::span<const double> numbers(step.numbers);
   for (size_t at = 0; at < numbers.size(); at += RankNumbers::kCount) {
     const RankNumbers rank = RankNumbers::unpacked(numbers.subspan(at, RankNumbers::kCount));
     loss_sum += rank.loss_sum;
+    correct += rank.correct;
     step.stop_wanted = step.stop_wanted || rank.wants_stop > 0.0;
     step.save_requests = std::max(step.save_requests, static_cast<int64_t>(rank.save_requests));
     save_progress = std::min(save_progress, rank.save_progress);
@@ -256,7 +305,9 @@ void Trainer::conclude(Unsettled& step) const {
   }
   step.save_progress = static_cast<int64_t>(save_progress);
   StepReport& report = step.report;
-  report.loss = loss_sum / static_cast<double>(std::max<int64_t>(1, report.tokens));
+  const auto counted = static_cast<double>(std::max<int64_t>(1, report.tokens));
+  report.loss = loss_sum / counted;
+  if (config_.model.head == OutputHead::classification) report.accuracy = correct / counted;
   report.gradient_norm = norm_of(sizes) * report.gradient_factor();
   judge(step, std::isfinite(largest_of(sizes)) && std::isfinite(report.loss));
 }
@@ -463,9 +514,11 @@ Tensor of_whole_sequences(ModelInstance& model, const MicroBatch& batch, const T
 }  // namespace
 
 EvaluationResult evaluate(ModelInstance& model, const RunConfig& config, const BatchSource& source,
-                          int64_t sequences, const NllVisitor& visit) {
+                          int64_t sequences, const NllVisitor& visit, const LogitsVisitor& visit_logits) {
   const std::vector<Range> samples = micro_batch_samples(model, sequences, config.train.micro_batch);
+  const bool classifies = config.model.head == OutputHead::classification;
   EvaluationResult mine;
+  int64_t correct = 0;
   // Some micro-batches at a time fill the pipeline; their tokens and losses need little memory.
   const size_t window = 4 * static_cast<size_t>(model.mesh().pipeline().size());
   for (size_t begin = 0; begin < samples.size(); begin += window) {
@@ -484,6 +537,10 @@ EvaluationResult evaluate(ModelInstance& model, const RunConfig& config, const B
     if (!model.answers_for_loss()) continue;
     mine.nll_sum += model.loss_sum();
     mine.tokens += targets;
+    correct += model.correct();
+    for (size_t i = begin; visit_logits && i < end; ++i) {
+      if (!samples[i].empty()) visit_logits(samples[i].begin, model.logits(static_cast<int64_t>(i - begin)));
+    }
     for (size_t i = begin; visit && i < end; ++i) {
       if (samples[i].empty()) continue;
       const Tensor nll =
@@ -492,7 +549,9 @@ EvaluationResult evaluate(ModelInstance& model, const RunConfig& config, const B
     }
   }
   const Group& world = model.mesh().world();
-  return {world.all_reduce(mine.nll_sum, ReduceOp::sum), world.all_reduce_sum(mine.tokens)};
+  EvaluationResult all{world.all_reduce(mine.nll_sum, ReduceOp::sum), world.all_reduce_sum(mine.tokens)};
+  if (classifies) all.correct = world.all_reduce_sum(correct);
+  return all;
 }
 
 }  // namespace normformer

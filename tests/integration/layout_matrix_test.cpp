@@ -209,6 +209,7 @@ std::vector<Choice> all_pairs() {
 
 struct Outcome {
   std::map<std::string, std::vector<double>> gradients;  ///< of the first batch, summed over its tokens
+  int64_t targets = 0;                                   ///< of the first batch
   std::vector<double> losses;
   std::vector<double> gradient_norms;
   std::vector<std::string> parameters;
@@ -232,6 +233,7 @@ Outcome outcome_of(const RunConfig& config, const MeshDegrees& degrees, bool wit
     }
     if (world.rank() != 0) return;
     outcome.gradients = std::move(gradients);
+    outcome.targets = steps.front().report.tokens;
     outcome.parameters = small.trainer.gradient_norms().names();
     for (const FinishedStep& step : steps) {
       outcome.losses.push_back(step.report.loss);
@@ -260,7 +262,8 @@ double scale_of(const Outcome& expected, const std::string& name) {
 // Of every parameter and step; and of the first step what its gathered gradients give.
 void expect_same_parameter_norms(const Outcome& got, const Outcome& expected) {
   ASSERT_EQ(got.parameters, expected.parameters);
-  const auto tokens = static_cast<double>(config_of({}).train.global_batch * config_of({}).model.length);
+  const auto targets = static_cast<double>(expected.targets);
+  ASSERT_EQ(got.targets, expected.targets);
   for (size_t i = 0; i < expected.parameter_norms.size(); ++i) {
     ASSERT_EQ(got.parameter_norms[i].size(), expected.parameters.size());
     double squares = 0;
@@ -273,9 +276,9 @@ void expect_same_parameter_norms(const Outcome& got, const Outcome& expected) {
       EXPECT_NEAR(norms.l2, expected.parameter_norms[i][p].l2, 1e-10 * norms.l2) << name << ", step " << i;
       if (i > 0) continue;
       double l1 = 0;
-      for (const double g : expected.gradients.at(name)) l1 += std::abs(g) / tokens;
+      for (const double g : expected.gradients.at(name)) l1 += std::abs(g) / targets;
       EXPECT_NEAR(norms.l1, l1, 1e-10 * l1) << name;
-      EXPECT_NEAR(norms.l2, norm_of(expected.gradients.at(name)) / tokens, 1e-10 * norms.l2) << name;
+      EXPECT_NEAR(norms.l2, norm_of(expected.gradients.at(name)) / targets, 1e-10 * norms.l2) << name;
     }
     EXPECT_NEAR(std::sqrt(squares), got.gradient_norms[i], 1e-12 * got.gradient_norms[i]);
   }
@@ -352,6 +355,33 @@ TEST(LayoutMatrix, MaskedModelsInAllPairsOfChoicesEqualOneProcess) {
     SCOPED_TRACE(describe(c));
     expect_same_run(outcome_of(masked_config_of(c), degrees_of(c)), expected);
     if (HasFailure()) return;
+  }
+}
+
+// And for one that classifies texts of several lengths, of which a rank of a context group may have no token.
+RunConfig classifier_config_of(const Choice& c, AttentionMask attention) {
+  RunConfig config = masked_config_of(c);
+  config.model.attention = attention;
+  config.model.head = OutputHead::classification;
+  config.model.classes = 3;
+  return config;
+}
+
+TEST(LayoutMatrix, ClassifiersEqualOneProcess) {
+  for (const AttentionMask attention : {AttentionMask::bidirectional, AttentionMask::causal}) {
+    RunConfig alone = classifier_config_of({}, attention);
+    alone.train.micro_batch = alone.train.global_batch;
+    const Outcome expected = outcome_of(alone, {});
+    EXPECT_TRUE(expected.gradients.contains("decoder.classification_head.out_proj.weight"));
+    std::vector<Choice> choices = all_pairs();
+    // All of them for the one, a part for the other.
+    if (attention == AttentionMask::causal)
+      std::erase_if(choices, [i = 0](const Choice&) mutable { return i++ % 4 != 0; });
+    for (const Choice& c : choices) {
+      SCOPED_TRACE(describe(c));
+      expect_same_run(outcome_of(classifier_config_of(c, attention), degrees_of(c)), expected);
+      if (HasFailure()) return;
+    }
   }
 }
 

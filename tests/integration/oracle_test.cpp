@@ -53,14 +53,23 @@ TEST_P(Oracle, OneRankFp32) {
   }
 }
 
+// What it does to each number to round the weights to a type first, computed in fp64.
+OracleErrors errors_of_weights(const OracleFixture& fixture, DType type) {
+  return errors_on(fixture, {.degrees = {}, .weights = type});
+}
+
 // 16 bits: the bound of arXiv 2506.09280, theorem 5.3, for the first of L layers: k C^L eps with k = 4, C
-// = 1.03.
+// = 1.03. It is of computing; of a classifier, whose gradient comes from a few tokens, rounding the weights
+// alone makes more than half of it, and is added.
 TEST_P(Oracle, OneRankBf16) {
   const OracleFixture fixture = load_oracle_fixture(GetParam());
   const double bound = 4.0 * std::pow(1.03, fixture.config.model.layers) * 0x1p-7;
+  const bool classifies = fixture.config.model.head == OutputHead::classification;
+  OracleErrors of_weights = classifies ? errors_of_weights(fixture, DType::bf16) : OracleErrors{};
   for (const FfnNormForm form : {FfnNormForm::folded, FfnNormForm::plain}) {
     const OracleLayout layout{.degrees = {1, 1, 1, 1}, .precision = Precision::bf16, .form = form};
-    EXPECT_EQ(run_on(fixture, layout, bound), std::vector<std::string>{}) << to_string(layout);
+    for (const auto& [name, error] : errors_on(fixture, layout))
+      EXPECT_LE(error, bound + of_weights[name]) << name << " on " << to_string(layout);
   }
 }
 
@@ -69,7 +78,7 @@ TEST_P(Oracle, OneRankBf16) {
 TEST_P(Oracle, Fp16) {
   const OracleFixture fixture = load_oracle_fixture(GetParam());
   const double bound = 4.0 * std::pow(1.03, fixture.config.model.layers) * 0x1p-10;
-  const OracleErrors of_weights = errors_on(fixture, {.degrees = {}, .weights = DType::f16});
+  const OracleErrors of_weights = errors_of_weights(fixture, DType::f16);
   for (const Precision precision : {Precision::fp16, Precision::fp16_memory_efficient}) {
     for (const MeshDegrees& degrees : {MeshDegrees{}, MeshDegrees{.tensor = 2}, MeshDegrees{.pipeline = 2},
                                        MeshDegrees{.data = 2}, MeshDegrees{.context = 2}}) {

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <iterator>
+#include <numeric>
 
 #include <fmt/ranges.h>
 
@@ -36,8 +37,9 @@ struct Run {
         model(context, make_mesh(world, config.parallel), config, true),
         expected(f.folder / "expected.safetensors"),
         tokens(expected.read(context.host(), "tokens")),
-        targets(read_masked("targets")),
-        predicted(read_masked("predicted")),
+        targets(read_of("targets", predicts_some_tokens(config.model))),
+        predicted(read_of("predicted", config.model.head == OutputHead::masked_language)),
+        lengths(read_of("lengths", classifies())),
         trainer(model, config, [this](int64_t first, int64_t count) { return batch(first, count); }) {}
 
   static RunConfig configure(const OracleFixture& f, const OracleLayout& layout, const Group& world) {
@@ -60,9 +62,38 @@ struct Run {
     return resolve_layout(c, world.size());
   }
 
+  bool classifies() const { return config.model.head == OutputHead::classification; }
+
+  // Texts at the ends of their rows, with a token before them that nothing may see.
+  Batch batch_of_texts(int64_t first, int64_t count) const {
+    const int64_t length = config.model.length;
+    const auto elements = static_cast<size_t>(count * length);
+    Batch made{.sequences = count,
+               .seq_len = length,
+               .inputs = std::vector<int32_t>(elements, 7),
+               .targets = std::vector<int32_t>(elements),
+               .document_start = std::vector<int32_t>(elements),
+               .loss_mask = std::vector<uint8_t>(elements)};
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t sample = (first + i) % fixture.sequences;
+      const int64_t* row = tokens.data<int64_t>() + sample * length;
+      const int64_t start = length - lengths.data<int64_t>()[sample];
+      for (int64_t t = start; t < length; ++t) {
+        made.inputs[static_cast<size_t>(i * length + t)] = static_cast<int32_t>(row[t - start]);
+        made.document_start[static_cast<size_t>(i * length + t)] = static_cast<int32_t>(start);
+      }
+      const bool causal = config.model.attention == AttentionMask::causal;
+      const auto read = static_cast<size_t>(i * length + (causal ? length - 1 : start));
+      made.loss_mask[read] = 1;
+      made.targets[read] = static_cast<int32_t>(targets.data<int64_t>()[sample]);
+    }
+    return made;
+  }
+
   // Global samples start over with every batch: the fixture trains on one batch again and again. A masked
   // model has targets of their own.
   Batch batch(int64_t first, int64_t count) const {
+    if (classifies()) return batch_of_texts(first, count);
     const int64_t length = config.model.length;
     Batch made{.sequences = count,
                .seq_len = length,
@@ -84,9 +115,9 @@ struct Run {
     return made;
   }
 
-  // What only the fixtures of masked models have.
-  Tensor read_masked(const std::string& name) {
-    return predicts_some_tokens(config.model) ? expected.read(context.host(), name) : Tensor();
+  // What only some models' fixtures have.
+  Tensor read_of(const std::string& name, bool has) {
+    return has ? expected.read(context.host(), name) : Tensor();
   }
 
   // Rounded to `type` first.
@@ -110,8 +141,9 @@ struct Run {
   ModelInstance model;
   SafetensorsReader expected;
   Tensor tokens;
-  Tensor targets;    // of a masked model
+  Tensor targets;    // of a masked model, or a classifier
   Tensor predicted;  // of a masked model
+  Tensor lengths;    // of a classifier
   Trainer trainer;
 };
 
@@ -142,7 +174,7 @@ class Comparison {
   OracleErrors errors_;
 };
 
-// Every token's nll on every rank, whoever computed it.
+// Every token's nll on every rank, whoever computed it; of a classifier, every sequence's.
 std::vector<double> all_nll(Run& run) {
   const int64_t length = run.config.model.length;
   const Tensor all = run.context.zeros({run.fixture.sequences, length}, DType::f64);
@@ -154,7 +186,12 @@ std::vector<double> all_nll(Run& run) {
       run.model, run.config, [&](int64_t f, int64_t n) { return run.batch(f, n); }, run.fixture.sequences,
       keep);
   run.model.mesh().world().all_reduce(run.context, all, ReduceOp::sum);
-  return to_host(all);
+  const std::vector<double> by_token = to_host(all);
+  if (!run.classifies()) return by_token;
+  std::vector<double> by_sequence;
+  for (auto row = by_token.begin(); row != by_token.end(); row += length)
+    by_sequence.push_back(std::accumulate(row, row + length, 0.0));
+  return by_sequence;
 }
 
 double mean_nll(Run& run) {
@@ -213,7 +250,7 @@ OracleFixture load_oracle_fixture(const std::string& name) {
   const std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
   const size_t tail = text.find("[fixture]");
   NF_CHECK(tail != std::string::npos, "{} has no [fixture]", path.string());
-  fixture.config = parse_run_config(text.substr(0, tail), path.string(), {"data.train=none"});
+  fixture.config = parse_run_config(text.substr(0, tail), path.string(), {});
   fixture.sequences = number_after(text.substr(tail), "batch");
   fixture.steps = number_after(text.substr(tail), "steps");
   return fixture;

@@ -65,9 +65,11 @@ struct MicroBatch {
   Purpose purpose = Purpose::evaluation;
   Tensor tokens;     ///< i32 [num_tokens()]: the sequences' parts one behind the other
   Tensor targets;    ///< i32, as many; or one for each of `predicted`
-  Tensor weights;    ///< u8, as many: 1 where a target counts; none beside `predicted`
-  Tensor predicted;  ///< i32 [counted]: of a model that predicts some tokens only, their rows in `tokens`
+  Tensor weights;    ///< u8, as many: 1 where a target counts; none beside a masked model's `predicted`
+  Tensor predicted;  ///< i32 [counted]: of a model that predicts some tokens only, their rows in `tokens`;
+                     ///< of a classifier [sequences], num_tokens() where another rank has the token
   Tensor document_start;    ///< i32, as many, of whole sequences: see ops/attention.h
+  Tensor positions = {};    ///< i32, as many: where in its text each token is; none: in its sequence
   int64_t counted = 0;      ///< how many of these targets count
   double loss_scale = 1.0;  ///< what the gradient of its loss is multiplied by
   std::optional<Continuation> continuation = std::nullopt;  ///< of generation with a cache: its rows, of
@@ -82,7 +84,9 @@ enum class DropoutSite : uint64_t {
   attention = 1,
   attention_output = 2,
   activation = 3,
-  ffn_output = 4
+  ffn_output = 4,
+  head_input = 5,  ///< of a classifier
+  head_hidden = 6
 };
 
 /// The dropout of a site for a micro-batch: inactive unless it trains and the probability is positive.
@@ -160,7 +164,7 @@ ops::ActivationKind activation_kind(const ModelConfig& config);
 /// "decoder.layers.N."
 std::string layer_prefix(int64_t layer);
 
-/// Rows of a matrix by their numbers, i32.
+/// Rows of a matrix by their numbers, i32; zeros for numbers behind its last row.
 Tensor pick_rows(const ModelEnvironment& environment, const Tensor& from, const Tensor& rows);
 
 /// Gain and bias of one LayerNorm.

@@ -20,7 +20,7 @@ struct StagePart {
 /// One part of a language model: the one place that says what is where. Embeddings in the first part, the
 /// tied output in the last; where these are on different ranks both hold a copy of the token embedding, whose
 /// gradients are summed over the embedding group (the first owns it), and where they are on one rank they
-/// share it. The whole model is the part that is first and last.
+/// share it; a classifier's last part has no need of it. The whole model is the part that is first and last.
 class LanguageModelStage : public Stage {
  public:
   /// To be called whenever weights have changed and before the next forward: folds FFN LayerNorms into their
@@ -42,6 +42,15 @@ class LanguageModelStage : public Stage {
   /// the last tokens. Undefined before, and for empty ones.
   const Tensor& result(int64_t index) const { return results_[static_cast<size_t>(index)]; }
 
+  /// Of a classifier: what the forward of micro-batch `index` gave on the last stage, [sequences * classes]
+  /// on the host; zeros for sequences whose token another rank has read. Empty before, for empty
+  /// micro-batches, and on meta. Waits for a GPU.
+  std::vector<double> logits(int64_t index) const;
+
+  /// Of a classifier: how many of the sequences here in the micro-batches forwarded since set_micro_batches
+  /// have no likelier class than their target, nor one as likely before it; 0 on other stages than the last.
+  int64_t correct() const;
+
   DType boundary_dtype() const override { return environment_.dtype; }
 
   const ModelEnvironment& environment() const { return environment_; }
@@ -54,12 +63,14 @@ class LanguageModelStage : public Stage {
   size_t num_micro_batches() const { return batches_.size(); }
   const MicroBatch& batch(int64_t index) const { return batches_[static_cast<size_t>(index)]; }
   void set_result(int64_t index, Tensor result) { results_[static_cast<size_t>(index)] = std::move(result); }
+  void set_logits(int64_t index, Tensor logits) { logits_[static_cast<size_t>(index)] = std::move(logits); }
 
  private:
   ModelEnvironment environment_;
   StagePart part_;
   std::vector<MicroBatch> batches_;
   std::vector<Tensor> results_;
+  std::vector<Tensor> logits_;
 };
 
 /// Declares the part's parameters in the store, which the caller then allocates and fills; of one rank's

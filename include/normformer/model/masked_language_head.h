@@ -1,15 +1,9 @@
 #pragma once
 
-#include "normformer/model/environment.h"
+#include "normformer/model/head.h"
 #include "normformer/tensor_parallel/vocabulary.h"
 
 namespace normformer {
-
-/// What a head made of the tokens that are predicted.
-struct HeadResult {
-  Tensor nll;                  ///< [predicted] of accumulator_of(T)
-  Placed<Replicated> dhidden;  ///< [N, D], zero at other tokens; undefined without training
-};
 
 /// RoBERTa's head (Liu et al. 2019; fairseq's RobertaLMHead), at masked tokens only: of the last layer's
 /// output h a product with bias, the model's activation and a LayerNorm, and of these the logits by the tied

@@ -50,9 +50,11 @@ class ModelInstance {
   void prepare();
   void set_micro_batches(const std::vector<MicroBatch>& batches);
   double loss_sum() const;
+  int64_t correct() const;
 
-  /// Result of the last part; LogicError on ranks without it.
+  /// Result and logits of the last part; LogicError on ranks without it.
   const Tensor& result(int64_t micro_batch) const;
+  std::vector<double> logits(int64_t micro_batch) const;
 
   /// Room for so many sequences of so many tokens, in this rank's layers.
   KeyValueCache make_cache(int64_t slots, int64_t capacity);

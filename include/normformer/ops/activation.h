@@ -6,8 +6,8 @@
 namespace normformer::ops {
 
 /// gelu: x * (1 + erf(x / sqrt 2)) / 2. gelu_tanh: its tanh approximation (Hendrycks, Gimpel 2016).
-/// relu_squared: max(x, 0)^2.
-enum class ActivationKind { gelu, gelu_tanh, relu_squared };
+/// relu_squared: max(x, 0)^2. tanh: of a classifier's head.
+enum class ActivationKind { gelu, gelu_tanh, relu_squared, tanh };
 
 // z is fc1's product without its bias, [N, F] of type T over this rank's F features; bias, gamma, beta [F] of
 // T. Statistics and gradients of parameters are of accumulator_of(T). h below is drop(act(z + bias)).

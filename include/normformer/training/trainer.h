@@ -54,6 +54,7 @@ struct StepReport {
   double loss_scale = 1.0;                ///< what the gradient of the summed loss was multiplied by
   SkipReason reason = SkipReason::none;   ///< why it was skipped
   std::optional<SpikeScores> spike = {};  ///< where it was one, whatever became of it
+  std::optional<double> accuracy = {};    ///< of a classifier: share of sequences put into their class
 
   /// What makes of the gradients in the store those of the mean loss.
   double gradient_factor() const {
@@ -192,15 +193,24 @@ class Trainer {
 struct EvaluationResult {
   double nll_sum = 0.0;
   int64_t tokens = 0;
+  std::optional<int64_t> correct = {};  ///< of a classifier: sequences put into their class
   double mean() const { return tokens == 0 ? 0.0 : nll_sum / static_cast<double>(tokens); }
+  double accuracy() const {
+    return tokens == 0 ? 0.0 : static_cast<double>(correct.value_or(0)) / static_cast<double>(tokens);
+  }
 };
 
 /// Called with each micro-batch's first sample, its batch and the [sequences * seq_len] nlls of all its
 /// tokens, on one of the ranks that answer for them.
 using NllVisitor = std::function<void(int64_t first_sample, const Batch& batch, const Tensor& nll)>;
 
-/// Evaluates without dropout. `visit` may be empty, on every rank alike. Collective over the world.
+/// Of a classifier: called with each micro-batch's first sample and the logits [sequences * classes] of its
+/// sequences, on every rank that answers for some of them; zeros for those of others.
+using LogitsVisitor = std::function<void(int64_t first_sample, const std::vector<double>& logits)>;
+
+/// Evaluates without dropout. Visitors may be empty, on every rank alike. Collective over the world.
 EvaluationResult evaluate(ModelInstance& model, const RunConfig& config, const BatchSource& source,
-                          int64_t sequences, const NllVisitor& visit = {});
+                          int64_t sequences, const NllVisitor& visit = {},
+                          const LogitsVisitor& visit_logits = {});
 
 }  // namespace normformer

@@ -23,6 +23,22 @@ struct Point {
   V slope;
 };
 
+/// tanh |x| = (1 - e) / (1 + e) and its slope 4 e / (1 + e)^2, with e = exp(-2 |x|): to within a few
+/// roundings of 1.
+HWY_INLINE Point<Lanes<float>> tanh_point(Lanes<float> x) {
+  const auto one = set<float>(1.0f);
+  const auto e = exp_nonpositive(hn::Mul(set<float>(-2.0f), hn::Abs(x)));
+  const auto inverse = hn::Div(one, hn::Add(one, e));
+  const auto slope = hn::Mul(hn::Mul(set<float>(4.0f), e), hn::Mul(inverse, inverse));
+  return {hn::CopySign(hn::Mul(hn::Sub(one, e), inverse), x), slope};
+}
+
+HWY_INLINE Point<Lanes<double>> tanh_point(Lanes<double> x) {
+  const auto one = set<double>(1.0);
+  const auto value = by_lane(x, [](double v) { return std::tanh(v); });
+  return {value, hn::Mul(hn::Sub(one, value), hn::Add(one, value))};
+}
+
 /// The activation and its derivative at x.
 template <ActivationKind kKind, class A>
 HWY_INLINE Point<Lanes<A>> evaluate(Lanes<A> x) {
@@ -43,6 +59,8 @@ HWY_INLINE Point<Lanes<A>> evaluate(Lanes<A> x) {
     const auto gate_slope = hn::Mul(e, hn::Mul(inverse, inverse));
     const auto two_u_slope = hn::Mul(two_scale, hn::MulAdd(hn::Mul(cubic, set<A>(A(3))), square, one));
     return {hn::Mul(x, gate), hn::MulAdd(hn::Mul(x, gate_slope), two_u_slope, gate)};
+  } else if constexpr (kKind == ActivationKind::tanh) {
+    return tanh_point(x);
   } else {
     const auto positive = hn::IfThenElse(hn::Lt(x, zero<A>()), zero<A>(), x);  // a NaN stays one
     return {hn::Mul(positive, positive), hn::Add(positive, positive)};
@@ -94,6 +112,8 @@ void activation_forward_rows(ActivationKind kind, const Tensor& z, const Tensor&
         return forward_rows<ActivationKind::gelu_tanh, T>(z, bias, dropout, gamma, out, sums, rows);
       case ActivationKind::relu_squared:
         return forward_rows<ActivationKind::relu_squared, T>(z, bias, dropout, gamma, out, sums, rows);
+      case ActivationKind::tanh:
+        return forward_rows<ActivationKind::tanh, T>(z, bias, dropout, gamma, out, sums, rows);
     }
   });
 }
@@ -181,6 +201,8 @@ void activation_backward_rows(ActivationKind kind, const Tensor& d, const Tensor
       case ActivationKind::relu_squared:
         return backward_rows<ActivationKind::relu_squared, T>(d, z, bias, dropout, norm, dz, partials, block,
                                                               rows);
+      case ActivationKind::tanh:
+        return backward_rows<ActivationKind::tanh, T>(d, z, bias, dropout, norm, dz, partials, block, rows);
     }
   });
 }

@@ -73,6 +73,9 @@ __device__ Point<A> evaluate(A x) {
     const A gate_slope = e * (inverse * inverse);
     const A two_u_slope = kTwoScale * (A(3) * kCubic * square + A(1));
     return {x * gate, x * gate_slope * two_u_slope + gate};
+  } else if constexpr (kKind == ActivationKind::tanh) {
+    const A value = std::tanh(x);
+    return {value, (A(1) - value) * (A(1) + value)};
   } else {
     const A positive = x < A(0) ? A(0) : x;  // a NaN stays one
     return {positive * positive, positive + positive};
@@ -246,6 +249,8 @@ void with_kind(ActivationKind kind, Body&& body) {
       return body.template operator()<ActivationKind::gelu_tanh>();
     case ActivationKind::relu_squared:
       return body.template operator()<ActivationKind::relu_squared>();
+    case ActivationKind::tanh:
+      return body.template operator()<ActivationKind::tanh>();
   }
 }
 

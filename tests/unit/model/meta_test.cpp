@@ -73,6 +73,19 @@ TEST(Meta, ForetellsMaskedModels) {
   }
 }
 
+TEST(Meta, ForetellsClassifiers) {
+  for (const AttentionMask attention : {AttentionMask::bidirectional, AttentionMask::causal}) {
+    RunConfig config = small_classifier_config(Precision::bf16);
+    config.model.layers = 4;
+    config.model.attention = attention;
+    expect_foretold(config, {});
+    expect_foretold(config, {.tensor = 2, .context = 2});
+    config.parallel.sequence = true;
+    config.parallel.schedule = PipelineSchedule::zb_v;
+    expect_foretold(config, {.tensor = 2, .context = 1, .data = 2, .pipeline = 2});
+  }
+}
+
 TEST(Meta, ForetellsSchedulesAndRecomputation) {
   RunConfig config = small_config(Precision::bf16);
   config.model.layers = 4;
@@ -508,6 +521,12 @@ TEST(Meta, TheMaskedModelHasThePapersParameters) {
   constexpr int64_t kHead = 768 * 768 + 3 * 768 + 51200;
   EXPECT_EQ(parameters, 51200 * 768 + 512 * 768 + kLayers + 2 * 768 + kHead);
   EXPECT_EQ(parameters + 2 * 768, 125'415'680);
+  // The same body with the head that it is fine-tuned with.
+  config.model.head = OutputHead::classification;
+  config.model.classes = 3;
+  const int64_t of_classifier =
+      ModelInstance(context, Mesh(make_self_world(), {}), config, true).count_parameters();
+  EXPECT_EQ(of_classifier, parameters - kHead + 768 * 768 + 768 + 3 * 768 + 3);
 }
 
 }  // namespace

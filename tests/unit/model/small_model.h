@@ -40,6 +40,31 @@ inline RunConfig small_masked_config(Precision precision) {
   return c;
 }
 
+/// The same as a classifier.
+inline RunConfig small_classifier_config(Precision precision) {
+  RunConfig c = small_masked_config(precision);
+  c.model.head = OutputHead::classification;
+  c.model.classes = 3;
+  return c;
+}
+
+/// Texts of many lengths at the ends of their rows.
+inline void make_texts(const RunConfig& config, int64_t first, Batch& batch) {
+  const int64_t length = config.model.length;
+  batch.document_start.resize(batch.inputs.size());
+  batch.loss_mask.resize(batch.inputs.size());
+  for (int64_t row = 0; row < batch.sequences; ++row) {
+    const int64_t sample = first + row;
+    const int64_t start = sample * sample * 7 % length;
+    const int64_t read = config.model.attention == AttentionMask::causal ? length - 1 : start;
+    for (int64_t t = start; t < length; ++t)
+      batch.document_start[static_cast<size_t>(row * length + t)] = static_cast<int32_t>(start);
+    batch.loss_mask[static_cast<size_t>(row * length + read)] = 1;
+    batch.targets[static_cast<size_t>(row * length + read)] =
+        static_cast<int32_t>(sample * 5 % config.model.classes);
+  }
+}
+
 /// Hides some tokens, which are the targets then.
 inline void mask_some(const RunConfig& config, int64_t first, Batch& batch) {
   batch.targets = batch.inputs;
@@ -63,7 +88,8 @@ inline Batch counted_batch(const RunConfig& config, int64_t first, int64_t count
     batch.inputs.push_back(static_cast<int32_t>(at * 7 % config.model.vocab));
     batch.targets.push_back(static_cast<int32_t>((at + 1) * 7 % config.model.vocab));
   }
-  if (predicts_some_tokens(config.model)) mask_some(config, first, batch);
+  if (config.model.head == OutputHead::masked_language) mask_some(config, first, batch);
+  if (config.model.head == OutputHead::classification) make_texts(config, first, batch);
   return batch;
 }
 

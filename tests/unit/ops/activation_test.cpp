@@ -6,11 +6,12 @@ namespace normformer::ops {
 namespace {
 
 const std::vector<ActivationKind> kKinds{ActivationKind::gelu, ActivationKind::gelu_tanh,
-                                         ActivationKind::relu_squared};
+                                         ActivationKind::relu_squared, ActivationKind::tanh};
 
 std::string name_of_kind(ActivationKind kind) {
   return kind == ActivationKind::gelu        ? "gelu"
          : kind == ActivationKind::gelu_tanh ? "gelu_tanh"
+         : kind == ActivationKind::tanh      ? "tanh"
                                              : "relu_squared";
 }
 
@@ -20,6 +21,8 @@ Real activated(ActivationKind kind, Real x) {
       return x * std::erfc(-x / std::sqrt(Real(2))) / 2;
     case ActivationKind::gelu_tanh:
       return x * (1 + std::tanh(std::sqrt(2 / std::acos(Real(-1))) * (x + Real(0.044715L) * x * x * x))) / 2;
+    case ActivationKind::tanh:
+      return std::tanh(x);
     default:
       return x > 0 ? x * x : 0;
   }
@@ -154,14 +157,14 @@ TEST(Activation, ForwardAndItsSumsMatchTheReference) {
   }
 }
 
-TEST(Activation, GeluIsAccurateEverywhereInFp32) {
+TEST(Activation, GeluAndTanhAreAccurateEverywhereInFp32) {
   Context context(test_device());
   std::vector<double> xs;
   for (int i = -160000; i <= 160000; ++i) xs.push_back(i * 1e-4);
   const auto n = static_cast<int64_t>(xs.size());
   const Tensor x = tensor_of(context, DType::f32, {1, n}, xs);
   const Tensor bias = context.zeros({n}, DType::f32);
-  for (const ActivationKind kind : {ActivationKind::gelu, ActivationKind::gelu_tanh}) {
+  for (const ActivationKind kind : {ActivationKind::gelu, ActivationKind::gelu_tanh, ActivationKind::tanh}) {
     const Tensor y = context.empty({1, n}, DType::f32);
     activation_forward(context, kind, x, bias, Dropout(), Tensor(), y, Tensor());
     const Reals inputs = reals(x);
@@ -183,7 +186,7 @@ TEST(Activation, NotANumberAndInfinityAreNotHidden) {
       const Tensor z = tensor_of(context, dtype, {1, 2}, {std::nan(""), inf});
       activation_forward(context, kind, z, context.zeros({2}, dtype), Dropout(), Tensor(), z, Tensor());
       EXPECT_TRUE(std::isnan(reals(z)[0])) << name_of_kind(kind);
-      EXPECT_EQ(reals(z)[1], Real(inf)) << name_of_kind(kind);
+      EXPECT_EQ(reals(z)[1], kind == ActivationKind::tanh ? 1 : Real(inf)) << name_of_kind(kind);
     }
   }
 }

@@ -63,8 +63,10 @@ TEST(Plan, IsWhatRealRanksUse) {
   in_groups.parallel.shard_group = 2;
   RunConfig in_groups_of_context = with_context;
   in_groups_of_context.parallel.shard_group = 2;
+  RunConfig classifier = config_of(2, 2, 1);
+  classifier.model = small_classifier_config(Precision::bf16).model;
   for (RunConfig config : {config_of(2, 2, 1), config_of(1, 2, 2), config_of(1, 1, 3), config_of(3, 1, 1),
-                           with_context, in_groups, in_groups_of_context}) {
+                           with_context, in_groups, in_groups_of_context, classifier}) {
     config.parallel.sharding = config.parallel.data > 1 ? Sharding::gradients : Sharding::optimizer;
     SCOPED_TRACE(to_string(mesh_degrees(config.parallel)));
     const Plan plan = plan_of(config);
