@@ -4,13 +4,16 @@
 #include <fstream>
 #include <iterator>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include <nlohmann/json.hpp>
 
 #include "normformer/data/unicode.h"
+#include "normformer/evaluation/classification.h"
 #include "normformer/evaluation/perplexity.h"
 #include "normformer/training/agreement.h"
+#include "normformer/training/run.h"
 #include "normformer/training/run_data.h"
 
 #include "commands.h"
@@ -24,6 +27,8 @@ struct EvalOptions {
   TrainedModelOptions model;
   std::filesystem::path text;
   std::filesystem::path nll;
+  std::filesystem::path predictions;
+  bool unlabelled = false;
 };
 
 std::string read_text(const std::filesystem::path& path) {
@@ -49,6 +54,69 @@ void write_nll(const std::filesystem::path& path, const BpeTokenizer& tokenizer,
     file << line.dump() << '\n';
   }
   if (!file.flush()) throw IoError(fmt::format("cannot write {}: {}", path.string(), system_reason()));
+}
+
+// One object a text: its line in the file, the likeliest class, and the probability of each.
+void write_predictions(const std::filesystem::path& path, const std::vector<LabelledText>& texts,
+                       const std::vector<std::string>& classes, const ClassifiedTexts& made) {
+  std::ofstream file(path, std::ios::trunc);
+  for (size_t i = 0; i < texts.size(); ++i) {
+    nlohmann::ordered_json line;
+    line["line"] = texts[i].line;
+    line["prediction"] = classes[static_cast<size_t>(made.predictions[i])];
+    if (!texts[i].label.empty()) line["label"] = texts[i].label;
+    for (size_t c = 0; c < classes.size(); ++c)
+      line["probabilities"][classes[c]] = std::exp(made.log_likelihoods[i * classes.size() + c]);
+    file << line.dump() << '\n';
+  }
+  if (!file.flush()) throw IoError(fmt::format("cannot write {}: {}", path.string(), system_reason()));
+}
+
+// What reads a classifier's data: as the run had it, but for labels that are not there.
+std::vector<LabelledText> read_texts(const EvalOptions& options, const TrainedModel& loaded) {
+  const DataConfig& data = loaded.config.data;
+  return read_labelled_texts(options.text,
+                             {data.text_fields, options.unlabelled ? std::string() : data.label_field});
+}
+
+void refuse_options_of_languages(const EvalOptions& options) {
+  if (!options.nll.empty()) {
+    throw ConfigError(
+        "--nll tells the likelihood of every token, but a classifier scores texts: write --predictions");
+  }
+  if (options.unlabelled && options.predictions.empty())
+    throw ConfigError("--unlabelled leaves nothing but predictions: say with --predictions where to");
+}
+
+int eval_classifier(const EvalOptions& options, const RankProcess& process, const TrainedModel& loaded) {
+  std::vector<std::string> classes;
+  std::vector<LabelledText> texts;
+  std::optional<LabelledDataset> data;
+  run_agreed(process.world, [&] {
+    refuse_options_of_languages(options);
+    classes = read_class_names(loaded.folder.classes());
+    if (static_cast<int64_t>(classes.size()) != loaded.config.model.classes) {
+      throw DataError(fmt::format("{} names {} classes, but the model has {}",
+                                  loaded.folder.classes().string(), classes.size(),
+                                  loaded.config.model.classes));
+    }
+    texts = read_texts(options, loaded);
+    data.emplace(open_labelled(loaded.config, options.text, texts,
+                               options.unlabelled ? std::vector<std::string>{} : classes,
+                               loaded.require_tokenizer()));
+  });
+  const ClassifiedTexts made = classify(*loaded.model, loaded.config, *data);
+  run_agreed(process.world, [&] {
+    if (process.world.rank() == 0 && !options.predictions.empty())
+      write_predictions(options.predictions, texts, classes, made);
+  });
+  if (process.world.rank() != 0) return 0;
+  const std::string what = options.unlabelled
+                               ? std::string()
+                               : fmt::format(", loss {:.6f}, accuracy {:.4f} ({} right)", made.result.mean(),
+                                             made.result.accuracy(), made.result.correct.value_or(0));
+  fmt::print("{} on {}: {} texts{}\n", loaded.checkpoint, options.text.string(), texts.size(), what);
+  return 0;
 }
 
 int eval_masked(const EvalOptions& options, const RankProcess& process, const TrainedModel& loaded) {
@@ -96,11 +164,20 @@ int eval_text(const EvalOptions& options, const RankProcess& process, const Trai
   return 0;
 }
 
+void refuse_options_of_classifiers(const EvalOptions& options) {
+  if (options.predictions.empty() && !options.unlabelled) return;
+  throw ConfigError(fmt::format("{} is for runs with model.head = \"classification\"",
+                                options.unlabelled ? "--unlabelled" : "--predictions"));
+}
+
 int load_and_eval(const EvalOptions& options, const RankProcess& process) {
   const TrainedModel loaded = load_trained_model(options.model, process);
-  const bool is_masked = loaded.config.model.head == OutputHead::masked_language;
+  const OutputHead head = loaded.config.model.head;
   return run_on_device(process, [&] {
-    return is_masked ? eval_masked(options, process, loaded) : eval_text(options, process, loaded);
+    if (head == OutputHead::classification) return eval_classifier(options, process, loaded);
+    run_agreed(process.world, [&] { refuse_options_of_classifiers(options); });
+    return head == OutputHead::masked_language ? eval_masked(options, process, loaded)
+                                               : eval_text(options, process, loaded);
   });
 }
 
@@ -108,11 +185,19 @@ int load_and_eval(const EvalOptions& options, const RankProcess& process) {
 
 void add_eval_command(CLI::App& app, Command& chosen) {
   auto options = std::make_shared<EvalOptions>();
-  CLI::App* command = app.add_subcommand("eval", "Perplexity of a trained model over a text");
+  CLI::App* command = app.add_subcommand(
+      "eval", "Perplexity of a trained model over a text, or accuracy of a classifier over labelled texts");
   options->model.add_to(*command);
-  command->add_option("text", options->text, "A text file")->required();
+  command
+      ->add_option("text", options->text,
+                   "A text file; for a classifier a .tsv or .jsonl file as the run was trained on")
+      ->required();
   command->add_option("--nll", options->nll,
                       "Also write every token's negative log-likelihood here, as JSON lines");
+  command->add_option("--predictions", options->predictions,
+                      "Of a classifier: also write each text's class and probabilities here, as JSON lines");
+  command->add_flag("--unlabelled", options->unlabelled,
+                    "Of a classifier: the texts have no labels, and predictions are all that is wanted");
   command->callback([options, &chosen] {
     chosen = [options](int* argc, char*** argv) {
       return run_on_ranks(argc, argv,

@@ -20,14 +20,16 @@ struct PlanOptions {
   int64_t ranks = 0;
 };
 
-// A plan needs no corpus where the vocabulary is known.
+// A plan needs no corpus where the vocabulary is known, and the classes of a classifier.
 RunConfig with_planned_vocabulary(const RunConfig& config) {
-  if (config.model.vocab > 0) return config;
+  const bool knows_classes = config.model.head != OutputHead::classification || config.model.classes > 0;
+  if (config.model.vocab > 0 && knows_classes) return config;
   try {
     return with_vocabulary(config);
   } catch (const Error& e) {
-    throw ConfigError(fmt::format(
-        "{} (a plan needs no corpus where --set model.vocab=N says how many tokens there are)", e.what()));
+    throw ConfigError(
+        fmt::format("{} (a plan needs no corpus where --set model.vocab=N says how many tokens there are{})",
+                    e.what(), knows_classes ? "" : ", and --set model.classes=N how many classes"));
   }
 }
 

@@ -73,6 +73,7 @@ TrainedModel load_trained_model(const TrainedModelOptions& options, const RankPr
   const auto files = make_system_files();
   const RunFolder folder{names_checkpoint(options.run) ? options.run.parent_path().parent_path()
                                                        : options.run};
+  loaded.folder = folder;
   run_agreed(process.world, [&] {
     const std::string path = folder.config().string();
     loaded.config = load_run_config(path, options.overrides);

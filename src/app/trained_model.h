@@ -10,6 +10,7 @@
 
 #include "normformer/data/bpe_tokenizer.h"
 #include "normformer/model/model_instance.h"
+#include "normformer/training/run.h"
 
 #include "ranks.h"
 
@@ -32,6 +33,7 @@ struct TrainedModel {
   std::unique_ptr<ModelInstance> model;
   std::optional<BpeTokenizer> tokenizer;
   std::string checkpoint;  ///< its name
+  RunFolder folder;        ///< of the run
 
   /// The tokenizer, or DataError where the run's folder has none.
   const BpeTokenizer& require_tokenizer() const;

@@ -50,6 +50,33 @@ void check_model(const ModelConfig& m, std::vector<Conflict>& found) {
   }
 }
 
+void check_labelled(const RunConfig& c, std::vector<Conflict>& found) {
+  const DataConfig& d = c.data;
+  if (c.model.head != OutputHead::classification) {
+    for (const auto& [key, file] :
+         {std::pair("data.train_labelled", d.train_labelled), {"data.valid_labelled", d.valid_labelled}}) {
+      if (!file.empty()) {
+        found.push_back({{key, "model.head"}, fmt::format("{} needs model.head = \"classification\"", key)});
+      }
+    }
+    return;
+  }
+  for (const auto& [key, sources] : {std::pair("train", d.train), {"valid", d.valid}}) {
+    if (sources.empty()) continue;
+    found.push_back(
+        {{fmt::format("data.{}", key), "model.head"},
+         fmt::format("model.head = \"classification\" reads texts with labels, not data.{0}: name "
+                     "them in data.{0}_labelled, and the tokenizer in data.tokenizer or by "
+                     "train.init_from",
+                     key)});
+  }
+  if (d.document_mask) {
+    found.push_back({{"data.document_mask", "model.head"},
+                     "data.document_mask = true has no use with model.head = \"classification\", whose "
+                     "sequences are one text each"});
+  }
+}
+
 void check_head(const RunConfig& c, std::vector<Conflict>& found) {
   const ModelConfig& m = c.model;
   if (m.head == OutputHead::language && m.attention == AttentionMask::bidirectional) {
@@ -82,6 +109,7 @@ void check_head(const RunConfig& c, std::vector<Conflict>& found) {
     found.push_back({{"model.classes", "model.head"},
                      fmt::format("model.classes = {} needs model.head = \"classification\"", m.classes)});
   }
+  check_labelled(c, found);
   if (c.data.mask_kept + c.data.mask_random > 1.0) {
     found.push_back(
         {{"data.mask_kept", "data.mask_random"},
@@ -209,12 +237,13 @@ void check_train(const RunConfig& c, std::vector<Conflict>& found) {
                      c.train.recompute_layers)});
   }
   check_loss_scale(c.train, found);
-  if (c.train.valid_every > 0 && c.data.valid.empty()) {
-    found.push_back(
-        {{"train.valid_every", "data.valid"},
-         fmt::format("train.valid_every = {} needs a data set to validate on; name one in data.valid, or "
-                     "write train.valid_every = 0",
-                     c.train.valid_every)});
+  const bool classifies = c.model.head == OutputHead::classification;
+  const char* const valid = classifies ? "data.valid_labelled" : "data.valid";
+  if (c.train.valid_every > 0 && (classifies ? c.data.valid_labelled.empty() : c.data.valid.empty())) {
+    found.push_back({{"train.valid_every", valid},
+                     fmt::format("train.valid_every = {} needs a data set to validate on; name one in {}, or "
+                                 "write train.valid_every = 0",
+                                 c.train.valid_every, valid)});
   }
 }
 

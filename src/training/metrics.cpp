@@ -98,6 +98,7 @@ void MetricsFile::write_step(const FinishedStep& step, const Speed& speed) {
   line["update"] = counters.updates;
   line["tokens"] = counters.tokens;
   line["loss"] = json_number(report.loss);
+  if (report.accuracy) line["accuracy"] = *report.accuracy;
   line["gradient_norm"] = json_number(report.gradient_norm);
   line["lr"] = report.lr;
   line["skipped"] = report.skipped;
@@ -157,7 +158,10 @@ bool MetricsFile::write_validation(const TrainingCounters& counters, const Evalu
   line["update"] = counters.updates;
   line["tokens"] = counters.tokens;
   line["loss"] = json_number(result.mean());
-  line["perplexity"] = json_number(std::exp(result.mean()));
+  if (result.correct)
+    line["accuracy"] = result.accuracy();
+  else
+    line["perplexity"] = json_number(std::exp(result.mean()));
   line["targets"] = result.tokens;
   line["peak_memory"] = peak_memory;
   lines_->write(line);
@@ -180,8 +184,9 @@ void StatusLine::clear_live_line() {
 
 void StatusLine::show_step(const TrainingCounters& counters, const StepReport& report, const Speed& speed) {
   const std::string text = fmt::format(
-      "update {}/{}  loss {:.4f}  grad norm {:.3f}  lr {:.3g}  {}  {}  {} left{}", counters.updates, updates_,
-      report.loss, report.gradient_norm, report.lr, with_prefix(speed.tokens_per_second, "tok/s"),
+      "update {}/{}  loss {:.4f}{}  grad norm {:.3f}  lr {:.3g}  {}  {}  {} left{}", counters.updates,
+      updates_, report.loss, report.accuracy ? fmt::format("  accuracy {:.3f}", *report.accuracy) : "",
+      report.gradient_norm, report.lr, with_prefix(speed.tokens_per_second, "tok/s"),
       with_prefix(speed.flops_per_second, "FLOP/s"), duration_text(speed.seconds_left),
       report.skipped ? skipped_text(counters, report.reason) : "");
   const bool is_last = counters.updates >= updates_;

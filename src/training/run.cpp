@@ -96,8 +96,8 @@ class TrainingRun {
   RunSignals signals_;
   Watchdog watchdog_;
   std::shared_ptr<LedgerFile> ledger_;  // null where it could not be made
-  std::optional<TokenDataset> train_data_;
-  std::optional<TokenDataset> valid_data_;
+  std::optional<RunDataset> train_data_;
+  std::optional<RunDataset> valid_data_;
   std::optional<BpeTokenizer> tokenizer_;
   std::optional<ModelInstance> model_;
   std::optional<Trainer> trainer_;
@@ -148,10 +148,8 @@ void TrainingRun::say(const std::string& message) {
 void TrainingRun::open_data() {
   run_agreed(world_, [&] {
     tokenizer_ = find_tokenizer(config_);
-    train_data_.emplace(open_dataset(config_, config_.data.train, SampleSequence::shuffled, tokenizer_));
-    if (!config_.data.valid.empty()) {
-      valid_data_.emplace(open_dataset(config_, config_.data.valid, SampleSequence::sequential, tokenizer_));
-    }
+    train_data_.emplace(open_training_data(config_, tokenizer_));
+    valid_data_ = open_validation_data(config_, tokenizer_, train_data_->classes());
   });
 }
 
@@ -175,6 +173,7 @@ void TrainingRun::prepare_folder() {
     if (!file.flush())
       throw IoError(fmt::format("cannot write {}: {}", folder_.config().string(), system_reason()));
     if (tokenizer_) tokenizer_->save(folder_.tokenizer());
+    if (!train_data_->classes().empty()) write_class_names(folder_.classes(), train_data_->classes());
     open_log_file(folder_.log().string());
   });
 }
@@ -301,8 +300,10 @@ void TrainingRun::enter(const std::optional<FinishedStep>& step) {
   watchdog_.finish_update(counters.updates, report.loss);
   ++steps_;
   redone_ += report.redone ? 1 : 0;
-  const int64_t tokens =
-      predicts_some_tokens(config_.model) ? config_.train.global_batch * config_.model.length : report.tokens;
+  const int64_t batch = config_.train.global_batch;
+  const int64_t tokens = predicts_some_tokens(config_.model)
+                             ? batch * train_data_->row_length((counters.batch_index - 1) * batch)
+                             : report.tokens;
   const Speed speed = speedometer_.enter_step(tokens, config_.train.updates - counters.updates);
   if (metrics_) metrics_->write_step(*step, speed);
   if (statistics_ && !report.skipped && !step->gradient_norms.empty())
@@ -470,8 +471,11 @@ void TrainingRun::validate() {
   const bool is_new =
       metrics_ && metrics_->write_validation(counters, result, context_.memory().report().peak_live);
   if (is_new && tensorboard_) tensorboard_->write_validation(counters, result);
-  say(fmt::format("validation after update {}: loss {:.4f}, perplexity {:.3f} over {} tokens",
-                  trainer_->counters().updates, result.mean(), std::exp(result.mean()), result.tokens));
+  const std::string of =
+      result.correct
+          ? fmt::format("accuracy {:.4f} over {} sequences", result.accuracy(), result.tokens)
+          : fmt::format("perplexity {:.3f} over {} tokens", std::exp(result.mean()), result.tokens);
+  say(fmt::format("validation after update {}: loss {:.4f}, {}", counters.updates, result.mean(), of));
 }
 
 // What replicas do not hold alike is not to be saved, nor trained further.

@@ -116,7 +116,10 @@ void TensorBoardFile::write_step(const FinishedStep& step, const Speed& speed) {
   if (report.skipped) return;
   events::Event event = event_at(step.counters.updates);
   add_scalar(event, "training/loss", report.loss);
-  add_scalar(event, "training/perplexity", std::exp(report.loss));
+  if (report.accuracy)
+    add_scalar(event, "training/accuracy", *report.accuracy);
+  else
+    add_scalar(event, "training/perplexity", std::exp(report.loss));
   add_scalar(event, "training/gradient_norm", report.gradient_norm);
   add_scalar(event, "training/lr", report.lr);
   if (step.counters.loss_scale.value > 0.0) add_scalar(event, "training/loss_scale", report.loss_scale);
@@ -128,7 +131,10 @@ void TensorBoardFile::write_step(const FinishedStep& step, const Speed& speed) {
 void TensorBoardFile::write_validation(const TrainingCounters& counters, const EvaluationResult& result) {
   events::Event event = event_at(counters.updates);
   add_scalar(event, "validation/loss", result.mean());
-  add_scalar(event, "validation/perplexity", std::exp(result.mean()));
+  if (result.correct)
+    add_scalar(event, "validation/accuracy", result.accuracy());
+  else
+    add_scalar(event, "validation/perplexity", std::exp(result.mean()));
   write_record(event.SerializeAsString());
 }
 

@@ -37,6 +37,8 @@ struct RunFolder {
     return root / fmt::format("pipeline_{}_{}.svg", updates.last, how);
   }
   std::filesystem::path tokenizer() const { return root / "tokenizer"; }
+  /// The names of a classifier's classes, in the order of their numbers (write_class_names).
+  std::filesystem::path classes() const { return root / "classes.json"; }
   /// What every rank is doing (LedgerFile): a file each.
   std::filesystem::path ledgers() const { return root / "ledger"; }
   std::filesystem::path checkpoints() const { return root / "checkpoints"; }

@@ -26,11 +26,11 @@ class TensorBoardFile {
   /// after `counters.updates` (from a run that went on and was lost). Throws IoError.
   TensorBoardFile(const std::filesystem::path& folder, const TrainingCounters& counters);
 
-  /// Loss, perplexity, gradient norm, learning rate, loss scale (fp16) and speed; nothing of a step that was
-  /// skipped, which is no update.
+  /// Loss, perplexity (of a classifier accuracy), gradient norm, learning rate, loss scale (fp16) and speed;
+  /// nothing of a step that was skipped, which is no update.
   void write_step(const FinishedStep& step, const Speed& speed);
 
-  /// Loss and perplexity.
+  /// Loss and perplexity, or accuracy.
   void write_validation(const TrainingCounters& counters, const EvaluationResult& result);
 
   /// A histogram, named "distributions/" and the parameter's name.

@@ -307,6 +307,25 @@ TEST(RunConfig, CombinationsThatCannotRunAreRefused) {
               StartsWith("x.toml:2:15: train.valid_every = 10 needs a data set"));
 }
 
+TEST(RunConfig, ClassifiersReadTextsWithLabelsAndOthersDoNot) {
+  const std::string head = "[model]\nhead = 'classification'\n";
+  EXPECT_EQ(refusal("[data]\ntrain_labelled = 't.tsv'"),
+            "x.toml:2:18: data.train_labelled needs model.head = \"classification\"");
+  EXPECT_EQ(refusal("[data]\nvalid_labelled = 't.tsv'"),
+            "x.toml:2:18: data.valid_labelled needs model.head = \"classification\"");
+  EXPECT_EQ(refusal(head + "[data]\ntrain_labelled = 't.tsv'\nvalid_labelled = 'v.tsv'"), "accepted");
+  EXPECT_EQ(refusal(head + "attention = 'bidirectional'\nclasses = 2"), "accepted");
+  EXPECT_EQ(
+      refusal(head + "[data]\ntrain = 'corpus'"),
+      "x.toml:4:9: model.head = \"classification\" reads texts with labels, not data.train: name them in "
+      "data.train_labelled, and the tokenizer in data.tokenizer or by train.init_from");
+  EXPECT_THAT(refusal(head + "[data]\nvalid = 'corpus'"), HasSubstr("data.valid_labelled"));
+  EXPECT_THAT(refusal(head + "[data]\ndocument_mask = true"),
+              StartsWith("x.toml:4:17: data.document_mask = true has no use"));
+  EXPECT_THAT(refusal(head + "[train]\nvalid_every = 10"), HasSubstr("name one in data.valid_labelled, or"));
+  EXPECT_EQ(refusal(head + "[train]\nvalid_every = 10\n[data]\nvalid_labelled = 'v.tsv'"), "accepted");
+}
+
 TEST(RunConfig, AConflictIsLaidToTheOverride) {
   EXPECT_THAT(refusal("[model]\nheads = 8", {"model.width=12"}),
               StartsWith("--set model.width=12: model.heads = 8 does not divide model.width = 12; "));
@@ -524,7 +543,9 @@ std::string start_of(const std::string& key) {
   if (key == "data.valid") return "";
   if (key == "train.recompute_layers") return data + "train.recompute = 'selective'\n";
   if (key.starts_with("train.loss_scale")) return data + "train.precision = 'fp16'\n";
-  if (key == "model.attention" || key == "model.classes") return data + "model.head = 'classification'\n";
+  if (key == "model.head") return "";
+  if (key == "model.attention" || key == "model.classes" || key.ends_with("_labelled"))
+    return "model.head = 'classification'\n";
   if (key == "parallel.split") return data + "model.layers = 12\nparallel.pipeline = 2\n";
   if (key == "parallel.virtual_stages" || key == "parallel.interleave_group")
     return data + "parallel.schedule = 'interleaved'\n";
