@@ -156,6 +156,15 @@ class Seeds {
         "{\"text\": \"a \\u00e9\\ud83d\\ude00 b\", \"n\": [1, 2.5e3, null]}\n\n{\"text\":\"\"}\n[]\n";
     for (const char policy : {'\1', '\x09', '\x11'})
       put("corpus_text_fuzz", fmt::format("json-{}", +policy), policy + json);
+    const std::string columns =
+        "\xef\xbb\xbfn\tlabel\ta\tb\n0\tyes\tIt's \"quoted\"\t\xc3\xa9\r\n\n1\tno\tx\ty";
+    const std::string objects =
+        "{\"a\": \"x\\ty\", \"b\": \"\\u00e9\", \"label\": 1}\n\n{\"label\": \"0\", \"b\": \"y\", \"a\": "
+        "\"z\"}\n";
+    for (const char fields : {'\0', '\2', '\4', '\6', '\x14'}) {
+      put("labelled_texts_fuzz", fmt::format("tsv-{}", +fields), fields + columns);
+      put("labelled_texts_fuzz", fmt::format("json-{}", +fields), static_cast<char>(fields + 1) + objects);
+    }
   }
 
   void write_ledgers() const {
