@@ -1,6 +1,8 @@
 #include "normformer/data/unicode.h"
 
+#include <algorithm>
 #include <cstring>
+#include <span>
 #include <vector>
 
 #include "normformer/core/error.h"
@@ -63,7 +65,84 @@ std::size_t ascii_run(std::string_view text, std::size_t position) {
   return position - begin;
 }
 
+std::u32string code_points(std::string_view text) {
+  std::u32string result;
+  for (std::size_t position = 0; position < text.size();) {
+    const DecodedChar c = decode_utf8(text, position);
+    NF_CHECK(c.valid, "a text is not UTF-8 at byte {}", position);
+    result.push_back(c.code_point);
+    position += c.length;
+  }
+  return result;
+}
+
+/// The element of sorted ranges that may hold a code point, or null.
+template <class Range>
+const Range* range_of(std::span<const Range> ranges, char32_t code_point) {
+  const auto above = std::upper_bound(ranges.begin(), ranges.end(), code_point,
+                                      [](char32_t c, const Range& range) { return c < range.first; });
+  return above == ranges.begin() || code_point > (above - 1)->last ? nullptr : &*(above - 1);
+}
+
+std::u32string mapped(char32_t code_point, std::span<const unicode_tables::CaseRange> ranges,
+                      std::span<const unicode_tables::LongCase> texts) {
+  const auto* range = range_of(ranges, code_point);
+  if (range != nullptr && (code_point - range->first) % range->stride == 0) {
+    return {static_cast<char32_t>(static_cast<int32_t>(code_point) + range->difference)};
+  }
+  for (const auto& text : texts) {
+    if (text.code_point == code_point) return std::u32string(text.text);
+  }
+  return {code_point};
+}
+
+/// Whether the first of these characters that is not ignored is a cased one.
+template <class Characters>
+bool begins_cased(const Characters& characters) {
+  for (const char32_t c : characters) {
+    if (range_of(unicode_tables::kCaseIgnorable, c) == nullptr) {
+      return range_of(unicode_tables::kCased, c) != nullptr;
+    }
+  }
+  return false;
+}
+
+/// The lower case of one character of a text.
+std::u32string lower_at(std::u32string_view text, std::size_t place) {
+  constexpr char32_t kSigma = U'\u03A3';
+  constexpr char32_t kSmallFinalSigma = U'\u03C2';
+  if (text[place] != kSigma) {
+    return mapped(text[place], unicode_tables::kLowerCase, unicode_tables::kLongLowerCase);
+  }
+  const auto before = text.substr(0, place);
+  const bool ends_word =
+      begins_cased(std::u32string(before.rbegin(), before.rend())) && !begins_cased(text.substr(place + 1));
+  return {ends_word ? kSmallFinalSigma : U'\u03C3'};
+}
+
+void append_all(std::u32string_view text, std::string& out) {
+  for (const char32_t c : text) append_utf8(c, out);
+}
+
 }  // namespace
+
+std::string lower_case(std::string_view text) {
+  const std::u32string characters = code_points(text);
+  std::string result;
+  for (std::size_t i = 0; i < characters.size(); ++i) append_all(lower_at(characters, i), result);
+  return result;
+}
+
+std::string capitalized(std::string_view text) {
+  const std::u32string characters = code_points(text);
+  std::string result;
+  for (std::size_t i = 0; i < characters.size(); ++i) {
+    append_all(i == 0 ? mapped(characters[0], unicode_tables::kTitleCase, unicode_tables::kLongTitleCase)
+                      : lower_at(characters, i),
+               result);
+  }
+  return result;
+}
 
 std::string_view name_of(InvalidUtf8 policy) {
   switch (policy) {

@@ -50,7 +50,15 @@ enum class CharClass : uint8_t {
 /// The class of a code point; `other` for unassigned ones and those above U+10FFFF.
 CharClass char_class(char32_t code_point);
 
-/// The version of Unicode that char_class follows, such as "15.0". Letters assigned later count as `other`.
+/// The text in lower case, by no language's rules but with final sigma, as Python's str.lower() makes it.
+/// `text` is valid UTF-8. Source: The Unicode Standard 15.0, section 3.13, full mappings.
+std::string lower_case(std::string_view text);
+
+/// Its first character in title case ("Ss" for "ss" that is one letter), the others in lower case, as
+/// Python's str.capitalize() makes it. `text` is valid UTF-8.
+std::string capitalized(std::string_view text);
+
+/// The version of Unicode that all this follows, such as "15.0". Letters assigned later count as `other`.
 std::string_view unicode_version();
 
 }  // namespace normformer

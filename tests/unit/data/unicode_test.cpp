@@ -5,6 +5,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <nlohmann/json.hpp>
 #include <unicode/uchar.h>
 #include <unicode/uversion.h>
 
@@ -107,6 +108,32 @@ TEST(CharClass, AgreesWithIcuOnEveryCodePoint) {
     ASSERT_EQ(char_class(c), expected) << "U+" << std::hex << static_cast<uint32_t>(c);
   }
   EXPECT_EQ(char_class(0x110000), CharClass::other);
+}
+
+uint64_t fnv1a(uint64_t hash, std::string_view bytes) {
+  for (const char byte : bytes) hash = (hash ^ static_cast<unsigned char>(byte)) * 0x100000001b3;
+  return hash;
+}
+
+// Recorded from Python by tests/tools/record_python_text.py.
+TEST(Cases, ArePythons) {
+  const auto recorded = nlohmann::json::parse(read_bytes(fixture("python_text.json")));
+  for (const auto& test : recorded["cases"]) {
+    const auto text = test["text"].get<std::string>();
+    EXPECT_EQ(lower_case(text), test["lower"].get<std::string>()) << text;
+    EXPECT_EQ(capitalized(text), test["capitalized"].get<std::string>()) << text;
+  }
+  uint64_t lower = 0xcbf29ce484222325;
+  uint64_t title = lower;
+  for (char32_t c = 0; c < 0x110000; ++c) {
+    if (c >= 0xD800 && c <= 0xDFFF) continue;
+    std::string bytes;
+    append_utf8(c, bytes);
+    lower = fnv1a(lower, lower_case("x" + bytes));
+    title = fnv1a(title, capitalized(bytes + "X"));
+  }
+  EXPECT_EQ(fmt::format("{:016x}", lower), recorded["lower_of_all"].get<std::string>());
+  EXPECT_EQ(fmt::format("{:016x}", title), recorded["capitalized_of_all"].get<std::string>());
 }
 
 }  // namespace
