@@ -66,6 +66,7 @@ LossResult vocabulary_loss(Context& context, const Group& tensor, const Vocabula
   const int64_t tokens = x.dim(0);
   LossResult result;
   result.nll = context.empty({tokens}, accumulator_of(x.dtype()));
+  if (options.likeliest) result.minus_likeliest = context.empty({tokens}, accumulator_of(x.dtype()));
   Tensor dx;
   if (options.training) dx = context.empty(x.shape(), x.dtype());
   const int64_t step = chunk_tokens(context, rows);
@@ -77,6 +78,11 @@ LossResult vocabulary_loss(Context& context, const Group& tensor, const Vocabula
     const Tensor logits = vocabulary_logits(context, rows, Placed<Replicated>(x_chunk)).tensor();
     const SoftmaxSums s = softmax_sums(context, tensor, rows, logits, targets);
     ops::cross_entropy(context, s.sums, result.nll.rows(begin, end));
+    if (options.likeliest) {
+      const Tensor ids = result.minus_likeliest.rows(begin, end);
+      ops::logits_first_max(context, logits, s.maxima, rows.first_row, ids);
+      tensor.all_reduce(context, ids, ReduceOp::max);
+    }
     if (!options.training) continue;
     ops::cross_entropy_backward(context, logits, s.maxima, s.sums, targets, rows.first_row, weights,
                                 options.factor);

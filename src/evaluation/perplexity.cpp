@@ -81,10 +81,10 @@ TextScore score_tokens(ModelInstance& model, const RunConfig& config, std::span<
     const auto source = [&](int64_t first, int64_t count) {
       return read_blocks(tokens, before, begin, block_length, first, count);
     };
-    const NllVisitor keep = [&](int64_t first, const Batch& batch, const Tensor& nll) {
-      copy(context, nll, all.flat(begin + first * block_length, batch.sequences * block_length));
+    const ScoreVisitor keep = [&](int64_t first, const Batch& batch, const TokenScores& scores) {
+      copy(context, scores.nll, all.flat(begin + first * block_length, batch.sequences * block_length));
     };
-    const EvaluationResult result = evaluate(model, config, source, blocks, keep_nll ? keep : NllVisitor());
+    const EvaluationResult result = evaluate(model, config, source, blocks, keep_nll ? keep : ScoreVisitor());
     score.nll_sum += result.nll_sum;
     score.tokens += result.tokens;
   };

@@ -24,6 +24,7 @@ void LanguageModelStage::set_micro_batches(std::vector<MicroBatch> batches) {
   batches_ = std::move(batches);
   results_.assign(batches_.size(), Tensor());
   logits_.assign(batches_.size(), Tensor());
+  minus_likeliest_.assign(batches_.size(), Tensor());
 }
 
 double LanguageModelStage::loss_sum() const {
@@ -388,10 +389,11 @@ void StageOf<Stream>::finish(int64_t micro_batch, const NormedStream<Stream>& st
     return set_result(micro_batch, vocabulary_logits(context(), vocabulary_rows(), last).tensor());
   }
   const LossOptions options{batch.targets, batch.weights, batch.purpose == Purpose::training,
-                            batch.loss_scale};
+                            batch.loss_scale, batch.purpose == Purpose::scoring};
   const LossResult loss =
       vocabulary_loss(context(), environment().tensor, vocabulary_rows(), hidden, options);
   set_result(micro_batch, loss.nll);
+  if (options.likeliest) set_minus_likeliest(micro_batch, loss.minus_likeliest);
   if (!options.training) return;
   saved.final_norm = stream.norm;
   saved.dhidden = boundary_.enter_backward(loss.dhidden);

@@ -100,6 +100,11 @@ KeyValueCache ModelInstance::make_cache(int64_t slots, int64_t capacity) {
   return KeyValueCache(*context_, e.dtype, {slots, capacity, e.heads().size(), e.config.head_size()}, layers);
 }
 
+const Tensor& ModelInstance::minus_likeliest(int64_t micro_batch) const {
+  NF_CHECK(has_last_part(), "likeliest tokens are asked of a rank without the model's last part");
+  return parts_.back()->minus_likeliest(micro_batch);
+}
+
 void ModelInstance::forward(int64_t micro_batches) {
   std::vector<ForwardOnlyStage> stages;
   for (const auto& part : parts_) stages.emplace_back(*part);

@@ -16,6 +16,19 @@ void logits_max(Context& context, const Tensor& logits, const Tensor& maxima) {
   NF_ON_DEVICE(logits_max, context, logits, maxima);
 }
 
+void logits_first_max(Context& context, const Tensor& logits, const Tensor& maxima, int64_t first_row,
+                      const Tensor& ids) {
+  constexpr std::string_view kName = "logits_first_max";
+  const Shape shape = matrix_shape(kName, "logits", logits);
+  Arguments arguments(context, kName, logits.dtype());
+  arguments.model("logits", logits, shape);
+  arguments.accumulator("maxima", maxima, {shape[0]});
+  arguments.accumulator("ids", ids, {shape[0]});
+  context.costs().record(kName, logits.numel(), arguments.bytes());
+  if (context.is_meta() || shape[0] == 0) return;
+  NF_ON_DEVICE(logits_first_max, context, logits, maxima, first_row, ids);
+}
+
 void logits_sums(Context& context, const Tensor& logits, const Tensor& maxima, const Tensor& targets,
                  int64_t first_row, const Tensor& sums) {
   constexpr std::string_view kName = "logits_sums";

@@ -484,12 +484,11 @@ Tensor of_all_tokens(Context& context, const MicroBatch& batch, const Tensor& re
   return all.view({batch.num_tokens()});
 }
 
-// A micro-batch's negative log-likelihoods in the order of its tokens, [sequences * length], from those of
-// this rank's part of every sequence. Collective over the context group.
-Tensor of_whole_sequences(ModelInstance& model, const MicroBatch& batch, const Tensor& result) {
+// A micro-batch's values in the order of its tokens, [sequences * length], from those of this rank's part of
+// every sequence. Collective over the context group.
+Tensor of_whole_sequences(ModelInstance& model, const MicroBatch& batch, const Tensor& mine) {
   Context& context = model.context();
   const Group& group = model.mesh().context();
-  const Tensor mine = of_all_tokens(context, batch, result);
   if (group.size() == 1) return mine;
   std::vector<int64_t> counts;
   for (int r = 0; r < group.size(); ++r)
@@ -511,10 +510,21 @@ Tensor of_whole_sequences(ModelInstance& model, const MicroBatch& batch, const T
   return whole;
 }
 
+// Collective over the context group.
+TokenScores token_scores(ModelInstance& model, const MicroBatch& batch, int64_t index) {
+  const Tensor nll = of_all_tokens(model.context(), batch, model.result(index));
+  TokenScores scores{of_whole_sequences(model, batch, nll), {}};
+  if (batch.purpose == Purpose::scoring) {
+    scores.minus_likeliest = of_whole_sequences(model, batch, model.minus_likeliest(index));
+  }
+  return scores;
+}
+
 }  // namespace
 
 EvaluationResult evaluate(ModelInstance& model, const RunConfig& config, const BatchSource& source,
-                          int64_t sequences, const NllVisitor& visit, const LogitsVisitor& visit_logits) {
+                          int64_t sequences, const ScoreVisitor& visit, const LogitsVisitor& visit_logits,
+                          Purpose purpose) {
   const std::vector<Range> samples = micro_batch_samples(model, sequences, config.train.micro_batch);
   const bool classifies = config.model.head == OutputHead::classification;
   EvaluationResult mine;
@@ -528,7 +538,7 @@ EvaluationResult evaluate(ModelInstance& model, const RunConfig& config, const B
     run_agreed(model.mesh().world(), [&] {
       for (size_t i = begin; i < end; ++i) {
         read.push_back(source(samples[i].begin, samples[i].size()));
-        batches.push_back(make_micro_batch(model, read.back(), samples[i].begin, 0, Purpose::evaluation));
+        batches.push_back(make_micro_batch(model, read.back(), samples[i].begin, 0, purpose));
       }
     });
     const int64_t targets = counted_targets(model, batches);
@@ -543,9 +553,8 @@ EvaluationResult evaluate(ModelInstance& model, const RunConfig& config, const B
     }
     for (size_t i = begin; visit && i < end; ++i) {
       if (samples[i].empty()) continue;
-      const Tensor nll =
-          of_whole_sequences(model, batches[i - begin], model.result(static_cast<int64_t>(i - begin)));
-      if (model.mesh().context().rank() == 0) visit(samples[i].begin, read[i - begin], nll);
+      const TokenScores scores = token_scores(model, batches[i - begin], static_cast<int64_t>(i - begin));
+      if (model.mesh().context().rank() == 0) visit(samples[i].begin, read[i - begin], scores);
     }
   }
   const Group& world = model.mesh().world();

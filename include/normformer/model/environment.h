@@ -51,6 +51,7 @@ inline bool predicts_some_tokens(const ModelConfig& config) { return config.head
 enum class Purpose {
   training,    ///< dropout is on, the loss and its gradients are wanted
   evaluation,  ///< every target's negative log-likelihood is wanted
+  scoring,     ///< the same, and every target's rival: the likeliest token
   generation,  ///< the logits behind each sequence's last token are wanted
 };
 

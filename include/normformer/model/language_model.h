@@ -51,6 +51,10 @@ class LanguageModelStage : public Stage {
   /// have no likelier class than their target, nor one as likely before it; 0 on other stages than the last.
   int64_t correct() const;
 
+  /// For Purpose::scoring also [N] of result's type: minus the id of the likeliest token in each target's
+  /// place, the first of equals.
+  const Tensor& minus_likeliest(int64_t index) const { return minus_likeliest_[static_cast<size_t>(index)]; }
+
   DType boundary_dtype() const override { return environment_.dtype; }
 
   const ModelEnvironment& environment() const { return environment_; }
@@ -64,6 +68,9 @@ class LanguageModelStage : public Stage {
   const MicroBatch& batch(int64_t index) const { return batches_[static_cast<size_t>(index)]; }
   void set_result(int64_t index, Tensor result) { results_[static_cast<size_t>(index)] = std::move(result); }
   void set_logits(int64_t index, Tensor logits) { logits_[static_cast<size_t>(index)] = std::move(logits); }
+  void set_minus_likeliest(int64_t index, Tensor ids) {
+    minus_likeliest_[static_cast<size_t>(index)] = std::move(ids);
+  }
 
  private:
   ModelEnvironment environment_;
@@ -71,6 +78,7 @@ class LanguageModelStage : public Stage {
   std::vector<MicroBatch> batches_;
   std::vector<Tensor> results_;
   std::vector<Tensor> logits_;
+  std::vector<Tensor> minus_likeliest_;
 };
 
 /// Declares the part's parameters in the store, which the caller then allocates and fills; of one rank's

@@ -52,8 +52,9 @@ class ModelInstance {
   double loss_sum() const;
   int64_t correct() const;
 
-  /// Result and logits of the last part; LogicError on ranks without it.
+  /// Results and logits of the last part; LogicError on ranks without it.
   const Tensor& result(int64_t micro_batch) const;
+  const Tensor& minus_likeliest(int64_t micro_batch) const;
   std::vector<double> logits(int64_t micro_batch) const;
 
   /// Room for so many sequences of so many tokens, in this rank's layers.

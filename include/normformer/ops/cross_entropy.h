@@ -12,6 +12,12 @@ namespace normformer::ops {
 /// maxima[N] = the largest logit of each row of this rank.
 void logits_max(Context& context, const Tensor& logits, const Tensor& maxima);
 
+/// ids[N]: of each row, minus the id of the first of this rank's columns whose logit equals maxima[n], which
+/// are over all ranks, or minus infinity where there is none. The maximum over all ranks is minus the id of
+/// the likeliest token, the first of equals. Exact for vocabularies below 2^24.
+void logits_first_max(Context& context, const Tensor& logits, const Tensor& maxima, int64_t first_row,
+                      const Tensor& ids);
+
 /// sums[N, 2]: the sum of exp(logit - maximum) over this rank's columns; the target's logit - maximum where
 /// this rank holds the target, else 0. maxima are over all ranks.
 void logits_sums(Context& context, const Tensor& logits, const Tensor& maxima, const Tensor& targets,

@@ -24,15 +24,18 @@ void embed_tokens_backward(Context& context, const VocabularyRows& rows, const T
 
 /// What the loss of one micro-batch takes and gives.
 struct LossOptions {
-  Tensor targets;        ///< i32 [N]
-  Tensor weights;        ///< u8 [N]: 1 where a token counts; undefined means all do
-  bool training = true;  ///< whether gradients are wanted
-  double factor = 1.0;   ///< multiplies the gradient of the summed loss
+  Tensor targets;          ///< i32 [N]
+  Tensor weights;          ///< u8 [N]: 1 where a token counts; undefined means all do
+  bool training = true;    ///< whether gradients are wanted
+  double factor = 1.0;     ///< multiplies the gradient of the summed loss
+  bool likeliest = false;  ///< whether the likeliest tokens are wanted
 };
 struct LossResult {
   Tensor nll;               ///< [N] of accumulator_of(T): every token's, counted or not
   Placed<Partial> dhidden;  ///< [N, D]: gradient of factor * their sum over what counts, from this rank's
                             ///< rows of the vocabulary; undefined without training
+  Tensor minus_likeliest;   ///< [N] of accumulator_of(T): minus the id of the likeliest token, the first of
+                            ///< equals; undefined where not wanted
 };
 
 /// Output logits (hidden times the embedding's rows, plus the bias) and softmax cross-entropy over the split

@@ -200,17 +200,24 @@ struct EvaluationResult {
   }
 };
 
-/// Called with each micro-batch's first sample, its batch and the [sequences * seq_len] nlls of all its
-/// tokens, on one of the ranks that answer for them.
-using NllVisitor = std::function<void(int64_t first_sample, const Batch& batch, const Tensor& nll)>;
+/// What was found of a micro-batch's tokens, in their order: [sequences * seq_len] each.
+struct TokenScores {
+  Tensor nll;
+  Tensor minus_likeliest;  ///< see LanguageModelStage; undefined for Purpose::evaluation
+};
+
+/// Called with each micro-batch's first sample, its batch and the scores of all its tokens, on one of the
+/// ranks that answer for them.
+using ScoreVisitor = std::function<void(int64_t first_sample, const Batch& batch, const TokenScores& scores)>;
 
 /// Of a classifier: called with each micro-batch's first sample and the logits [sequences * classes] of its
 /// sequences, on every rank that answers for some of them; zeros for those of others.
 using LogitsVisitor = std::function<void(int64_t first_sample, const std::vector<double>& logits)>;
 
-/// Evaluates without dropout. Visitors may be empty, on every rank alike. Collective over the world.
+/// Evaluates without dropout; `purpose` is evaluation or, of models that predict every token, scoring.
+/// Visitors may be empty, on every rank alike. Collective over the world.
 EvaluationResult evaluate(ModelInstance& model, const RunConfig& config, const BatchSource& source,
-                          int64_t sequences, const NllVisitor& visit = {},
-                          const LogitsVisitor& visit_logits = {});
+                          int64_t sequences, const ScoreVisitor& visit = {},
+                          const LogitsVisitor& visit_logits = {}, Purpose purpose = Purpose::evaluation);
 
 }  // namespace normformer

@@ -105,6 +105,17 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace normformer::ops::cpu {
 
+namespace {
+
+template <class T, class A = Accumulator<T>>
+A minus_id_of_first(int64_t columns, const T* row, A maximum, int64_t first_row) {
+  const T* found = std::find_if(row, row + columns, [&](T x) { return static_cast<A>(x) == maximum; });
+  return found == row + columns ? -std::numeric_limits<A>::infinity()
+                                : -static_cast<A>(first_row + (found - row));
+}
+
+}  // namespace
+
 HWY_EXPORT(logits_max_rows);
 HWY_EXPORT(logits_sums_rows);
 HWY_EXPORT(cross_entropy_backward_rows);
@@ -112,6 +123,20 @@ HWY_EXPORT(cross_entropy_backward_rows);
 void logits_max(Context& context, const Tensor& logits, const Tensor& maxima) {
   context.threads().parallel_for(logits.dim(0), row_grain(logits.dim(1)), [&](int64_t begin, int64_t end) {
     HWY_DYNAMIC_DISPATCH(logits_max_rows)(logits, maxima, Range{begin, end});
+  });
+}
+
+void logits_first_max(Context& context, const Tensor& logits, const Tensor& maxima, int64_t first_row,
+                      const Tensor& ids) {
+  const int64_t columns = logits.dim(1);
+  dispatch_floating(logits.dtype(), [&]<class T>() {
+    using A = Accumulator<T>;
+    context.threads().parallel_for(logits.dim(0), row_grain(columns), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        ids.data<A>()[r] =
+            minus_id_of_first<T>(columns, logits.data<T>() + r * columns, maxima.data<A>()[r], first_row);
+      }
+    });
   });
 }
 

@@ -37,6 +37,18 @@ __device__ void for_packs(const T* row, int64_t columns, Body&& body) {
   }
 }
 
+/// Writes the largest of the values that a block's threads have.
+template <class A>
+__device__ void write_block_max(A largest, A* out) {
+  __shared__ A of_warps[kThreads / kWarp];
+  largest = warp_max(largest);
+  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = largest;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (const A of_warp : of_warps) largest = std::fmax(largest, of_warp);
+  *out = largest;
+}
+
 template <int N, class T>
 __global__ void max_kernel(const T* logits, int64_t columns, Accumulator<T>* maxima) {
   using A = Accumulator<T>;
@@ -45,13 +57,22 @@ __global__ void max_kernel(const T* logits, int64_t columns, Accumulator<T>* max
 #pragma unroll
     for (int i = 0; i < N; ++i) largest = std::fmax(largest, x[i]);
   });
-  __shared__ A of_warps[kThreads / kWarp];
-  largest = warp_max(largest);
-  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = largest;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  for (const A of_warp : of_warps) largest = std::fmax(largest, of_warp);
-  maxima[blockIdx.x] = largest;
+  write_block_max(largest, maxima + blockIdx.x);
+}
+
+template <int N, class T>
+__global__ void first_max_kernel(const T* logits, int64_t columns, const Accumulator<T>* maxima,
+                                 int64_t first_row, Accumulator<T>* ids) {
+  using A = Accumulator<T>;
+  const A maximum = maxima[blockIdx.x];
+  A largest = -std::numeric_limits<A>::infinity();
+  for_packs<N>(logits + int64_t{blockIdx.x} * columns, columns, [&](int64_t c, const A(&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (x[i] == maximum) largest = std::fmax(largest, -static_cast<A>(first_row + c + i));
+    }
+  });
+  write_block_max(largest, ids + blockIdx.x);
 }
 
 template <int N, class T>
@@ -120,6 +141,18 @@ void logits_max(Context& context, const Tensor& logits, const Tensor& maxima) {
     const int64_t columns = logits.dim(1);
     const auto kernel = can_pack<kN>(columns, in) ? max_kernel<kN, T> : max_kernel<1, T>;
     launch(context, block_per_row(logits), kernel, in, columns, maxima.data<Accumulator<T>>());
+  });
+}
+
+void logits_first_max(Context& context, const Tensor& logits, const Tensor& maxima, int64_t first_row,
+                      const Tensor& ids) {
+  dispatch_floating(logits.dtype(), [&]<class T>() {
+    using A = Accumulator<T>;
+    constexpr int kN = kPack<T>;
+    const T* in = logits.data<T>();
+    const int64_t columns = logits.dim(1);
+    const auto kernel = can_pack<kN>(columns, in) ? first_max_kernel<kN, T> : first_max_kernel<1, T>;
+    launch(context, block_per_row(logits), kernel, in, columns, maxima.data<A>(), first_row, ids.data<A>());
   });
 }
 
