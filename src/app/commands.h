@@ -13,6 +13,7 @@ using Command = std::function<int(int* argc, char*** argv)>;
 void add_prepare_command(CLI::App& app, Command& chosen);
 void add_train_command(CLI::App& app, Command& chosen);
 void add_eval_command(CLI::App& app, Command& chosen);
+void add_eval_tasks_command(CLI::App& app, Command& chosen);
 void add_generate_command(CLI::App& app, Command& chosen);
 void add_checkpoint_command(CLI::App& app, Command& chosen);
 void add_plan_command(CLI::App& app, Command& chosen);

@@ -13,6 +13,7 @@ int main(int argc, char** argv) {
   normformer::add_prepare_command(app, chosen);
   normformer::add_train_command(app, chosen);
   normformer::add_eval_command(app, chosen);
+  normformer::add_eval_tasks_command(app, chosen);
   normformer::add_generate_command(app, chosen);
   normformer::add_checkpoint_command(app, chosen);
   normformer::add_plan_command(app, chosen);
