@@ -21,7 +21,7 @@ TaskItem choose_between(const Record& record, const std::string& context,
   TaskItem item{.place = record.place(), .requests = {}, .lengths = {}, .gold = gold};
   for (const std::string& choice : choices) {
     if (choice.empty()) record.fail("has an empty choice");
-    item.requests.push_back({context, " " + choice});
+    item.requests.push_back({context, fmt::format(" {}", choice)});
     item.lengths.push_back(length_in_characters(choice));
   }
   if (gold < 0 || gold >= static_cast<int64_t>(choices.size())) {
@@ -37,15 +37,16 @@ std::string cleaned(std::string_view text) {
 TaskItem hellaswag(const Record& record) {
   const bool is_whole = record.has("ctx") && !record.has("ctx_a");
   const std::string context =
-      is_whole ? record.text("ctx") : record.text("ctx_a") + " " + capitalized(record.text("ctx_b"));
+      is_whole ? record.text("ctx")
+               : fmt::format("{} {}", record.text("ctx_a"), capitalized(record.text("ctx_b")));
   std::vector<std::string> endings;
   for (const std::string& ending : record.texts("endings")) endings.push_back(cleaned(ending));
-  return choose_between(record, cleaned(record.text("activity_label") + ": " + context), endings,
-                        record.number("label"));
+  return choose_between(record, cleaned(fmt::format("{}: {}", record.text("activity_label"), context)),
+                        endings, record.number("label"));
 }
 
 TaskItem piqa(const Record& record) {
-  return choose_between(record, "Question: " + record.text("goal") + "\nAnswer:",
+  return choose_between(record, fmt::format("Question: {}\nAnswer:", record.text("goal")),
                         {record.text("sol1"), record.text("sol2")}, record.number("label"));
 }
 
@@ -59,7 +60,7 @@ TaskItem winogrande(const Record& record) {
   TaskItem item{.place = record.place(), .requests = {}, .lengths = {}, .gold = answer - 1};
   for (const char* option : {"option1", "option2"}) {
     item.requests.push_back({sentence.substr(0, blank) + record.text(option),
-                             " " + std::string(strip(std::string_view(sentence).substr(blank + 1)))});
+                             fmt::format(" {}", strip(std::string_view(sentence).substr(blank + 1)))});
   }
   return item;
 }
@@ -110,14 +111,15 @@ TaskItem arc(const Record& record) {
   const bool is_flat = record.has("choices");
   const Record question = is_flat ? record : record.object("question");
   const LetteredChoices choices = lettered_choices(question);
-  return choose_between(record, "Question: " + question.text(is_flat ? "question" : "stem") + "\nAnswer:",
+  return choose_between(record,
+                        fmt::format("Question: {}\nAnswer:", question.text(is_flat ? "question" : "stem")),
                         choices.texts, place_of(record, choices.labels, record.text("answerKey")));
 }
 
 TaskItem storycloze(const Record& record) {
   std::string story = record.text("InputSentence1");
   for (const char* sentence : {"InputSentence2", "InputSentence3", "InputSentence4"}) {
-    story += " " + record.text(sentence);
+    story += fmt::format(" {}", record.text(sentence));
   }
   return choose_between(record, story,
                         {record.text("RandomFifthSentenceQuiz1"), record.text("RandomFifthSentenceQuiz2")},
@@ -130,16 +132,16 @@ TaskItem cause_or_effect(const Record& record, std::string_view premise, const s
   std::vector<std::string> ends;
   for (const std::string& choice : choices) {
     if (choice.empty()) record.fail("has an empty choice");
-    ends.push_back(" " + with_small_first(choice));
+    ends.push_back(fmt::format(" {}", with_small_first(choice)));
   }
-  const std::string context = std::string(without_last_character(premise)) + " " + connector;
+  const std::string context = fmt::format("{} {}", without_last_character(premise), connector);
   return choose_between(record, context, ends, gold);
 }
 
 TaskItem copa_of_query(const Record& record) {
   const std::string query = record.text("query");
   for (const std::string connector : {"because", "therefore"}) {
-    if (!query.ends_with(", " + connector)) continue;
+    if (!query.ends_with(fmt::format(", {}", connector))) continue;
     const auto premise = std::string_view(query).substr(0, query.size() - connector.size() - 1);
     return cause_or_effect(record, premise, connector, record.texts("choices"), record.number("gold"));
   }
@@ -158,13 +160,13 @@ TaskItem copa(const Record& record) {
 
 TaskItem lambada(const Record& record) {
   const std::string text = record.has("continuation")
-                               ? record.text("context") + " " + record.text("continuation")
+                               ? fmt::format("{} {}", record.text("context"), record.text("continuation"))
                                : record.text("text");
   const std::size_t space = text.rfind(' ');
   const bool is_one_word = space == std::string::npos;
   TaskItem item{.place = record.place(), .requests = {}, .lengths = {}, .gold = 0};
-  item.requests.push_back(
-      {is_one_word ? "" : text.substr(0, space), is_one_word ? " " + text : text.substr(space)});
+  item.requests.push_back({is_one_word ? "" : text.substr(0, space),
+                           is_one_word ? fmt::format(" {}", text) : text.substr(space)});
   return item;
 }
 
