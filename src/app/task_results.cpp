@@ -18,26 +18,32 @@ std::string key(const std::string& metric) { return metric + ",none"; }
 
 Json number_or_none(const std::optional<double>& number) { return number ? Json(*number) : Json("N/A"); }
 
+Json numbers_json(const TaskResult& result) {
+  Json numbers;
+  numbers["alias"] = result.task.rule.name;
+  for (const TaskMetric& metric : result.metrics) {
+    numbers[key(metric.name)] = metric.value;
+    numbers[key(metric.name + "_stderr")] = number_or_none(metric.standard_error);
+  }
+  return numbers;
+}
+
 Json results_json(const EvaluatedModel& model, std::span<const TaskResult> results) {
   Json all;
   for (const TaskResult& result : results) {
     const std::string name(result.task.rule.name);
-    Json& numbers = all["results"][name];
-    numbers["alias"] = name;
-    for (const TaskMetric& metric : result.metrics) {
-      numbers[key(metric.name)] = metric.value;
-      numbers[key(metric.name + "_stderr")] = number_or_none(metric.standard_error);
-      all["higher_is_better"][name][metric.name] = metric.higher_is_better;
-    }
+    all["results"][name] = numbers_json(result);
     all["versions"][name] = result.task.rule.version;
     all["n-shot"][name] = 0;
     all["n-samples"][name]["effective"] = result.task.items.size();
+    for (const TaskMetric& metric : result.metrics) {
+      all["higher_is_better"][name][metric.name] = metric.higher_is_better;
+    }
   }
-  Json& config = all["config"];
-  config["model"] = "normformer";
-  config["model_args"] = model.run;
-  config["checkpoint"] = model.checkpoint;
-  config["limit"] = model.limit ? Json(*model.limit) : Json();
+  all["config"] = {{"model", "normformer"},
+                   {"model_args", model.run},
+                   {"checkpoint", model.checkpoint},
+                   {"limit", model.limit ? Json(*model.limit) : Json()}};
   return all;
 }
 
