@@ -4,6 +4,7 @@ from a file as it is published, instead of one that is fetched.
 Needs lm_eval 0.4.2; compare_lm_eval.py says what to install.
 """
 import csv
+import functools
 import json
 
 import datasets
@@ -85,9 +86,13 @@ class LocalTask(ConfigurableTask):
         self.dataset = datasets.DatasetDict({split: rows for split in ("train", "validation", "test")})
 
 
+@functools.cache
+def all_tasks():
+    return TaskManager().task_index
+
+
 def local_task(name, file, labels=None):
     """The harness' task of that name over a local file."""
-    entry = TaskManager().task_index[name]
-    config = utils.load_yaml_config(entry["yaml_path"], mode="full")
+    config = utils.load_yaml_config(all_tasks()[name]["yaml_path"], mode="full")
     config.pop("dataset_kwargs", None)
     return LocalTask(config, documents(name, file, labels))
