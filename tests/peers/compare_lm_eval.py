@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Holds `normformer eval-tasks` against lm-evaluation-harness, item by item.
 
-    compare_lm_eval.py RUN HUGGINGFACE_FOLDER DATA [--limit N] [--work FOLDER]
+    compare_lm_eval.py RUN HUGGINGFACE_FOLDER DATA [--dtype float64] [--limit N] [--work FOLDER]
 
 RUN is a run of this program over GPT-2's vocabulary, HUGGINGFACE_FOLDER what `normformer checkpoint export RUN --format
 huggingface` made of it, DATA a folder with hellaswag/, piqa/, openbookqa/, lambada/ and copa/, their published files in them.
 The program is the environment's NORMFORMER_PROGRAM. The harness runs its own definitions of the tasks (harness_tasks.py) and
-its own Hugging Face model, in fp32. Prints, and fails where they are not met: that all requests are equal, that
+its own Hugging Face model of that type. Prints, and fails where they are not met: that all requests are equal, that
 log-likelihoods differ by at most 1e-4, that the same continuations are greedy, and that every number of both results.json,
 standard errors too, is the same to 1e-4 of it.
 
@@ -67,8 +67,8 @@ def run_ours(run, tasks, limit, out):
     return json.loads((out / "results.json").read_text())["results"], samples
 
 
-def run_harness(folder, tasks, limit):
-    model = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=8, trust_remote_code=True)
+def run_harness(folder, dtype, tasks, limit):
+    model = HFLM(pretrained=str(folder), dtype=dtype, device="cpu", batch_size=8, trust_remote_code=True)
     found = evaluator.evaluate(lm=model, task_dict={name: local_task(name, *files) for name, files in tasks.items()},
                                limit=limit, log_samples=True)
     return found["results"], found["samples"]
@@ -114,13 +114,14 @@ def main():
     parser.add_argument("run", type=pathlib.Path)
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("data", type=pathlib.Path)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--limit", type=int, default=150)
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("compare_lm_eval"))
     options = parser.parse_args()
     options.work.mkdir(parents=True)
     tasks = task_files(options.data, options.work)
     our_numbers, our_samples = run_ours(options.run, tasks, options.limit, options.work / "ours")
-    their_numbers, their_samples = run_harness(options.folder, tasks, options.limit)
+    their_numbers, their_samples = run_harness(options.folder, options.dtype, tasks, options.limit)
     problems = []
     for name in tasks:
         compare_items(name, our_samples[name], their_samples[name], problems)

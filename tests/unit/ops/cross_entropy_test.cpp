@@ -113,6 +113,55 @@ TEST(CrossEntropy, MatchesTheReferenceForAnySplitOfTheVocabulary) {
   }
 }
 
+/// The likeliest id of each row over columns cut into shards, the maxima and the last step done by hand.
+std::vector<double> likeliest(Context& context, const Tensor& logits, const std::vector<Range>& shards) {
+  const DType sum_type = accumulator_of(logits.dtype());
+  const int64_t rows = logits.dim(0);
+  const std::vector<double> values = to_host(logits);
+  std::vector<double> maxima;
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto row = values.begin() + r * logits.dim(1);
+    maxima.push_back(*std::max_element(row, row + logits.dim(1)));
+  }
+  const Tensor maximum = tensor_of(context, sum_type, {rows}, maxima);
+  std::vector<double> best(static_cast<size_t>(rows), -std::numeric_limits<double>::infinity());
+  for (const Range shard : shards) {
+    std::vector<double> part;
+    for (int64_t r = 0; r < rows; ++r) {
+      const auto row = values.begin() + r * logits.dim(1);
+      part.insert(part.end(), row + shard.begin, row + shard.end);
+    }
+    const Tensor ids = unwritten(context, sum_type, {rows});
+    logits_first_max(context, tensor_of(context, logits.dtype(), {rows, shard.size()}, part), maximum,
+                     shard.begin, ids);
+    const std::vector<double> found = to_host(ids);
+    for (size_t r = 0; r < best.size(); ++r) best[r] = std::max(best[r], found[r]);
+  }
+  for (double& id : best) id = -id;
+  return best;
+}
+
+TEST(CrossEntropy, TheLikeliestTokenIsTheFirstOfEqualsForAnySplitOfTheVocabulary) {
+  for (const DType dtype : kFloatingTypes) {
+    Context context(test_device(), 2);
+    const Tensor ties =
+        tensor_of(context, dtype, {4, 5}, {0, 2, 1, 2, 2, -1, -1, -1, -1, -1, 3, 2, 1, 0, 3, 0, 0, 0, 0, 1});
+    for (const auto& shards : std::vector<std::vector<Range>>{{{0, 5}}, {{0, 1}, {1, 2}, {2, 5}}}) {
+      EXPECT_EQ(likeliest(context, ties, shards), (std::vector<double>{1, 0, 0, 4}));
+    }
+    // Wide rows, whose columns a GPU's threads share; of few values, so that there are equals.
+    std::vector<double> values;
+    for (int64_t i = 0; i < 3 * 5003; ++i) values.push_back(static_cast<double>(i * i % 61 % 23));
+    std::vector<double> expected;
+    for (auto row = values.begin(); row != values.end(); row += 5003) {
+      expected.push_back(static_cast<double>(std::max_element(row, row + 5003) - row));
+    }
+    const Tensor wide = tensor_of(context, dtype, {3, 5003}, values);
+    EXPECT_EQ(likeliest(context, wide, {{0, 5003}}), expected);
+    EXPECT_EQ(likeliest(context, wide, {{0, 7}, {7, 2503}, {2503, 5003}}), expected);
+  }
+}
+
 TEST(CrossEntropy, GradientMatchesDifferences) {
   Context context(test_device(), 2);
   for (const auto [rows, columns] : {Extent{3, 5}, Extent{7, 33}}) {
@@ -191,6 +240,7 @@ TEST(CrossEntropy, MetaCountsAlike) {
     const Tensor sums = context.zeros({5, 2}, DType::f32);
     const Tensor targets = context.zeros({5}, DType::i32);
     logits_max(context, logits, maxima);
+    logits_first_max(context, logits, maxima, 0, nll);
     logits_sums(context, logits, maxima, targets, 0, sums);
     cross_entropy(context, sums, nll);
     cross_entropy_backward(context, logits, maxima, sums, targets, 0, Tensor(), 1.0);

@@ -1,5 +1,6 @@
 #include "normformer/tensor_parallel/vocabulary.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include <gtest/gtest.h>
@@ -32,10 +33,11 @@ Tensor hidden_states(Context& context) {
 struct Reference {
   std::vector<double> nll;
   std::vector<double> dhidden;
+  std::vector<double> likeliest;
 };
 Reference reference(const std::vector<double>& hidden, const std::vector<double>& weight,
                     const std::vector<int32_t>& targets, const std::vector<uint8_t>& weights) {
-  Reference r{std::vector<double>(kTokens), std::vector<double>(kTokens * kWidth, 0.0)};
+  Reference r{std::vector<double>(kTokens), std::vector<double>(kTokens * kWidth, 0.0), {}};
   for (int64_t n = 0; n < kTokens; ++n) {
     std::vector<double> logits(kVocab, 0.0);
     double total = 0.0;
@@ -44,6 +46,8 @@ Reference reference(const std::vector<double>& hidden, const std::vector<double>
       total += std::exp(logits[v]);
     }
     r.nll[n] = std::log(total) - logits[targets[n]];
+    r.likeliest.push_back(
+        static_cast<double>(std::max_element(logits.begin(), logits.end()) - logits.begin()));
     for (int64_t v = 0; v < kVocab; ++v) {
       const double dlogit = (std::exp(logits[v]) / total - (v == targets[n] ? 1.0 : 0.0)) * weights[n];
       for (int64_t d = 0; d < kWidth; ++d) r.dhidden[n * kWidth + d] += dlogit * weight[v * kWidth + d];
@@ -68,6 +72,11 @@ TEST(VocabularyLoss, AnySplitEqualsTheDefinition) {
       const Placed<Replicated> dhidden = reduce_partial(context, world, loss.dhidden);
       const Reference expected = reference(to_host(hidden.tensor()), to_host(all.weight), targets, weights);
       for (int64_t n = 0; n < kTokens; ++n) EXPECT_NEAR(to_host(loss.nll)[n], expected.nll[n], 1e-13);
+      EXPECT_FALSE(loss.minus_likeliest);
+      options.training = false;
+      options.likeliest = true;
+      const auto likeliest = to_host(vocabulary_loss(context, world, rows, hidden, options).minus_likeliest);
+      for (int64_t n = 0; n < kTokens; ++n) EXPECT_EQ(-likeliest[n], expected.likeliest[n]);
       for (int64_t i = 0; i < kTokens * kWidth; ++i) {
         EXPECT_NEAR(to_host(dhidden.tensor())[i], expected.dhidden[i], 1e-13);
       }
