@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include <unicode/ucasemap.h>
 #include <unicode/uchar.h>
 #include <unicode/uset.h>
 #include <unicode/ustring.h>
@@ -107,11 +108,16 @@ std::vector<Mapped> lower_case() {
                                     UErrorCode* e) { return u_strToLower(to, room, from, length, "", e); });
 }
 
+// Without adjustment, which leaves alone what it takes for no beginning of a word.
 std::vector<Mapped> title_case() {
-  return mapped_by("title case",
-                   [](UChar* to, int32_t room, const UChar* from, int32_t length, UErrorCode* e) {
-                     return u_strToTitle(to, room, from, length, nullptr, "", e);
-                   });
+  UErrorCode status = U_ZERO_ERROR;
+  UCaseMap* const map = ucasemap_open("", U_TITLECASE_NO_BREAK_ADJUSTMENT, &status);
+  const auto found = mapped_by(
+      "title case", [map](UChar* to, int32_t room, const UChar* from, int32_t length, UErrorCode* e) {
+        return ucasemap_toTitle(map, to, room, from, length, e);
+      });
+  ucasemap_close(map);
+  return found;
 }
 
 }  // namespace
