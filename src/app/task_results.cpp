@@ -16,6 +16,11 @@ using Json = nlohmann::ordered_json;
 // The harness' name of results that nothing was filtered of.
 std::string key(const std::string& metric) { return metric + ",none"; }
 
+// Digits that mean something: perplexities of models that know nothing are huge.
+std::string shown(double number) {
+  return number < 1e6 ? fmt::format("{:.4f}", number) : fmt::format("{:.6g}", number);
+}
+
 Json number_or_none(const std::optional<double>& number) { return number ? Json(*number) : Json("N/A"); }
 
 Json numbers_json(const TaskResult& result) {
@@ -72,12 +77,14 @@ void write_text(const std::filesystem::path& path, const std::string& text) {
   if (!file.flush()) throw IoError(fmt::format("cannot write {}: {}", path.string(), system_reason()));
 }
 
+// In ASCII alone: to some readers a line ends at U+2028 too.
 void write_samples(const std::filesystem::path& folder, const TaskResult& result) {
   std::string lines;
   std::span<const ContinuationScore> scores = result.scores;
   for (std::size_t i = 0; i < result.task.items.size(); ++i) {
     const TaskItem& item = result.task.items[i];
-    lines += sample_json(result.task.rule, item, scores.subspan(0, item.requests.size()), i).dump() + "\n";
+    const Json line = sample_json(result.task.rule, item, scores.subspan(0, item.requests.size()), i);
+    lines += line.dump(-1, ' ', true) + "\n";
     scores = scores.subspan(item.requests.size());
   }
   write_text(folder / fmt::format("samples_{}.jsonl", result.task.rule.name), lines);
@@ -93,10 +100,10 @@ std::string results_table(std::span<const TaskResult> results) {
   for (const TaskResult& result : results) {
     std::string_view name = result.task.rule.name;
     for (const TaskMetric& metric : result.metrics) {
-      const std::string error = metric.standard_error ? fmt::format("{:.4f}", *metric.standard_error) : "N/A";
-      table += fmt::format("|{:<17}|{:>7}|none  |     0|{:<10}|{:>10.4f}|±  |{:>6}|\n", name,
+      const std::string error = metric.standard_error ? shown(*metric.standard_error) : "N/A";
+      table += fmt::format("|{:<17}|{:>7}|none  |     0|{:<10}|{:>10}|±  |{:>6}|\n", name,
                            name.empty() ? "" : fmt::format("{:g}", result.task.rule.version), metric.name,
-                           metric.value, error);
+                           shown(metric.value), error);
       name = "";
     }
   }

@@ -7,7 +7,7 @@ import sys
 import unittest
 from xml.etree import ElementTree
 
-from program import ROOT, Folder, losses, metrics, numbers, read_safetensors, run
+from program import LAYOUTS, ROOT, Folder, layout_flags, losses, metrics, numbers, read_safetensors, run
 
 FIXTURE = ROOT / "tests" / "fixtures" / "oracle" / "normformer"
 ORACLE_MODEL = {
@@ -15,17 +15,6 @@ ORACLE_MODEL = {
     "model__length": 32, "model__residual_scale": "false", "model__residual_dropout": 0.0,
     "model__attention_dropout": 0.0, "model__embedding_dropout": 0.0,
 }
-# tensor x context x pipeline x data
-LAYOUTS = [(1, 1, 1, 1), (2, 1, 1, 1), (1, 1, 3, 1), (2, 1, 1, 2), (3, 1, 1, 1), (1, 3, 1, 1), (2, 2, 1, 1)]
-
-
-def layout_flags(degrees):
-    flags = []
-    for key, value in zip(("tensor", "context", "pipeline", "data"), degrees):
-        flags += ["--set", f"parallel.{key}={value}"]
-    if degrees[0] == 3:
-        flags += ["--set", "parallel.sequence=true"]
-    return flags
 
 
 class Commands(unittest.TestCase):

@@ -22,6 +22,20 @@ MODEL = {
 }
 
 
+# tensor x context x pipeline x data
+LAYOUTS = [(1, 1, 1, 1), (2, 1, 1, 1), (1, 1, 3, 1), (2, 1, 1, 2), (3, 1, 1, 1), (1, 3, 1, 1), (2, 2, 1, 1)]
+
+
+def layout_flags(degrees):
+    """What asks for one of these; where three ranks share a layer, they share the stream's tokens too."""
+    flags = []
+    for key, value in zip(("tensor", "context", "pipeline", "data"), degrees):
+        flags += ["--set", f"parallel.{key}={value}"]
+    if degrees[0] == 3:
+        flags += ["--set", "parallel.sequence=true"]
+    return flags
+
+
 class Folder:
     """A temporary folder with a corpus in it, removed at the end."""
 
