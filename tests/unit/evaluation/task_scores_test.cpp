@@ -1,5 +1,6 @@
 #include "normformer/evaluation/task_scores.h"
 
+#include <array>
 #include <cstdlib>
 #include <fstream>
 #include <numeric>
@@ -81,6 +82,10 @@ int32_t token_at(const RunConfig& config, int64_t request, int64_t place) {
   return static_cast<int32_t>((request * 17 + place * place * 5 + place) % config.model.vocab);
 }
 
+int32_t likeliest_behind(SmallModel& small, const std::vector<int32_t>& text) {
+  return generate(small.model, std::array{text}, {.max_tokens = 1, .temperature = 0.0})[0].tokens[0];
+}
+
 // Contexts of every length that a model reads; the continuations of every third are what the model writes.
 std::vector<EncodedRequest> requests_of(SmallModel& small) {
   std::vector<EncodedRequest> requests;
@@ -90,9 +95,8 @@ std::vector<EncodedRequest> requests_of(SmallModel& small) {
     for (int64_t t = 0; t < context; ++t) request.tokens.push_back(token_at(small.config, i, t));
     for (int64_t t = 0; t < request.continuation; ++t) {
       const bool is_written = i % 3 == 0 || t + 1 < request.continuation;
-      request.tokens.push_back(
-          is_written ? generate(small.model, request.tokens, {.max_tokens = 1, .temperature = 0.0})[0]
-                     : token_at(small.config, i, context + t));
+      request.tokens.push_back(is_written ? likeliest_behind(small, request.tokens)
+                                          : token_at(small.config, i, context + t));
     }
     requests.push_back(request);
   }
