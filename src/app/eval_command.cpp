@@ -88,18 +88,30 @@ void refuse_options_of_languages(const EvalOptions& options) {
     throw ConfigError("--unlabelled leaves nothing but predictions: say with --predictions where to");
 }
 
+// As the run that trained the model has written them.
+std::vector<std::string> classes_of(const TrainedModel& loaded) {
+  const std::filesystem::path path = loaded.folder.classes();
+  if (!std::filesystem::exists(path)) {
+    throw DataError(fmt::format(
+        "{} is not there to name the classes: copy it, and the tokenizer, from the folder of the run that "
+        "trained the model",
+        path.string()));
+  }
+  std::vector<std::string> classes = read_class_names(path);
+  if (static_cast<int64_t>(classes.size()) != loaded.config.model.classes) {
+    throw DataError(fmt::format("{} names {} classes, but the model has {}", path.string(), classes.size(),
+                                loaded.config.model.classes));
+  }
+  return classes;
+}
+
 int eval_classifier(const EvalOptions& options, const RankProcess& process, const TrainedModel& loaded) {
   std::vector<std::string> classes;
   std::vector<LabelledText> texts;
   std::optional<LabelledDataset> data;
   run_agreed(process.world, [&] {
     refuse_options_of_languages(options);
-    classes = read_class_names(loaded.folder.classes());
-    if (static_cast<int64_t>(classes.size()) != loaded.config.model.classes) {
-      throw DataError(fmt::format("{} names {} classes, but the model has {}",
-                                  loaded.folder.classes().string(), classes.size(),
-                                  loaded.config.model.classes));
-    }
+    classes = classes_of(loaded);
     texts = read_texts(options, loaded);
     data.emplace(open_labelled(loaded.config, options.text, texts,
                                options.unlabelled ? std::vector<std::string>{} : classes,

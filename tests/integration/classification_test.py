@@ -159,6 +159,15 @@ class Classification(WithCorpus):
             self.assertEqual(len(outcome.sentences()), 1, outcome.err)
             self.assertIn(word, outcome.err)
 
+    def test_without_names_of_classes_nothing_is_classified(self):
+        self.train("nameless")
+        classes = self.path / "nameless" / "classes.json"
+        for content, word in ((None, "copy it"), ('["one"]', "names 1 classes, but the model has 2"), ("{", "classes.json")):
+            classes.unlink() if content is None else classes.write_text(content)
+            outcome = run(["eval", self.path / "nameless", self.path / "valid.tsv"], 2, expect=65)
+            self.assertEqual(len(outcome.sentences()), 1, outcome.err)
+            self.assertIn(word, outcome.err)
+
     def test_other_commands_refuse_with_a_sentence(self):
         self.train("refuses")
         for arguments, word in ((["generate", self.path / "refuses", "--prompt", "a"], "does not continue texts"),
