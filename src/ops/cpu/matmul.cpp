@@ -51,12 +51,14 @@ double estimated_time(const GemmShape& shape, int threads, const Cut& cut) {
 }
 
 Cut best_cut(const GemmShape& shape, int threads) {
-  constexpr int64_t kMostColumns = 768;  // more would not stay in the second cache
+  constexpr int64_t kFewRows = 48;  // which do not pay for what they have packed
+  // More would not stay in the second cache; for few rows not long enough to be read from it at once.
+  const int64_t most_columns = shape.m < kFewRows ? 2 * kGemmPanel : 768;
   constexpr int64_t kLeastColumns = 128;
   constexpr int64_t kLeastRows = 96;
   constexpr int64_t kMostRows = 4096;  // bounds the sums that wait to be narrowed
   const int64_t row_floor = ceil_div(shape.m, kMostRows);
-  const int64_t column_floor = ceil_div(shape.n, kMostColumns);
+  const int64_t column_floor = ceil_div(shape.n, most_columns);
   Cut best{row_floor, column_floor};
   if (threads == 1) return best;
   const int64_t row_most = std::max(row_floor, std::min<int64_t>(shape.m / kLeastRows, 8 * threads));
