@@ -173,6 +173,23 @@ TEST(KeyValueCache, ATextsBitsDoNotDependOnThoseBesideIt) {
   });
 }
 
+// 2 layers width b bytes a token, over all ranks that share a model.
+TEST(KeyValueCache, RanksShareItsMemory) {
+  for (const MeshDegrees& degrees : {MeshDegrees{}, MeshDegrees{.tensor = 2, .pipeline = 3}}) {
+    const RunConfig config = small_config(Precision::bf16);
+    run_local_world(static_cast<int>(num_ranks(degrees)), [&](const Group& world) {
+      SmallModel small(config, DeviceKind::cpu, world, degrees);
+      const KeyValueCache cache = small.model.make_cache(4, 12);
+      int64_t bytes = 0;
+      for (const auto& part : small.model.parts()) {
+        for (int64_t layer = part->part().layers.begin; layer < part->part().layers.end; ++layer)
+          bytes += cache.of_layer(layer).keys.nbytes() + cache.of_layer(layer).values.nbytes();
+      }
+      EXPECT_EQ(world.all_reduce_sum(bytes), 4 * 12 * 2 * config.model.layers * config.model.width * 2);
+    });
+  }
+}
+
 TEST(KeyValueCache, WhatItHasNoRoomForIsRefused) {
   SmallModel small(small_config(Precision::fp32), DeviceKind::cpu, make_self_world());
   const KeyValueCache cache = small.model.make_cache(2, 6);
