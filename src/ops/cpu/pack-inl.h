@@ -108,11 +108,13 @@ HWY_INLINE void pack_step(const T* first, const T* second, int64_t columns, int6
   if (columns < panel) std::fill(to + columns, to + panel, Word<T>{});
 }
 
-/// A panel of the transposed matrix: to[p - steps.begin][j] is step p of row j, for j < count; the rest is
-/// zero. Rows have k elements.
+/// Steps of a panel that are packed together: they stay in the first cache while one row comes after another.
+inline constexpr int64_t kPackedPiece = 64;
+
+/// pack_transposed() of so many steps at most, which asks for as many behind them.
 template <class T>
-void pack_transposed(const T* matrix, int64_t row_stride, int64_t count, int64_t k, Range steps,
-                     int64_t panel, Word<T>* to) {
+void pack_transposed_piece(const T* matrix, int64_t row_stride, int64_t count, int64_t k, Range steps,
+                           int64_t panel, Word<T>* to) {
   const int64_t whole = std::min(steps.end, k / kPerStep<T>);  // steps of which no element is missing
   for (int64_t j = 0; j < count; j += kTransposed) {
     const T* rows = matrix + j * row_stride;
@@ -121,6 +123,8 @@ void pack_transposed(const T* matrix, int64_t row_stride, int64_t count, int64_t
     Word<T>* word = to + j;
     if (several == kTransposed) {
       for (; p + kTransposed <= whole; p += kTransposed) {
+        for (int64_t i = 0; i < kTransposed; ++i)
+          hwy::Prefetch(rows + i * row_stride + (p + kPackedPiece) * kPerStep<T>);
         transpose_words(rows + p * kPerStep<T>, row_stride, word, panel);
         word += kTransposed * panel;
       }
@@ -136,6 +140,17 @@ void pack_transposed(const T* matrix, int64_t row_stride, int64_t count, int64_t
   if (count == panel) return;
   for (int64_t p = 0; p < steps.size(); ++p)
     std::fill(to + p * panel + count, to + (p + 1) * panel, Word<T>{});
+}
+
+/// A panel of the transposed matrix: to[p - steps.begin][j] is step p of row j, for j < count; the rest is
+/// zero. Rows have k elements.
+template <class T>
+void pack_transposed(const T* matrix, int64_t row_stride, int64_t count, int64_t k, Range steps,
+                     int64_t panel, Word<T>* to) {
+  for (int64_t first = steps.begin; first < steps.end; first += kPackedPiece) {
+    const Range piece{first, std::min(steps.end, first + kPackedPiece)};
+    pack_transposed_piece(matrix, row_stride, count, k, piece, panel, to + (first - steps.begin) * panel);
+  }
 }
 
 }  // namespace normformer::ops::cpu::HWY_NAMESPACE
