@@ -8,6 +8,7 @@
 #include "normformer/evaluation/generation.h"
 
 #include "small_model.h"
+#include "test_device.h"
 
 namespace normformer::testing_support {
 namespace {
@@ -71,9 +72,10 @@ void train_a_little(SmallModel& small) {
 }
 
 template <class Body>
-void on_ranks(const RunConfig& config, const Layout& layout, Body&& body) {
+void on_ranks(const RunConfig& config, const Layout& layout, Body&& body,
+              DeviceKind device = DeviceKind::cpu) {
   run_local_world(static_cast<int>(num_ranks(layout.degrees)), [&](const Group& world) {
-    SmallModel small(on_layout(config, layout), DeviceKind::cpu, world, layout.degrees);
+    SmallModel small(on_layout(config, layout), device, world, layout.degrees);
     train_a_little(small);
     body(small.model);
   });
@@ -155,6 +157,14 @@ TEST(KeyValueCache, LogitsAreThoseOfWholePassesOfEveryModelUnderEveryLayout) {
       SCOPED_TRACE(name + " on " + to_string(layout.degrees));
       on_ranks(variant(name), layout, expect_whole_passes);
     }
+  }
+}
+
+TEST(KeyValueCacheOnDevices, LogitsAreThoseOfWholePasses) {
+  for (const std::string name : {"NormFormer", "LayerNorms on queries, keys and values"}) {
+    SCOPED_TRACE(name);
+    for (const Layout& layout : {Layout{}, Layout{{.tensor = 2}, true}})
+      on_ranks(variant(name), layout, expect_whole_passes, test_device());
   }
 }
 
@@ -269,6 +279,16 @@ TEST(Generate, TextsAreThoseOfWholePassesWhateverTheBatchAndTheLayout) {
       }
     }
   }
+}
+
+TEST(GenerateOnDevices, TextsAreTheHosts) {
+  const RunConfig config = variant("NormFormer");
+  const GenerationOptions options = options_for(1.3);
+  const auto expected = expected_texts(config, options);
+  const auto expect_same = [&](ModelInstance& model) {
+    EXPECT_EQ(tokens_of(generate(model, kPrompts, options)), expected);
+  };
+  on_ranks(config, {{.tensor = 2}}, expect_same, test_device());
 }
 
 TEST(Generate, SchedulesWithSeveralPartsARankWriteTheSame) {
