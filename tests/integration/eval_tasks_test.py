@@ -84,7 +84,7 @@ class EvalTasks(WithCorpus):
         _, results, samples = self.evaluate("limited", "--limit", 1, tasks={"lambada_openai": "lambada.jsonl"})
         _, _, everything = self.evaluate("unlimited", tasks={"lambada_openai": "lambada.jsonl"})
         self.assertEqual(len(samples["lambada_openai"]), 1)
-        (ours, _), (theirs, _) = samples["lambada_openai"][0]["filtered_resps"][0], everything["lambada_openai"][0]["filtered_resps"][0]
+        (ours, _), (theirs, _) = (found["lambada_openai"][0]["filtered_resps"][0] for found in (samples, everything))
         self.assertAlmostEqual(ours, theirs, delta=1e-12 * abs(theirs))
         self.assertEqual(results["results"]["lambada_openai"]["acc_stderr,none"], "N/A")
         self.assertEqual(results["config"]["limit"], 1)
