@@ -13,7 +13,7 @@ standard errors too, is the same to 1e-4 of it.
 What was installed beside Debian 12's python3-torch 1.13 and python3-numpy 1.24, none of it with torch of its own:
 
     python3 -m venv --system-site-packages VENV
-    pip install --no-deps lm_eval==0.4.2 transformers==4.33.3 tokenizers==0.13.3 huggingface_hub==0.20.3 datasets==2.16.1 \\
+    pip install --no-deps lm_eval==0.4.2 transformers==4.38.2 tokenizers==0.15.2 huggingface_hub==0.20.3 datasets==2.16.1 \\
         pyarrow==14.0.2 multiprocess==0.70.15 dill==0.3.7 xxhash evaluate==0.4.1 peft==0.5.0 accelerate==0.24.1 \\
         pandas==2.1.4 'fsspec<2024' scikit-learn joblib threadpoolctl narwhals responses pyarrow-hotfix aiohttp \\
         aiohappyeyeballs aiosignal frozenlist multidict yarl propcache zstandard numexpr tqdm_multiprocess
