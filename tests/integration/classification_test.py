@@ -170,7 +170,11 @@ class Classification(WithCorpus):
 
     def test_other_commands_refuse_with_a_sentence(self):
         self.train("refuses")
+        question = {"premise": "It ran.", "choice1": "It was on.", "choice2": "It was off.", "question": "cause", "label": 0}
+        (self.path / "copa.jsonl").write_text(json.dumps(question))
+        task = f"copa={self.path / 'copa.jsonl'}"
         for arguments, word in ((["generate", self.path / "refuses", "--prompt", "a"], "does not continue texts"),
+                                (["eval-tasks", self.path / "refuses", "--task", task], "does not continue texts"),
                                 (["eval", self.path / "masked", self.path / "text.txt", "--predictions", "x"], "--predictions"),
                                 (["checkpoint", "export", self.path / "refuses", self.path / "hf", "--format", "huggingface"],
                                  "classification")):
