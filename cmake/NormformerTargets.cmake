@@ -18,9 +18,11 @@ endfunction()
 # nf_add_test(<name> SOURCES ... [LIBS ...] [TIMEOUT s] [COST s] [LABELS ...] [ANY_DEVICE])
 # One GoogleTest program in one process; links the rooms and libraries named in LIBS. ANY_DEVICE: its tests compute on
 # test_device() (tests/support), and a build with CUDA runs them once more on the GPU, as <name>.cuda. EMULATED_FILTER:
-# which of them (GoogleTest's filter) where the GPU is emulated, and so slow. Tests of high COST start first.
+# which of them (GoogleTest's filter) where the GPU is emulated, and so slow; TSAN_FILTER: which of them under
+# ThreadSanitizer, slow too, without those that compute many more shapes in the way that others do. Tests of high COST
+# start first.
 function(nf_add_test name)
-  cmake_parse_arguments(PARSE_ARGV 1 arg "ANY_DEVICE" "TIMEOUT;COST;EMULATED_FILTER" "SOURCES;LIBS;LABELS")
+  cmake_parse_arguments(PARSE_ARGV 1 arg "ANY_DEVICE" "TIMEOUT;COST;EMULATED_FILTER;TSAN_FILTER" "SOURCES;LIBS;LABELS")
   if(arg_UNPARSED_ARGUMENTS OR NOT arg_SOURCES)
     message(FATAL_ERROR "nf_add_test(${name}): bad arguments ${arg_UNPARSED_ARGUMENTS}")
   endif()
@@ -37,7 +39,11 @@ function(nf_add_test name)
     set(main normformer_device_gtest_main)
   endif()
   target_link_libraries(${name} PRIVATE normformer_options ${main} GTest::gmock ${arg_LIBS})
-  add_test(NAME ${name} COMMAND ${name})
+  set(filter)
+  if(arg_TSAN_FILTER AND CMAKE_CXX_FLAGS MATCHES "-fsanitize=thread")
+    set(filter --gtest_filter=${arg_TSAN_FILTER})
+  endif()
+  add_test(NAME ${name} COMMAND ${name} ${filter})
   set_tests_properties(${name} PROPERTIES TIMEOUT ${arg_TIMEOUT} COST ${arg_COST} LABELS "unit;${arg_LABELS}")
   if(arg_ANY_DEVICE AND NORMFORMER_CUDA)
     set(filter)

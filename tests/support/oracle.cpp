@@ -178,9 +178,9 @@ class Comparison {
 std::vector<double> all_nll(Run& run) {
   const int64_t length = run.config.model.length;
   const Tensor all = run.context.zeros({run.fixture.sequences, length}, DType::f64);
-  const auto keep = [&](int64_t first_sample, const Batch& batch, const Tensor& nll) {
+  const auto keep = [&](int64_t first_sample, const Batch& batch, const TokenScores& scores) {
     const Tensor rows = all.rows(first_sample, first_sample + batch.sequences);
-    copy(run.context, nll, rows);
+    copy(run.context, scores.nll, rows);
   };
   evaluate(
       run.model, run.config, [&](int64_t f, int64_t n) { return run.batch(f, n); }, run.fixture.sequences,

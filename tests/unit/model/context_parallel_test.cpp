@@ -104,9 +104,9 @@ Evaluated evaluated_on(const MeshDegrees& degrees, int64_t length) {
   run_local_world(static_cast<int>(num_ranks(degrees)), [&](const Group& world) {
     SmallModel small(whole, DeviceKind::cpu, world, degrees);
     std::vector<double> nll(static_cast<size_t>(kSequences * length), 0.0);
-    const auto visit = [&](int64_t first, const Batch& batch, const Tensor& values) {
-      ASSERT_EQ(values.numel(), batch.sequences * length);
-      const std::vector<double> seen = to_host(values);
+    const auto visit = [&](int64_t first, const Batch& batch, const TokenScores& scores) {
+      ASSERT_EQ(scores.nll.numel(), batch.sequences * length);
+      const std::vector<double> seen = to_host(scores.nll);
       std::copy(seen.begin(), seen.end(), nll.begin() + first * length);
     };
     const auto source = [&](int64_t first, int64_t count) { return counted_batch(config, first, count); };

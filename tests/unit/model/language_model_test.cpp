@@ -15,7 +15,7 @@ std::vector<double> nll_of(SmallModel& small, const Batch& batch) {
   std::vector<double> nll;
   evaluate(
       small.model, small.config, [&](int64_t, int64_t) { return batch; }, batch.sequences,
-      [&](int64_t, const Batch&, const Tensor& values) { nll = to_host(values); });
+      [&](int64_t, const Batch&, const TokenScores& scores) { nll = to_host(scores.nll); });
   return nll;
 }
 
