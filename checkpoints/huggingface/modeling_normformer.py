@@ -86,7 +86,7 @@ class Layer(nn.Module):
             k, v = cache.update(k, v, self.index)
         scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype)
         heads = (self.dropout(weights, self.config.attention_dropout) @ v).transpose(1, 2)  # [B, T, H, D / H]
         if self.config.head_scale == "paper":
             heads = heads * self.c_attn[:, None]
