@@ -1,13 +1,16 @@
 #include "checkpoint_copies.h"
 
 #include <cstdio>
+#include <optional>
+#include <string>
 #include <vector>
 
 #include "normformer/checkpoints/difference.h"
+#include "normformer/data/bpe_tokenizer.h"
+#include "normformer/data/labelled_texts.h"
 #include "normformer/mesh/layout.h"
 #include "normformer/model/model_instance.h"
 #include "normformer/training/agreement.h"
-#include "normformer/training/run.h"
 #include "normformer/training/run_checkpoint.h"
 
 namespace normformer {
@@ -18,6 +21,10 @@ CheckpointReader open_checkpoint(FileSystem& files, const std::filesystem::path&
   auto reader = open_newest_checkpoint(make_self_world(), files, folder, [](const CheckpointReader&) {});
   if (!reader) throw DataError(fmt::format("{} holds no checkpoint", folder.string()));
   return *reader;
+}
+
+RunFolder run_folder_of(const CheckpointReader& reader) {
+  return {reader.folder().parent_path().parent_path()};
 }
 
 int diff_checkpoints(const std::filesystem::path& a, const std::filesystem::path& b) {
@@ -97,6 +104,28 @@ CheckpointInfo info_for(CheckpointInfo info, const RunFolder& folder, std::optio
   return info;
 }
 
+// What the weights' user needs to read and to name what the model takes and tells.
+struct Vocabulary {
+  std::optional<BpeTokenizer> tokenizer;
+  std::vector<std::string> classes;
+};
+
+Vocabulary read_vocabulary(FileSystem& files, const RunFolder& folder) {
+  Vocabulary vocabulary;
+  if (files.exists(folder.tokenizer())) vocabulary.tokenizer = BpeTokenizer::load(folder.tokenizer());
+  if (files.exists(folder.classes())) vocabulary.classes = read_class_names(folder.classes());
+  return vocabulary;
+}
+
+// The configuration last: its write also makes the names of the others durable.
+void prepare_folder(FileSystem& files, const RunFolder& folder, const Vocabulary& vocabulary,
+                    const std::string& config) {
+  make_folders(files, folder.root);
+  if (vocabulary.tokenizer) vocabulary.tokenizer->save(folder.tokenizer());
+  if (!vocabulary.classes.empty()) write_class_names(folder.classes(), vocabulary.classes);
+  write_durably(files, folder.config(), config);
+}
+
 }  // namespace
 
 int reshard_checkpoint(const std::filesystem::path& from, const std::filesystem::path& to,
@@ -107,19 +136,24 @@ int reshard_checkpoint(const std::filesystem::path& from, const std::filesystem:
   Context context(DeviceKind::cpu);
   std::vector<TensorPiece> pieces;
   CheckpointInfo info;
+  Vocabulary vocabulary;
   run_agreed(world, [&] {
     if (world.rank() == 0 && !list_checkpoints(*files, folder.checkpoints()).empty())
       throw ConfigError(fmt::format("{} already holds checkpoints: name another folder", to.string()));
     const CheckpointReader reader = open_checkpoint(*files, from);
     info = info_for(reader.info(), folder, precision);
+    vocabulary = read_vocabulary(*files, run_folder_of(reader));
     pieces = read_parts(context, reader, precision, world);
+  });
+  // A checkpoint that is published has all that it needs beside it.
+  run_agreed(world, [&] {
+    if (world.rank() == 0) prepare_folder(*files, folder, vocabulary, info.config_toml);
   });
   const SaveResult result =
       save_checkpoint(world, *files, folder.checkpoints(), info, pieces, {.staging_bytes = 1});
   run_agreed(world, [&] {
     if (!result) throw IoError(result.reason);
     if (world.rank() != 0) return;
-    write_durably(*files, folder.config(), info.config_toml);
     fmt::print("wrote {} in {} files; train on with `normformer train {} --resume`\n", result.folder.string(),
                world.size(), folder.config().string());
   });

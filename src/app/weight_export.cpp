@@ -8,7 +8,6 @@
 #include "normformer/checkpoints/huggingface.h"
 #include "normformer/checkpoints/safetensors.h"
 #include "normformer/data/bpe_tokenizer.h"
-#include "normformer/training/run.h"
 
 #include "checkpoint_copies.h"
 #include "transpose.h"
@@ -104,9 +103,7 @@ RunConfig config_of(const CheckpointReader& reader) {
   return config;
 }
 
-fs::path tokenizer_of(const CheckpointReader& reader) {
-  return RunFolder{reader.folder().parent_path().parent_path()}.tokenizer();
-}
+fs::path tokenizer_of(const CheckpointReader& reader) { return run_folder_of(reader).tokenizer(); }
 
 // What tells transformers of the special tokens; the vocabulary and its merges stand beside it.
 void write_tokenizer(FileSystem& files, const BpeTokenizer& tokenizer, int64_t length,

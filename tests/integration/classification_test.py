@@ -144,6 +144,17 @@ class Classification(WithCorpus):
         self.assertEqual(right, alone[3])
         self.assertAlmostEqual(nll / 10, alone[1], places=5)
 
+    def test_a_checkpoint_written_anew_classifies_alike(self):
+        self.train("first")
+        run(["checkpoint", "reshard", self.path / "first" / "checkpoints" / "step-0000000006", self.path / "anew"], 2, expect=0)
+        told = []
+        for name in ("first", "anew"):
+            numbers = self.evaluated([self.path / name, self.path / "valid.tsv", "--predictions", self.path / f"{name}.jsonl"])
+            told.append((numbers, (self.path / f"{name}.jsonl").read_text(), (self.path / name / "classes.json").read_text()))
+        self.assertEqual(*told)
+        shutil.rmtree(self.path / "first")
+        run(["train", self.path / "anew" / "config.toml", "--resume", "--set", "train.updates=7"], expect=0)
+
     def test_texts_without_labels_get_predictions(self):
         self.train("predicts")
         (self.path / "test.tsv").write_text(tsv([(0, "a run is good"), (1, "a run is bad")], ("index", "sentence")))

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import sys
 import unittest
 from xml.etree import ElementTree
@@ -299,8 +300,27 @@ class Commands(unittest.TestCase):
         self.assertIn("update_count: 40 and 41\n", outcome.out)
         self.assertIn("train.updates: 40 and 41\n", outcome.out)
         self.assertRegex(outcome.out, r"decoder.embed_tokens.weight \(moment1\): \d+ of \d+ elements differ, by at most ")
-        outcome = run(["checkpoint", "reshard", self.run_folder, to], expect=64)
+        outcome = run(["checkpoint", "reshard", self.run_folder, to], 2, expect=64)
         self.assertIn("already holds checkpoints", outcome.err)
+
+    def test_a_checkpoint_written_anew_is_used_as_the_run_is(self):
+        to = self.reshard("used", 2)
+        for name in ("vocab.json", "merges.txt"):
+            self.assertEqual((to / "tokenizer" / name).read_bytes(), (self.run_folder / "tokenizer" / name).read_bytes())
+        self.assertFalse((to / "classes.json").exists())
+        for command in (["eval", None, self.folder.path / "text.txt"], ["generate", None, "--prompt", "The ", "--max-tokens", 8]):
+            mine, other = (run([folder if part is None else part for part in command], expect=0).out
+                           for folder in (self.run_folder, to))
+            self.assertEqual(mine, other)
+
+    def test_a_damaged_tokenizer_is_told_before_a_checkpoint_is_written_anew(self):
+        damaged = self.folder.path / "damaged_tokenizer"
+        shutil.copytree(self.run_folder, damaged)
+        (damaged / "tokenizer" / "vocab.json").write_text("{")
+        outcome = run(["checkpoint", "reshard", damaged, self.folder.path / "unwritten"], 2, expect=65)
+        self.assertEqual(len(outcome.sentences()), 1, outcome.err)
+        self.assertIn("vocab.json", outcome.err)
+        self.assertFalse((self.folder.path / "unwritten").exists())
 
     def test_a_checkpoint_of_another_precision_goes_on(self):
         to = self.reshard("fp64", 2, "--precision", "fp64")
