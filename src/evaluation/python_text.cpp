@@ -47,16 +47,17 @@ std::string replace_all(std::string_view text, std::string_view from, std::strin
   return result.append(text);
 }
 
+// Where a bracket is not closed, no later one of its line is: each byte is looked at twice.
 std::string without_brackets(std::string_view text) {
   std::string result;
   std::size_t at = 0;
   while (at < text.size()) {
-    const std::size_t end = text[at] == '[' ? text.find_first_of("]\n", at) : std::string_view::npos;
-    if (end != std::string_view::npos && text[end] == ']') {
-      at = end + 1;
-    } else {
-      result.push_back(text[at++]);
-    }
+    const std::size_t begin = std::min(text.size(), text.find('[', at));
+    const std::size_t end = std::min(text.size(), text.find_first_of("]\n", begin));
+    result.append(text.substr(at, begin - at));
+    const bool is_closed = end < text.size() && text[end] == ']';
+    if (!is_closed) result.append(text.substr(begin, end - begin));
+    at = is_closed ? end + 1 : end;
   }
   return result;
 }

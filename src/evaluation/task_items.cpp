@@ -50,14 +50,19 @@ TaskItem piqa(const Record& record) {
                         {record.text("sol1"), record.text("sol2")}, record.number("label"));
 }
 
+// Which of two choices is right, which the file counts from 1.
+int64_t one_or_two(const Record& record, const std::string& key) {
+  const int64_t number = record.number(key);
+  if (number != 1 && number != 2) record.fail(fmt::format("has the \"{}\" {}, not 1 or 2", key, number));
+  return number - 1;
+}
+
 // The choices are contexts here, and what follows them is the same.
 TaskItem winogrande(const Record& record) {
   const std::string sentence = record.text("sentence");
   const std::size_t blank = sentence.find('_');
   if (blank == std::string::npos) record.fail("has no \"_\" in its \"sentence\"");
-  const int64_t answer = record.number("answer");
-  if (answer != 1 && answer != 2) record.fail(fmt::format("has the \"answer\" {}, not 1 or 2", answer));
-  TaskItem item{.place = record.place(), .requests = {}, .lengths = {}, .gold = answer - 1};
+  TaskItem item{.place = record.place(), .requests = {}, .lengths = {}, .gold = one_or_two(record, "answer")};
   for (const char* option : {"option1", "option2"}) {
     item.requests.push_back({sentence.substr(0, blank) + record.text(option),
                              fmt::format(" {}", strip(std::string_view(sentence).substr(blank + 1)))});
@@ -123,7 +128,7 @@ TaskItem storycloze(const Record& record) {
   }
   return choose_between(record, story,
                         {record.text("RandomFifthSentenceQuiz1"), record.text("RandomFifthSentenceQuiz2")},
-                        record.number("AnswerRightEnding") - 1);
+                        one_or_two(record, "AnswerRightEnding"));
 }
 
 // The harness writes a space of its own in front of each choice, and so two in all.

@@ -38,6 +38,7 @@ class Seeds {
     write_configurations();
     write_prepared();
     write_texts();
+    write_tasks();
     write_ledgers();
   }
 
@@ -165,6 +166,21 @@ class Seeds {
       put("labelled_texts_fuzz", fmt::format("tsv-{}", +fields), fields + columns);
       put("labelled_texts_fuzz", fmt::format("json-{}", +fields), static_cast<char>(fields + 1) + objects);
     }
+  }
+
+  // The task's number among known_tasks(), flags and the labels in front of a file of each format.
+  void write_tasks() const {
+    const std::vector<std::pair<char, const char*>> files = {
+        {'\0', "hellaswag.jsonl"},  {'\2', "winogrande.jsonl"},
+        {'\3', "openbookqa.jsonl"}, {'\3', "openbookqa.llm-foundry.jsonl"},
+        {'\4', "arc.jsonl"},        {'\6', "storycloze.csv"},
+        {'\x08', "copa.jsonl"},     {'\x08', "copa.llm-foundry.jsonl"},
+        {'\x09', "lambada.jsonl"},  {'\x09', "lambada.llm-foundry.jsonl"}};
+    const fs::path folder = fixtures_ / "evaluation";
+    for (const auto& [task, name] : files)
+      put("task_files_fuzz", name, std::string{task, '\0'} + read_bytes(folder / name));
+    put("task_files_fuzz", "piqa.jsonl",
+        "\1\1" + read_bytes(folder / "piqa-labels.lst") + '\0' + read_bytes(folder / "piqa.jsonl"));
   }
 
   void write_ledgers() const {

@@ -161,6 +161,10 @@ TEST_F(TaskFile, OfEachTaskIsCheckedForItsOwnRules) {
       {"storycloze_2016", "InputSentence1,AnswerRightEnding\na,b,c",
        "has 3 fields, and the first line names 2"},
       {"storycloze_2016", "InputSentence1,AnswerRightEnding\na,1", R"(has no "InputSentence2")"},
+      {"storycloze_2016",
+       "InputSentence1,InputSentence2,InputSentence3,InputSentence4,RandomFifthSentenceQuiz1,"
+       "RandomFifthSentenceQuiz2,AnswerRightEnding\na,b,c,d,e,f,-9223372036854775808",
+       R"(the "AnswerRightEnding" -9223372036854775808, not 1 or 2)"},
       {"storycloze_2016", "InputSentence1\n\"a", "line 2: a quote is opened"},
       {"storycloze_2016", "InputSentence1\n\xff", "is not UTF-8 at byte 15"},
   };
@@ -190,6 +194,16 @@ TEST(PythonText, CountsAndCutsCharacters) {
   EXPECT_EQ(without_last_character("a\U0001f600"), "a");
   EXPECT_EQ(without_last_character(""), "");
   EXPECT_EQ(replace_all("a    b   c", "  ", " "), "a  b  c");
+}
+
+// re.sub(r"\[.*?\]", "", text) of Python 3.11.
+TEST(PythonText, GoesWithoutBracketsAsPythonDoes) {
+  const std::vector<std::array<std::string, 2>> cases{
+      {"a [b] c", "a  c"}, {"[a[b]c]", "c]"},           {"[]", ""},
+      {"]a[", "]a["},      {"[a\n[b]]\n[", "[a\n]\n["}, {"[[a\nb]c[d]e", "[[a\nb]ce"}};
+  for (const auto& [text, expected] : cases) EXPECT_EQ(without_brackets(text), expected) << text;
+  const std::string open(1 << 22, '[');  // quadratic time would be hours
+  EXPECT_EQ(without_brackets(open), open);
 }
 
 // random.seed(i); [random.random() for _ in range(1000)] of Python 3.11: the first, the second and the last.
