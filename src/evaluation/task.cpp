@@ -57,6 +57,11 @@ void for_lines(std::string_view text, Body body) {
   }
 }
 
+void check_utf8(std::string_view text, const std::filesystem::path& file) {
+  if (const auto invalid = find_invalid_utf8(text))
+    throw DataError(fmt::format("{} is not UTF-8 at byte {}", file.string(), *invalid));
+}
+
 std::vector<Record> read_json_lines(const TaskSource& source, std::size_t limit) {
   const MappedFile file(source.file);
   std::vector<Record> records;
@@ -72,9 +77,7 @@ std::vector<Record> read_json_lines(const TaskSource& source, std::size_t limit)
 std::vector<Record> read_table(const TaskSource& source, std::size_t limit) {
   const MappedFile file(source.file);
   std::string_view text = file.text();
-  if (const auto invalid = find_invalid_utf8(text)) {
-    throw DataError(fmt::format("{} is not UTF-8 at byte {}", source.file.string(), *invalid));
-  }
+  check_utf8(text, source.file);
   constexpr std::string_view kByteOrderMark = "\xEF\xBB\xBF";
   if (text.starts_with(kByteOrderMark)) text.remove_prefix(kByteOrderMark.size());
   const std::vector<CsvRow> rows = read_csv(text, source.file.string());
@@ -96,6 +99,7 @@ std::vector<Record> read_table(const TaskSource& source, std::size_t limit) {
 // What the lines of a file of labels say, put into the records.
 void add_labels(const TaskSource& source, bool is_all, std::vector<Record>& records) {
   const MappedFile file(source.labels);
+  check_utf8(file.text(), source.labels);
   std::vector<std::string> labels;
   for_lines(file.text(), [&](std::string_view line, int64_t) {
     labels.emplace_back(line.substr(0, line.find_last_not_of(" \t\r") + 1));

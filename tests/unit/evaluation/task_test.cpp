@@ -171,6 +171,16 @@ TEST_F(TaskFile, OfEachTaskIsCheckedForItsOwnRules) {
   for (const auto& [task, text, what] : cases) EXPECT_THAT(said(task, text), HasSubstr(what)) << task;
 }
 
+TEST_F(TaskFile, OfLabelsThatAreNoTextIsRefused) {
+  std::ofstream(path_) << "0\n\xff\n0\n1\n";
+  try {
+    read_task({"piqa", fixtures() / "evaluation" / "piqa.jsonl", path_});
+    FAIL();
+  } catch (const DataError& e) {
+    EXPECT_EQ(e.what(), path_.string() + " is not UTF-8 at byte 2");
+  }
+}
+
 TEST_F(TaskFile, OfLabelsMustFitTheItems) {
   const auto items = fixtures() / "evaluation" / "piqa.jsonl";
   for (const char* labels : {"0\n1\n0\n", "0\n1\n0\n1\n1\n"}) {
