@@ -192,7 +192,8 @@ TEST_F(TaskFile, OfLabelsMustFitTheItems) {
 }
 
 TEST(PythonText, StripsWhatPythonStrips) {
-  for (const Json& test : read_json(fixtures() / "data" / "python_text.json")["stripped"]) {
+  const Json recorded = read_json(fixtures() / "data" / "python_text.json");
+  for (const Json& test : recorded["stripped"]) {
     const auto text = test["text"].get<std::string>();
     EXPECT_EQ(strip(text), test["strip"].get<std::string>()) << test;
     EXPECT_EQ(strip_end(text), test["rstrip"].get<std::string>()) << test;
