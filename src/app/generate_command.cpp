@@ -56,7 +56,7 @@ Prompts collect_prompts(const GenerateOptions& options, const BpeTokenizer& toke
 // Writes texts as lines of JSON, to a file that must not exist or to stdout.
 class TextLines {
  public:
-  explicit TextLines(const std::filesystem::path& path) : path_(path) {
+  TextLines(const std::filesystem::path& path, bool logits) : path_(path), logits_(logits) {
     if (path.empty()) return;
     if (std::filesystem::exists(path)) {
       throw ConfigError(
@@ -74,6 +74,7 @@ class TextLines {
     line["sample"] = made.sample;
     line["text"] = text;
     line["tokens"] = made.tokens;
+    if (logits_) line["logits"] = made.logits;
     // Tokens need not be whole characters.
     stream() << line.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) << std::endl;
     require_written();
@@ -89,6 +90,7 @@ class TextLines {
   }
 
   std::filesystem::path path_;
+  bool logits_;
   std::ofstream file_;
 };
 
@@ -130,8 +132,9 @@ int generate_texts(const GenerateOptions& options, const RankProcess& process, c
     const BpeTokenizer& tokenizer = loaded.require_tokenizer();
     prompts = collect_prompts(options, tokenizer);
     generation.stop = tokenizer.end_of_text();
-    is_one = prompts.texts.size() == 1 && generation.samples == 1 && options.output.empty();
-    if (prints && !is_one) lines = std::make_unique<TextLines>(options.output);
+    is_one = prompts.texts.size() == 1 && generation.samples == 1 && options.output.empty() &&
+             !generation.keep_logits;
+    if (prints && !is_one) lines = std::make_unique<TextLines>(options.output, generation.keep_logits);
   });
   if (is_one)
     print_one_text(loaded, prompts, generation, prints);
@@ -174,6 +177,8 @@ void add_texts(CLI::App& command, GenerateOptions& options) {
       ->check(CLI::PositiveNumber);
   command.add_option("--output", options.output,
                      "A new file for lines of JSON; several texts without it: to stdout");
+  command.add_flag("--logits", options.generation.keep_logits,
+                   "In the lines of JSON, what each token was drawn from: the whole vocabulary's logits");
 }
 
 void add_sampling(CLI::App& command, GenerationOptions& generation) {

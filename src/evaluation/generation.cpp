@@ -220,13 +220,15 @@ class Generator {
     model_.set_micro_batches(std::move(batches));
     model_.forward(count);
     std::vector<double> drawn(places_.size(), -1.0);
+    if (options_.keep_logits) rows_.assign(places_.size() * vocabulary(), 0.0);
     if (model_.has_last_part()) {
       for (size_t i = 0; i < passes.size(); ++i)
         draw(passes[i], model_.result(static_cast<int64_t>(i)), drawn);
     }
-    const std::vector<double> agreed = agree(drawn);
+    const std::vector<double> agreed = agree(drawn, ReduceOp::max);
+    if (options_.keep_logits) rows_ = agree(rows_, ReduceOp::sum);
     for (size_t place = 0; place < places_.size(); ++place) {
-      if (places_[place] != nullptr) append(*places_[place], static_cast<int32_t>(agreed[place]));
+      if (places_[place] != nullptr) append(place, static_cast<int32_t>(agreed[place]));
     }
   }
 
@@ -273,8 +275,10 @@ class Generator {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t place = pass.places[static_cast<size_t>(i)];
         const Growing& text = text_at(place);
-        drawn[static_cast<size_t>(place)] = sample_token(row_of(all, texts, i), options_, text.stream,
-                                                         static_cast<int64_t>(text.made.tokens.size()));
+        const std::vector<double> row = row_of(all, texts, i);
+        drawn[static_cast<size_t>(place)] =
+            sample_token(row, options_, text.stream, static_cast<int64_t>(text.made.tokens.size()));
+        if (options_.keep_logits) std::copy(row.begin(), row.end(), row_at(static_cast<size_t>(place)));
       }
     });
   }
@@ -292,21 +296,30 @@ class Generator {
     return row;
   }
 
-  // What whoever drew a token says of it.
-  std::vector<double> agree(const std::vector<double>& drawn) const {
-    Context& context = model_.context();
-    const Tensor tokens = from_host<double>(context, drawn, {static_cast<int64_t>(drawn.size())});
-    model_.mesh().world().all_reduce(context, tokens, ReduceOp::max);
-    return to_host(tokens);
+  size_t vocabulary() const { return static_cast<size_t>(model_.environment().config.vocab); }
+
+  // The logits that are kept of the text in this place.
+  std::vector<double>::iterator row_at(size_t place) {
+    return rows_.begin() + static_cast<ptrdiff_t>(place * vocabulary());
   }
 
-  void append(Growing& text, int32_t token) {
+  // What whoever drew a token says of it; all others have what changes nothing.
+  std::vector<double> agree(const std::vector<double>& said, ReduceOp op) const {
+    Context& context = model_.context();
+    const Tensor agreed = from_host<double>(context, said, {static_cast<int64_t>(said.size())});
+    model_.mesh().world().all_reduce(context, agreed, op);
+    return to_host(agreed);
+  }
+
+  void append(size_t place, int32_t token) {
+    Growing& text = *places_[place];
     NF_CHECK(token >= 0, "no rank drew a token of prompt {}", text.made.prompt);
     if (kind_of(text) != Pass::Kind::window) text.cached = text.size();
     text.finished = options_.stop && token == *options_.stop;
     if (text.finished) return;
     text.tokens.push_back(token);
     text.made.tokens.push_back(token);
+    if (options_.keep_logits) text.made.logits.emplace_back(row_at(place), row_at(place + 1));
     text.finished = static_cast<int64_t>(text.made.tokens.size()) == options_.max_tokens;
     if (observer_.grown) observer_.grown(text.made);
   }
@@ -323,6 +336,7 @@ class Generator {
   int64_t slots_ = 0;    // places of each replica
   std::vector<Growing*> places_;
   std::optional<KeyValueCache> cache_;
+  std::vector<double> rows_;  // logits that are kept, one row for each place
 };
 
 }  // namespace

@@ -58,6 +58,20 @@ class Generation(WithCorpus):
         # A prompt that is given twice is two prompts, with draws of their own.
         self.assertNotEqual([line["text"] for line in made[:3]], [line["text"] for line in made[-3:]])
 
+    def test_logits_are_those_that_tokens_were_drawn_from_under_every_layout(self):
+        options = ["--max-tokens", 6, "--temperature", 0, "--logits"]
+        expected = [json.loads(line) for line in self.lines(*options).splitlines()]
+        vocabulary = len(json.loads((self.run_folder / "tokenizer" / "vocab.json").read_text()))
+        for line in expected:
+            self.assertEqual([len(row) for row in line["logits"]], [vocabulary] * len(line["tokens"]))
+            self.assertEqual([row.index(max(row)) for row in line["logits"]], line["tokens"])
+        for degrees in LAYOUTS:
+            found = self.lines(*options, "--batch", 2, *layout_flags(*degrees), ranks=degrees[0] * degrees[1] * degrees[2])
+            for line, other in zip(expected, found.splitlines(), strict=True):
+                rows, others = line["logits"], json.loads(other)["logits"]
+                self.assertLess(max((abs(a - b) for row, row_b in zip(rows, others, strict=True)
+                                     for a, b in zip(row, row_b, strict=True)), default=0.0), 1e-11, degrees)
+
     def test_one_prompt_is_written_as_text_and_as_among_others(self):
         made = [json.loads(line) for line in self.lines("--max-tokens", 20, "--temperature", 0).splitlines()]
         for prompt, line in zip(PROMPTS, made):

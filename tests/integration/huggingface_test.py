@@ -156,22 +156,27 @@ class HuggingFace(WithCorpus):
             self.assertEqual(beams[0], beams[1], name)
 
     @unittest.skipIf(MISSING, MISSING)
-    def test_texts_that_are_generated_together_have_transformers_tokens(self):
+    def test_texts_that_are_generated_together_have_transformers_tokens_and_logits(self):
         prompts = ["The ", "A rank", "On GPUs", "of", "LayerNorm", "x"]
         (self.path / "prompts.txt").write_text("\n".join(prompts))
-        compared = 0
+        compared, largest = 0, 0.0
         for name in {**GPT2, **NORMFORMER}:
             folder = self.path / f"{name}-hf"
             model, tokenizer = self.model_of(folder), AutoTokenizer.from_pretrained(folder)
             made = run(["generate", self.path / name, "--prompts", self.path / "prompts.txt", "--batch", 4, "--max-tokens", 8,
-                        "--temperature", 0], 2, expect=0).out.splitlines()
+                        "--temperature", 0, "--logits"], 2, expect=0).out.splitlines()
             for prompt, line in zip(prompts, made, strict=True):
                 ids = tokenizer(prompt, return_tensors="pt")
                 theirs = model.generate(**ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0].tolist()
                 theirs = [token for token in theirs[ids["input_ids"].shape[1]:] if token != tokenizer.eos_token_id]
-                self.assertEqual(json.loads(line)["tokens"], theirs, (name, prompt))
-                compared += len(theirs)
-        print(f"{compared} tokens are transformers'", file=sys.stderr)
+                ours = json.loads(line)
+                self.assertEqual(ours["tokens"], theirs, (name, prompt))
+                with torch.no_grad():
+                    rows = model(torch.tensor([[*ids["input_ids"][0].tolist(), *theirs]])).logits[0, -len(theirs) - 1:-1]
+                difference = (rows - torch.tensor(ours["logits"])).abs().max().item()
+                self.assertLess(difference, 1e-4, (name, prompt))
+                compared, largest = compared + len(theirs), max(largest, difference)
+        print(f"{compared} tokens are transformers', largest difference of a logit {largest:.2e}", file=sys.stderr)
 
     @unittest.skipIf(MISSING, MISSING)
     def test_padding_on_the_left_changes_no_logits(self):

@@ -20,6 +20,7 @@ struct GenerationOptions {
   std::optional<int32_t> stop = std::nullopt;  ///< ends the text; not part of it
   int64_t samples = 1;                         ///< continuations of each prompt
   int64_t batch = 16;                          ///< texts that each replica continues at a time
+  bool keep_logits = false;                    ///< of the vocabulary, for every new token
 };
 
 /// Draws one token from logits: temperature, then top_k, then top_p (Holtzman et al. 2020), with the random
@@ -33,6 +34,8 @@ struct GeneratedText {
   int64_t prompt = 0;                ///< its number among the prompts
   int64_t sample = 0;                ///< its number among the prompt's continuations
   std::vector<int32_t> tokens = {};  ///< the new ones
+  /// What each was drawn from, a row of the vocabulary's logits each, if they are kept; else empty.
+  std::vector<std::vector<double>> logits = {};
 };
 
 /// Who is told of texts while they are made, on every rank alike. Either may be empty.
