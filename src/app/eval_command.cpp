@@ -105,6 +105,16 @@ std::vector<std::string> classes_of(const TrainedModel& loaded) {
   return classes;
 }
 
+std::string describe_scores(const ClassifiedTexts& made, const LabelledDataset& data) {
+  const auto classes = static_cast<int64_t>(data.classes().size());
+  const ClassScores scores = score_classes(data.targets(), made.predictions, classes);
+  const std::string f1 =
+      scores.f1 ? fmt::format(", F1 of '{}' {:.4f}", data.classes().back(), *scores.f1) : std::string();
+  return fmt::format(", loss {:.6f}, accuracy {:.4f} ({} right), Matthews correlation {:.4f}{}",
+                     made.result.mean(), made.result.accuracy(), made.result.correct.value_or(0),
+                     scores.matthews, f1);
+}
+
 int eval_classifier(const EvalOptions& options, const RankProcess& process, const TrainedModel& loaded) {
   std::vector<std::string> classes;
   std::vector<LabelledText> texts;
@@ -123,11 +133,8 @@ int eval_classifier(const EvalOptions& options, const RankProcess& process, cons
       write_predictions(options.predictions, texts, classes, made);
   });
   if (process.world.rank() != 0) return 0;
-  const std::string what = options.unlabelled
-                               ? std::string()
-                               : fmt::format(", loss {:.6f}, accuracy {:.4f} ({} right)", made.result.mean(),
-                                             made.result.accuracy(), made.result.correct.value_or(0));
-  fmt::print("{} on {}: {} texts{}\n", loaded.checkpoint, options.text.string(), texts.size(), what);
+  const std::string how_well = options.unlabelled ? std::string() : describe_scores(made, *data);
+  fmt::print("{} on {}: {} texts{}\n", loaded.checkpoint, options.text.string(), texts.size(), how_well);
   return 0;
 }
 

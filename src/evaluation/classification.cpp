@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <span>
+#include <numeric>
 
 namespace normformer {
 
@@ -20,6 +20,35 @@ int32_t normalise(std::span<double> logits) {
 }
 
 }  // namespace
+
+ClassScores score_classes(std::span<const int32_t> targets, std::span<const int32_t> predictions,
+                          int64_t classes) {
+  NF_CHECK(targets.size() == predictions.size(), "{} texts, {} predictions", targets.size(),
+           predictions.size());
+  std::vector<double> of_target(static_cast<size_t>(classes));
+  std::vector<double> of_prediction(static_cast<size_t>(classes));
+  std::vector<double> right(static_cast<size_t>(classes));
+  for (size_t i = 0; i < targets.size(); ++i) {
+    of_target[static_cast<size_t>(targets[i])] += 1.0;
+    of_prediction[static_cast<size_t>(predictions[i])] += 1.0;
+    if (targets[i] == predictions[i]) right[static_cast<size_t>(targets[i])] += 1.0;
+  }
+  const auto product = [&](const std::vector<double>& a, const std::vector<double>& b) {
+    return std::inner_product(a.begin(), a.end(), b.begin(), 0.0);
+  };
+  // Covariances of one-hot rows, times the number of texts squared.
+  const auto texts = static_cast<double>(targets.size());
+  const double both = std::accumulate(right.begin(), right.end(), 0.0) * texts;
+  const double spread = (texts * texts - product(of_target, of_target)) *
+                        (texts * texts - product(of_prediction, of_prediction));
+  ClassScores scores;
+  if (spread > 0.0) scores.matthews = (both - product(of_target, of_prediction)) / std::sqrt(spread);
+  if (classes == 2) {
+    const double named = of_target[1] + of_prediction[1];
+    scores.f1 = named > 0.0 ? 2.0 * right[1] / named : 0.0;
+  }
+  return scores;
+}
 
 ClassifiedTexts classify(ModelInstance& model, const RunConfig& config, const LabelledDataset& texts) {
   const Group& world = model.mesh().world();

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
 """Classifiers by the whole program: pre-trained, fine-tuned on labelled texts, evaluated, and told what is wrong."""
+import collections
 import json
 import math
 import re
@@ -114,9 +115,10 @@ class Classification(WithCorpus):
 
     def evaluated(self, arguments, ranks=1):
         out = run(["eval", *arguments], ranks, expect=0).out
-        found = re.search(r": (\d+) texts, loss ([\d.]+), accuracy ([\d.]+) \((\d+) right\)", out)
+        found = re.search(r": (\d+) texts, loss ([\d.]+), accuracy ([\d.]+) \((\d+) right\), Matthews correlation ([-\d.]+), "
+                          r"F1 of 'pos' ([\d.]+)\n", out)
         self.assertTrue(found, out)
-        return int(found[1]), float(found[2]), float(found[3]), int(found[4])
+        return int(found[1]), float(found[2]), float(found[3]), int(found[4]), float(found[5]), float(found[6])
 
     def test_eval_is_the_run_s_validation_on_any_layout(self):
         self.train("scored")
@@ -132,7 +134,7 @@ class Classification(WithCorpus):
         one, four = ([json.loads(line) for line in (self.path / f"{name}.jsonl").read_text().splitlines()]
                      for name in ("one", "four"))
         self.assertEqual(len(one), 10)
-        right, nll = 0, 0.0
+        right, nll, counts = 0, 0.0, collections.Counter()
         for number, (mine, other) in enumerate(zip(one, four, strict=True)):
             self.assertEqual(mine["line"], number + 2)
             self.assertAlmostEqual(sum(mine["probabilities"].values()), 1.0, places=6)
@@ -141,7 +143,12 @@ class Classification(WithCorpus):
             self.assertAlmostEqual(mine["probabilities"]["pos"], other["probabilities"]["pos"], places=5)
             right += mine["prediction"] == mine["label"]
             nll -= math.log(mine["probabilities"][mine["label"]])
+            counts[mine["label"], mine["prediction"]] += 1
         self.assertEqual(right, alone[3])
+        found, wrong, missed, other = (counts[pair] for pair in (("pos", "pos"), ("neg", "pos"), ("pos", "neg"), ("neg", "neg")))
+        spread = (found + wrong) * (found + missed) * (other + wrong) * (other + missed)
+        self.assertAlmostEqual(alone[4], (found * other - wrong * missed) / math.sqrt(spread) if spread else 0.0, places=4)
+        self.assertAlmostEqual(alone[5], 2 * found / (2 * found + wrong + missed) if found else 0.0, places=4)
         self.assertAlmostEqual(nll / 10, alone[1], places=5)
 
     def test_a_checkpoint_written_anew_classifies_alike(self):
