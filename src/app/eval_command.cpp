@@ -2,13 +2,13 @@
 #include <cmath>
 #include <cstdio>
 #include <fstream>
-#include <iterator>
 #include <memory>
 #include <optional>
 #include <string>
 
 #include <nlohmann/json.hpp>
 
+#include "normformer/core/mapped_file.h"
 #include "normformer/data/unicode.h"
 #include "normformer/evaluation/classification.h"
 #include "normformer/evaluation/perplexity.h"
@@ -32,11 +32,15 @@ struct EvalOptions {
 };
 
 std::string read_text(const std::filesystem::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
-  if (!file) throw IoError(fmt::format("cannot read {}: {}", path.string(), system_reason()));
+  std::string text(MappedFile(path).text());
   if (text.empty()) throw DataError(fmt::format("{} is empty: there is nothing to evaluate", path.string()));
   return text;
+}
+
+// At once, before anything is written that a full disk may refuse.
+void print_scores(const TrainedModel& loaded, const EvalOptions& options, const std::string& scores) {
+  fmt::print("{} on {}: {}\n", loaded.checkpoint, options.text.string(), scores);
+  std::fflush(stdout);
 }
 
 // One object a token: its id, which bytes of the text it is (a token need not be whole characters), and its
@@ -129,12 +133,11 @@ int eval_classifier(const EvalOptions& options, const RankProcess& process, cons
   });
   const ClassifiedTexts made = classify(*loaded.model, loaded.config, *data);
   run_agreed(process.world, [&] {
-    if (process.world.rank() == 0 && !options.predictions.empty())
-      write_predictions(options.predictions, texts, classes, made);
+    if (process.world.rank() != 0) return;
+    const std::string how_well = options.unlabelled ? std::string() : describe_scores(made, *data);
+    print_scores(loaded, options, fmt::format("{} texts{}", texts.size(), how_well));
+    if (!options.predictions.empty()) write_predictions(options.predictions, texts, classes, made);
   });
-  if (process.world.rank() != 0) return 0;
-  const std::string how_well = options.unlabelled ? std::string() : describe_scores(made, *data);
-  fmt::print("{} on {}: {} texts{}\n", loaded.checkpoint, options.text.string(), texts.size(), how_well);
   return 0;
 }
 
@@ -154,8 +157,9 @@ int eval_masked(const EvalOptions& options, const RankProcess& process, const Tr
   const TextScore score = score_masked_tokens(*loaded.model, loaded.config, tokens, rule);
   if (process.world.rank() != 0) return 0;
   const double mean = score.nll_sum / static_cast<double>(std::max<int64_t>(1, score.tokens));
-  fmt::print("{} on {}: {} tokens, {} of them masked, loss {:.6f}, perplexity {:.4f}\n", loaded.checkpoint,
-             options.text.string(), tokens.size(), score.tokens, mean, std::exp(mean));
+  print_scores(loaded, options,
+               fmt::format("{} tokens, {} of them masked, loss {:.6f}, perplexity {:.4f}", tokens.size(),
+                           score.tokens, mean, std::exp(mean)));
   return 0;
 }
 
@@ -171,15 +175,14 @@ int eval_text(const EvalOptions& options, const RankProcess& process, const Trai
   });
   const TextScore score = score_tokens(*loaded.model, loaded.config, tokens, before, !options.nll.empty());
   run_agreed(process.world, [&] {
-    if (process.world.rank() == 0 && !options.nll.empty()) {
-      write_nll(options.nll, *loaded.tokenizer, tokens, score.nll);
-    }
+    if (process.world.rank() != 0) return;
+    const double mean = score.nll_sum / static_cast<double>(score.tokens);
+    const double bits = score.nll_sum / std::log(2.0) / static_cast<double>(text.size());
+    print_scores(loaded, options,
+                 fmt::format("{} tokens, loss {:.6f}, perplexity {:.4f}, {:.4f} bits a byte", score.tokens,
+                             mean, std::exp(mean), bits));
+    if (!options.nll.empty()) write_nll(options.nll, *loaded.tokenizer, tokens, score.nll);
   });
-  if (process.world.rank() != 0) return 0;
-  const double mean = score.nll_sum / static_cast<double>(score.tokens);
-  fmt::print("{} on {}: {} tokens, loss {:.6f}, perplexity {:.4f}, {:.4f} bits a byte\n", loaded.checkpoint,
-             options.text.string(), score.tokens, mean, std::exp(mean),
-             score.nll_sum / std::log(2.0) / static_cast<double>(text.size()));
   return 0;
 }
 

@@ -77,9 +77,11 @@ int eval_tasks(const EvalTasksOptions& options, const RankProcess& process, cons
     for (TaskResult& result : results) {
       result.metrics = task_metrics(*loaded.context, result.task, result.scores);
     }
+    // First what no full disk can lose.
+    fmt::print("{} of {}\n{}", loaded.checkpoint, options.model.run.string(), results_table(results));
+    std::fflush(stdout);
     const EvaluatedModel model{options.model.run.string(), loaded.checkpoint, options.limit};
     if (!options.output.empty()) write_results(options.output, model, results, options.log_samples);
-    fmt::print("{} of {}\n{}", loaded.checkpoint, options.model.run.string(), results_table(results));
   });
   return 0;
 }

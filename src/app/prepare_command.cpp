@@ -28,7 +28,9 @@ void add_prepare_command(CLI::App& app, Command& chosen) {
   command->add_option("inputs", options->inputs, "Text files, folders (every file below), or .jsonl files")
       ->required();
   command
-      ->add_option("-o,--output", options->output, "OUTPUT.bin, OUTPUT.idx, OUTPUT.json, OUTPUT_tokenizer/")
+      ->add_option("-o,--output", options->output,
+                   "OUTPUT.bin and .idx (with validation OUTPUT_train and OUTPUT_valid), OUTPUT.json, "
+                   "OUTPUT_tokenizer/")
       ->required();
   auto* tokenizer =
       command->add_option("--tokenizer", options->tokenizer,

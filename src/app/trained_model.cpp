@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "normformer/checkpoints/checkpoint.h"
+#include "normformer/config/overrides.h"
 #include "normformer/training/agreement.h"
 #include "normformer/training/run.h"
 #include "normformer/training/run_checkpoint.h"
@@ -13,21 +14,19 @@ namespace {
 
 // Whoever generates needs the last token's logits of a text that grows from nothing: there is little to
 // split.
-void keep_sequences_whole(RunConfig& config, const std::vector<std::string>& overrides) {
-  const bool asks = std::any_of(overrides.begin(), overrides.end(), [](const std::string& override) {
-    return override.starts_with("parallel.context=");
-  });
+void keep_sequences_whole(RunConfig& config, const std::vector<std::string>& asked) {
+  const bool asks = std::find(asked.begin(), asked.end(), "parallel.context") != asked.end();
   if (asks && config.parallel.context > 1) {
     throw ConfigError(
-        fmt::format("--set parallel.context={}: texts are generated with parallel.context = 1 only",
+        fmt::format("--set makes parallel.context {}, but texts are generated with parallel.context = 1 only",
                     config.parallel.context));
   }
   config.parallel.context = 1;
 }
 
-bool asks_for_layout(const std::vector<std::string>& overrides) {
-  return std::any_of(overrides.begin(), overrides.end(),
-                     [](const std::string& override) { return override.starts_with("parallel."); });
+bool asks_for_layout(const std::vector<std::string>& asked) {
+  return std::any_of(asked.begin(), asked.end(),
+                     [](const std::string& key) { return key.starts_with("parallel."); });
 }
 
 // Weights alone: the masters, rounded to the model's type.
@@ -77,12 +76,13 @@ TrainedModel load_trained_model(const TrainedModelOptions& options, const RankPr
   run_agreed(process.world, [&] {
     const std::string path = folder.config().string();
     loaded.config = load_run_config(path, options.overrides);
+    const std::vector<std::string> asked = overridden_keys(options.overrides);
     loaded.config.parallel.sharding = Sharding::optimizer;  // which leaves weights whole
     loaded.config.parallel.shard_group = 0;                 // nothing is split
-    if (options.whole_sequences) keep_sequences_whole(loaded.config, options.overrides);
+    if (options.whole_sequences) keep_sequences_whole(loaded.config, asked);
     // A model is used on any number of ranks, unless the user asks for a layout.
-    loaded.config = asks_for_layout(options.overrides) ? resolve_layout(loaded.config, process.world.size())
-                                                       : nearest_layout(loaded.config, process.world.size());
+    loaded.config = asks_for_layout(asked) ? resolve_layout(loaded.config, process.world.size())
+                                           : nearest_layout(loaded.config, process.world.size());
     if (std::filesystem::exists(folder.tokenizer()))
       loaded.tokenizer = BpeTokenizer::load(folder.tokenizer());
   });

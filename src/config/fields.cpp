@@ -342,7 +342,9 @@ void add_train(std::vector<Field>& all) {
   s.integer("valid_sequences", &T::valid_sequences, {0}, "sequences of a validation; 0 means all");
   s.integer("log_every", &T::log_every, {1}, "updates between lines of progress");
   s.integer("max_skipped", &T::max_skipped, {1},
-            "consecutive non-finite updates after which the run ends; overflows in fp16 do not count");
+            "consecutive updates left out, not finite or spikes, after which the run ends; overflows in fp16 "
+            "do not "
+            "count");
   s.real("loss_scale_init", &T::loss_scale_init, {.low = 0, .above = true},
          "in fp16: what the loss' gradient is multiplied by at first, a power of two");
   s.integer("loss_scale_window", &T::loss_scale_window, {0},
@@ -385,7 +387,8 @@ void add_health(std::vector<Field>& all) {
   s.integer("replica_check_every", &H::replica_check_every, {0},
             "updates between comparisons of the weights that several ranks hold; 0 means none");
   s.real("straggler_factor", &H::straggler_factor, {.low = 0},
-         "a rank whose computing takes so many times the median of all ranks is named; 0 means none is");
+         "a rank whose computing takes so many times the median of its pipeline stage's ranks is named; 0 "
+         "means none is");
   s.on_resume(ResumePolicy::irrelevant);
   s.real("spike_zscore", &H::spike_zscore, {.low = 0},
          "a loss or gradient norm so many robust standard deviations above the median of the batches before "

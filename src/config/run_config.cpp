@@ -11,6 +11,7 @@
 #include <fmt/format.h>
 #include <toml++/toml.h>
 
+#include "normformer/config/overrides.h"
 #include "normformer/core/error.h"
 
 #include "field.h"
@@ -85,6 +86,13 @@ class Reader {
       return found == places_.end() ? std::string() : found->second;
     });
     return config_;
+  }
+
+  /// What has been written so far, sorted.
+  std::vector<std::string> keys() const {
+    std::vector<std::string> names;
+    for (const auto& [name, place] : places_) names.push_back(name);
+    return names;
   }
 
  private:
@@ -235,6 +243,15 @@ void read_override(Reader& reader, const std::string& text) {
   reader.read_override(text);
 }
 
+void read_overrides(Reader& reader, const std::vector<std::string>& overrides) {
+  for (const std::string& text : overrides) {
+    if (text.starts_with('@'))
+      read_toml(reader, read_text(text.substr(1)), text.substr(1));
+    else
+      read_override(reader, text);
+  }
+}
+
 }  // namespace
 
 RunConfig parse_run_config(const std::string& text, const std::string& name,
@@ -248,13 +265,14 @@ RunConfig parse_run_config(const std::string& text, const std::string& name,
 RunConfig load_run_config(const std::string& path, const std::vector<std::string>& overrides) {
   Reader reader;
   read_toml(reader, read_text(path), path);
-  for (const std::string& text_of_one : overrides) {
-    if (text_of_one.starts_with('@'))
-      read_toml(reader, read_text(text_of_one.substr(1)), text_of_one.substr(1));
-    else
-      read_override(reader, text_of_one);
-  }
+  read_overrides(reader, overrides);
   return reader.finish();
+}
+
+std::vector<std::string> overridden_keys(const std::vector<std::string>& overrides) {
+  Reader reader;
+  read_overrides(reader, overrides);
+  return reader.keys();
 }
 
 std::string to_toml(const RunConfig& config) {

@@ -177,7 +177,9 @@ class Generator {
 
   void tell_finished() {
     for (; told_ < texts_.size() && texts_[told_].finished; ++told_) {
-      if (observer_.finished) observer_.finished(texts_[told_].made);
+      if (!observer_.finished) continue;
+      observer_.finished(texts_[told_].made);
+      texts_[told_].made.logits = {};  // so much that only texts in work may have them
     }
   }
 

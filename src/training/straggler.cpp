@@ -42,9 +42,9 @@ double ComputeClock::take() {
 
 std::string describe(const Straggler& straggler, const std::string& host) {
   return fmt::format(
-      "rank {} on host {} computes {:.1f} times as long as the median ({:.3g} s against {:.3g} s) over the "
-      "last "
-      "{} steps",
+      "rank {} on host {} computes {:.1f} times as long as the median of its stage ({:.3g} s against {:.3g} "
+      "s) "
+      "over the last {} steps",
       straggler.rank, host, straggler.factor(), straggler.seconds, straggler.median, straggler.steps);
 }
 

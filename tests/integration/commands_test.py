@@ -190,6 +190,16 @@ class Commands(unittest.TestCase):
         self.assertIn(f"{len(values)} tokens, loss {sum(values) / len(values):.6f}", out)
         self.assertIn(f"perplexity {math.exp(sum(values) / len(values)):.4f}", out)
 
+    def test_scores_are_printed_though_their_file_cannot_be_written(self):
+        refused = run(["eval", self.run_folder, self.folder.path / "text.txt", "--nll", self.folder.path / "nowhere" / "nll"], 2)
+        self.assertEqual((refused.code, len(refused.sentences())), (74, 1), refused.err)
+        self.assertRegex(refused.out, r"perplexity [\d.]+")
+
+    def test_a_folder_is_no_text(self):
+        refused = run(["eval", self.run_folder, self.folder.path], 2, expect=74)
+        self.assertEqual(len(refused.sentences()), 1, refused.err)
+        self.assertIn(f"{self.folder.path} is not a regular file", refused.err)
+
     def test_a_run_of_two_ranks_is_used_on_one(self):
         config = self.folder.config("of_two", parallel__tensor=2, train__updates=1)
         run(["train", config], 2, expect=0)

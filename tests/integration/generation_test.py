@@ -124,6 +124,17 @@ class Generation(WithCorpus):
         self.refused(65, "wrong.jsonl line 1", arguments=file_of("wrong.jsonl", b"[" * 100000))
         self.refused(65, "wrong.jsonl line 1", arguments=file_of("wrong.jsonl", b'{"prompt": "\xff"}'))
 
+    def test_layouts_of_a_file_are_asked_for_as_those_of_keys(self):
+        for name, key, said in (("context", "context = 2", "parallel.context = 1 only"), ("tensor", "tensor = 2", "1 rank")):
+            file = self.path / f"{name}.toml"
+            file.write_text(f"[parallel]\n{key}\n")
+            told = []
+            for layout in (f"@{file}", f"parallel.{name}=2"):
+                outcome = run(["generate", self.run_folder, "--prompt", "a", "--set", layout], expect=64)
+                self.assertIn(said, outcome.err)
+                told.append(outcome.sentences())
+            self.assertEqual(*told)
+
     def test_options_that_make_no_sense_are_refused(self):
         for wrong in (["--batch", 0], ["--samples", -1], ["--max-tokens", -1], ["--temperature", "nan"], ["--temperature", -1],
                       ["--top-p", 1.5], ["--top-p", "nan"], ["--top-k", -2]):

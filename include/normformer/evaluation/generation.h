@@ -34,7 +34,8 @@ struct GeneratedText {
   int64_t prompt = 0;                ///< its number among the prompts
   int64_t sample = 0;                ///< its number among the prompt's continuations
   std::vector<int32_t> tokens = {};  ///< the new ones
-  /// What each was drawn from, a row of the vocabulary's logits each, if they are kept; else empty.
+  /// What each was drawn from, a row of the vocabulary's logits each, if they are kept; else empty, and given
+  /// back once an observer was told that the text is finished.
   std::vector<std::vector<double>> logits = {};
 };
 
