@@ -28,8 +28,9 @@ TEST(Straggler, IsNamedByItsMeanOverThirtyTwoSteps) {
   EXPECT_DOUBLE_EQ(named[0].second.seconds, 2.0);
   EXPECT_DOUBLE_EQ(named[0].second.median, 1.0);
   EXPECT_EQ(describe(named[0].second, "b"),
-            "rank 2 on host b computes 2.0 times as long as the median (2 s against 1 s) over the last 32 "
-            "steps");
+            "rank 2 on host b computes 2.0 times as long as the median of its stage (2 s against 1 s) over "
+            "the last "
+            "32 steps");
 }
 
 TEST(Straggler, OneSlowStepIsNotEnough) {
