@@ -23,21 +23,23 @@ OWN = ("NORMFORMER_ATTEMPT", "NORMFORMER_LAUNCHER", "NORMFORMER_TERMINAL")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def find_program() -> str:
-    """The program that ranks run."""
-    built = ROOT / "build/cpu/src/app/normformer"
+def find_program(device: str) -> str:
+    """The program that ranks of a run on this device ("cpu", "cuda") run: what NORMFORMER names, else the build for the
+    device, else the other build, which says itself what it lacks, else PATH's."""
+    presets = ("cuda", "cpu") if device == "cuda" else ("cpu", "cuda")
     named = os.environ.get("NORMFORMER")
     if named:
         found = shutil.which(named)
         if not found:
             raise Refusal(f"NORMFORMER={named} is no program")
         return os.path.abspath(found)
-    if os.access(built, os.X_OK):
-        return str(built)
+    for built in (ROOT / f"build/{preset}/src/app/normformer" for preset in presets):
+        if os.access(built, os.X_OK):
+            return str(built)
     found = shutil.which("normformer")
     if not found:
-        raise Refusal("no normformer program: build it with 'cmake --preset cpu && cmake --build --preset cpu', or "
-                      "name it in NORMFORMER")
+        raise Refusal(f"no normformer program: build it with 'cmake --preset {presets[0]} && cmake --build --preset "
+                      f"{presets[0]}', or name it in NORMFORMER")
     return os.path.abspath(found)
 
 
@@ -183,9 +185,9 @@ class Supervisor:
 
 def supervise(options: Options) -> int:
     """Trains as the options say; returns the exit code."""
-    program = find_program()
-    require_mpirun()
     settings = read_settings(options.config, options.train)
+    program = find_program(settings.device)
+    require_mpirun()
     signals = Signals()
     record = RunRecord(settings.folder)
     if os.getuid() == 0:

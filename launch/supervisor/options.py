@@ -9,6 +9,10 @@ from . import codes
 from .hosts import Host, hosts_of_allocation, parse_hosts, read_hostfile
 
 
+PROGRAM_ORDER = ("The program is the one that NORMFORMER names, else the first that there is: of a run with device.kind "
+                 "\"cuda\" build/cuda, build/cpu, PATH; of others build/cpu, build/cuda, PATH.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     config: pathlib.Path
@@ -54,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="launch/run", allow_abbrev=False,
                      usage="launch/run CONFIG -n RANKS [OPTION ...] [-- OPTION of `normformer train` ...]",
                      description="Trains on several ranks under mpirun, stops cleanly on Ctrl-C, SIGTERM and SIGUSR1, "
-                     "and starts a failed job again from its newest checkpoint.")
+                     "and starts a failed job again from its newest checkpoint.", epilog=PROGRAM_ORDER)
     parser.add_argument("config", metavar="CONFIG", help="the run's configuration, a TOML file")
     parser.add_argument("-n", dest="ranks", metavar="RANKS", type=_positive, required=True, help="number of ranks")
     where = parser.add_mutually_exclusive_group()

@@ -10,6 +10,7 @@ from typing import NoReturn, Optional, Sequence
 from supervisor import codes
 from supervisor.codes import Refusal
 from supervisor.main import ROOT, find_program, require_mpirun
+from supervisor.options import PROGRAM_ORDER
 from supervisor.signals import Signals
 
 from . import outcome
@@ -43,7 +44,8 @@ def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[st
     arguments = list(arguments)
     split = arguments.index("--") if "--" in arguments else len(arguments)
     parser = _Parser(prog="launch/sweep", allow_abbrev=False,
-                     description="Trains many runs that differ in some settings, and tells how they compare.")
+                     description="Trains many runs that differ in some settings, and tells how they compare.",
+                     epilog=PROGRAM_ORDER)
     parser.add_argument("sweep", metavar="SWEEP.toml", type=pathlib.Path, help="what to train (docs/sweeps.md)")
     parser.add_argument("-n", dest="ranks", metavar="RANKS", type=_positive, help="ranks of a run, instead of the file's")
     parser.add_argument("--set", dest="keys", metavar="KEY=VALUE", action="append", default=[],
@@ -65,8 +67,8 @@ def parse_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[st
 
 def check(sweep: Sweep, runs: Sequence[Run]) -> None:
     """Has the program judge each run's configuration on its ranks. Raises Refusal with the program's own sentence."""
-    program = find_program()
     for run in runs:
+        program = find_program(run.setting("device.kind") or "cpu")
         planned = subprocess.run([program, "plan", str(run.config), "-n", str(sweep.ranks), *run.overrides()],
                                  capture_output=True, text=True, errors="replace")
         if planned.returncode != 0:

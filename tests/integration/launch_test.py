@@ -4,11 +4,13 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import unittest
+from unittest import mock
 
 from program import (PROGRAM, ROOT, Folder, WithCorpus, checkpoints, last_update, losses, metrics, rank_processes, run,
                      wait_until, weights)
@@ -270,6 +272,47 @@ class Starts(unittest.TestCase):
 
     def test_too_few_slots_are_refused(self):
         self.assertRaisesRegex(Refusal, "the hosts take 4 ranks, not 6", self.start_on, "a", "b", ranks=6)
+
+
+class Programs(unittest.TestCase):
+    """Which program ranks run, by the run's device and by what is built."""
+
+    def setUp(self):
+        self.folder = Scratch().__enter__()
+        self.addCleanup(shutil.rmtree, self.folder)
+
+    def make(self, name):
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("#!/bin/sh\n")
+        path.chmod(0o755)
+        return str(path)
+
+    def found(self, device, named=None):
+        variables = {"PATH": str(self.folder / "bin"), **({"NORMFORMER": named} if named else {})}
+        with mock.patch.object(main, "ROOT", self.folder), mock.patch.dict(os.environ, variables):
+            if not named:
+                os.environ.pop("NORMFORMER", None)
+            return main.find_program(device)
+
+    def test_the_build_for_the_device_comes_first(self):
+        self.assertRaisesRegex(Refusal, "cmake --preset cuda", self.found, "cuda")
+        self.assertRaisesRegex(Refusal, "cmake --preset cpu", self.found, "cpu")
+        on_path = self.make("bin/normformer")
+        self.assertEqual([self.found("cpu"), self.found("cuda")], [on_path] * 2)
+        cuda = self.make("build/cuda/src/app/normformer")
+        self.assertEqual([self.found("cpu"), self.found("cuda")], [cuda] * 2)
+        cpu = self.make("build/cpu/src/app/normformer")
+        self.assertEqual([self.found("cpu"), self.found("cuda")], [cpu, cuda])
+        os.chmod(cuda, 0o644)
+        self.assertEqual([self.found("cpu"), self.found("cuda")], [cpu] * 2)
+
+    def test_the_one_that_is_named_outranks_all(self):
+        for name in ("bin/normformer", "build/cuda/src/app/normformer", "build/cpu/src/app/normformer"):
+            self.make(name)
+        named = self.make("other/program")
+        self.assertEqual([self.found("cpu", named), self.found("cuda", named)], [named] * 2)
+        self.assertRaisesRegex(Refusal, "NORMFORMER=nowhere is no program", self.found, "cuda", "nowhere")
 
 
 class Records(unittest.TestCase):

@@ -8,12 +8,14 @@ import statistics
 import subprocess
 import sys
 import unittest
+from unittest import mock
 
 from program import PROGRAM, ROOT, Folder, WithCorpus, environment, losses, metrics, run, wait_until
 
 sys.dont_write_bytecode = True
 sys.path.insert(0, str(ROOT / "launch"))
 
+import sweeps.main  # noqa: E402
 from supervisor.codes import Refusal  # noqa: E402
 from sweeps.jobs import gpus_of_slot, threads_of_rank  # noqa: E402
 from sweeps.outcome import Outcome  # noqa: E402
@@ -253,6 +255,21 @@ class Sweeps(WithCorpus):
         path.write_text(path.read_text() + "[set]\noptimizer.lr = 0.5\n")
         said = self.sweep(path, expect=64).stderr
         self.assertIn("seed-1 was begun with optimizer.lr = 0.003, and now it is 0.5: remove it", said)
+
+    def test_each_run_is_judged_by_the_program_for_its_device(self):
+        self.folder.config("device-base")
+        path = self.path("device.toml")
+        path.write_text(f'base = "device-base.toml"\nfolder = "{self.path("device")}"\n[[axes]]\n'
+                        'values.device.kind = ["cpu", "cuda"]\n')
+        asked = []
+        with mock.patch.object(sweeps.main, "find_program", lambda device: asked.append(device) or "true"):
+            sweep = read_sweep(path)
+            sweeps.main.check(sweep, sweep.runs)
+            path.write_text(path.read_text().replace('values.device.kind = ["cpu", "cuda"]', "values.train.seed = [1]"))
+            for given in ([], ["device.kind=cuda"]):
+                sweep = read_sweep(path, of_command=given)
+                sweeps.main.check(sweep, sweep.runs)
+        self.assertEqual(asked, ["cpu", "cuda", "cpu", "cuda"])
 
     def test_dry_runs_and_lists_train_nothing(self):
         path = self.write("dry", SEEDS)
