@@ -30,9 +30,13 @@ class Reach:
     seconds: float
 
 
+def is_pre_norm(config):
+    return config.get("model.norm_position", "pre") == "pre"
+
+
 def is_baseline(config):
-    """Whether a configuration has none of NormFormer's additions."""
-    return config.get("model.head_scale", "none") == "none" and not any(
+    """Whether a configuration is Pre-LN with none of NormFormer's additions."""
+    return is_pre_norm(config) and config.get("model.head_scale", "none") == "none" and not any(
         config.get(f"model.{key}", False) for key in ("post_attention_norm", "ffn_norm", "residual_scale", "qkv_norm"))
 
 
@@ -44,7 +48,10 @@ def model_name(config):
            "post-attention LN": bool(config.get("model.post_attention_norm")),
            "FFN LN": bool(config.get("model.ffn_norm"))}
     parts = [part for part, there in has.items() if there]
-    name = "NormFormer" if len(parts) == 3 else " + ".join(["Pre-LN", *parts])
+    if len(parts) == 3:
+        name = "NormFormer" if is_pre_norm(config) else "Post-LN NormFormer"
+    else:
+        name = " + ".join(["Pre-LN" if is_pre_norm(config) else "Post-LN", *parts])
     extras = [("residual_scale", "ResScale"), ("qkv_norm", "QKV LN")]
     return " + ".join([name, *(text for key, text in extras if config.get(f"model.{key}"))])
 
@@ -60,7 +67,8 @@ def differing_keys(runs):
     return [key for key in keys if len({repr(run.config.get(key)) for run in runs}) > 1]
 
 
-MODEL_KEYS = ("model.head_scale", "model.post_attention_norm", "model.ffn_norm", "model.residual_scale", "model.qkv_norm")
+MODEL_KEYS = ("model.norm_position", "model.head_scale", "model.post_attention_norm", "model.ffn_norm",
+              "model.residual_scale", "model.qkv_norm")  # what a model's name says
 
 
 def labelled(groups):

@@ -93,6 +93,18 @@ class Numbers(WithFolder):
         self.assertAlmostEqual(parts[0], 100.0)
         self.assertAlmostEqual(parts[1], 100 * 20 / 30)
 
+    def test_a_post_ln_model_is_no_baseline(self):
+        write_run(self.folder / "pre")
+        for name, norms in (("post", False), ("post-norm", True)):
+            path = write_run(self.folder / name, norms=norms) / "config.toml"
+            path.write_text(path.read_text().replace("[model]\n", '[model]\nnorm_position = "post"\n'))
+        groups = measures.group_runs(runs.find_runs([self.folder]))
+        self.assertEqual([(group.label, group.is_baseline) for group in groups],
+                         [("Pre-LN baseline", True), ("Post-LN", False), ("Post-LN NormFormer", False)])
+        self.assertEqual([owner.label for _, owner in measures.targets_of(groups, None)], ["Pre-LN baseline"])
+        self.assertEqual(measures.model_name({"model.norm_position": "post", "model.head_scale": "paper"}),
+                         "Post-LN + head scale")
+
     def test_seeds_have_a_mean_and_a_spread_where_all_have_a_value(self):
         column = lambda *values: numpy.array(values, dtype=float)  # noqa: E731
         one = runs.Curve(column(1, 2, 3), column(10, 20, 30), column(1, 2, 3), column(5, 4, 3))
