@@ -232,26 +232,36 @@ def draw_boxes(ax, group, scales, offset, width):
 
 
 def explosion(groups):
-    """Updates and learning rate at which runs exploded: a point each run, a bar at the median."""
-    found = [(group, measures.explosions(group)) for group in groups]
-    found = [(group, points) for group, points in found if points]
+    """Updates and learning rate at which runs exploded: a point each run, a bar at the median; an open arrow where a run
+    lasted."""
+    found = [(group, measures.stability_ends(group)) for group in groups]
+    found = [(group, ends) for group, ends in found if ends]
     if not found:
         return None
     figure, axes = panels(1, 2, 0.9 + 0.42 * len(found), sharey=True)
-    for ax, column, label in zip(axes, (0, 1), ("updates before explosion", "learning rate at explosion")):
-        for i, (group, points) in enumerate(found):
-            values = [point[column] for point in points]
-            ax.plot(values, [i] * len(values), "o", color=group.colour, markersize=4.5, alpha=0.55, markeredgewidth=0)
-            middle = measures.median(values)
-            ax.plot([middle, middle], [i - 0.28, i + 0.28], color=group.colour, linewidth=2.5)
-            ax.annotate(f"{middle:.4g}", (middle, i - 0.3), ha="center", va="bottom", fontsize=8)
+    for ax, name, label in zip(axes, ("update", "lr"), ("updates before explosion", "learning rate at explosion")):
+        for i, (group, ends) in enumerate(found):
+            draw_ends(ax, i, group.colour, ends, name)
         ax.set_xlabel(label)
         ax.xaxis.set_major_locator(pyplot.MaxNLocator(4))
-        ax.set_xlim(0, 1.12 * max(point[column] for _, points in found for point in points))
+        ax.set_xlim(0, 1.15 * max(getattr(end, name) for _, ends in found for end in ends))
         ax.set_yticks(range(len(found)), [group.label for group, _ in found])
         ax.grid(axis="y", visible=False)
     axes[0].set_ylim(len(found) - 0.5, -0.75)
     return figure
+
+
+def draw_ends(ax, row, colour, ends, name):
+    """One group's runs of a stability test, and their median."""
+    for exploded, marker, face in ((True, "o", colour), (False, ">", "none")):
+        values = [getattr(end, name) for end in ends if end.exploded == exploded]
+        ax.plot(values, [row] * len(values), marker, color=colour, markerfacecolor=face, alpha=0.55 if exploded else 1,
+                markersize=4.5 if exploded else 6, markeredgewidth=0 if exploded else 1)
+    middle, beyond = measures.stable_until(ends, name)
+    if not beyond:
+        ax.plot([middle, middle], [row - 0.28, row + 0.28], color=colour, linewidth=2.5)
+    ax.annotate(f"over {middle:.4g}" if beyond else f"{middle:.4g}", (middle, row - 0.3), ha="center", va="bottom",
+                fontsize=8)
 
 
 def throughput(groups):

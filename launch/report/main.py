@@ -137,17 +137,22 @@ def scales(groups, pictures):
 def stability(groups, pictures):
     parts = pictures.add("stability", figures.explosion(groups),
                          "Where runs exploded while the learning rate rose: a point for each run, a bar at the median "
-                         "over seeds (the paper's figure 5).")
-    if not parts:
-        return [page.paragraph("No run ended in an explosion: health.explosion_rise makes a run a stability test.")]
-    rows = []
-    for group in groups:
-        points = measures.explosions(group)
-        if points:
-            updates, rates = zip(*points)
-            rows.append([page.swatch(group), f"{len(points)} of {len(group.runs)}",
-                         number(measures.median(updates), "{:g}"), number(measures.median(rates))])
-    return parts + [page.table(["", "runs exploded", "median update", "median learning rate"], rows)]
+                         "over seeds (the paper's figure 5); an open arrow for each run that lasted, which counts as "
+                         "infinitely stable.")
+    tests = [group for group in groups if any(map(measures.is_stability_test, group.runs))]
+    if not tests:
+        return [page.paragraph("No run is a stability test: health.explosion_rise makes it one.")]
+    head = ["", "runs exploded", "lasted", "going on", "median update", "median learning rate"]
+    return parts + [page.table(head, list(map(stability_row, tests)))]
+
+
+def stability_row(group):
+    ends = measures.stability_ends(group)
+    exploded = sum(end.exploded for end in ends)
+    medians = [number(middle, "over {:.4g}" if beyond else "{:.4g}")
+               for middle, beyond in (measures.stable_until(ends, name) for name in ("update", "lr"))]
+    return [page.swatch(group), f"{exploded} of {len(group.runs)}", str(len(ends) - exploded),
+            str(len(group.runs) - len(ends)), *medians]
 
 
 def speeds(groups, pictures):

@@ -30,6 +30,14 @@ class Reach:
     seconds: float
 
 
+@dataclass
+class StabilityEnd:
+    """How far one run of a stability test came: to its explosion, or to its end without one."""
+    update: int
+    lr: float  # the last one, or the highest of a run that lasted
+    exploded: bool
+
+
 def is_pre_norm(config):
     return config.get("model.norm_position", "pre") == "pre"
 
@@ -217,14 +225,36 @@ def last_scales(run, what):
                   key=lambda pair: pair[0])
 
 
-def explosions(group):
-    """[(update, lr)] of the group's runs that exploded."""
-    return [(run.explosion["update"], run.explosion["lr"]) for run in group.runs
-            if run.explosion and isinstance(run.explosion.get("lr"), (int, float))]
+def is_stability_test(run):
+    """Whether the run was to end where it explodes, or did."""
+    return run.explosion is not None or run.config.get("health.explosion_rise", 0.0) > 0
+
+
+def end_of_test(run):
+    """How a stability test ended, a StabilityEnd; None of other runs and of those that are going on."""
+    if run.explosion:
+        rate = run.explosion.get("lr")
+        return StabilityEnd(run.explosion["update"], rate, True) if isinstance(rate, (int, float)) else None
+    rates = [step["lr"] for step in run.steps if isinstance(step.get("lr"), (int, float))]
+    return StabilityEnd(run.updates, max(rates), False) if is_stability_test(run) and run.is_complete and rates else None
+
+
+def stability_ends(group):
+    """The StabilityEnd of each of the group's runs that has one."""
+    return [end for end in map(end_of_test, group.runs) if end]
 
 
 def median(values):
     return float(np.median(values)) if len(values) else None
+
+
+def stable_until(ends, name):
+    """(median of "update" or "lr" over runs, whether it lies beyond): a run that lasted counts as infinitely stable, so
+    that of a median among those only the least of them is known. (None, False) without a run."""
+    middle = median([getattr(end, name) if end.exploded else math.inf for end in ends])
+    if middle is None or math.isfinite(middle):
+        return middle, False
+    return float(min(getattr(end, name) for end in ends if not end.exploded)), True
 
 
 def throughput(run):

@@ -41,12 +41,16 @@ class Run:
         return self.steps[-1]["update"] if self.steps else 0
 
     @property
+    def is_complete(self):
+        """Whether all updates were made."""
+        return self.explosion is None and self.updates >= self.config.get("train.updates", 0)
+
+    @property
     def state(self):
         """How far the run is."""
         if self.explosion:
             return f"exploded at update {self.explosion['update']}"
-        planned = self.config.get("train.updates", 0)
-        return "complete" if self.updates >= planned else f"{self.updates} of {planned} updates"
+        return "complete" if self.is_complete else f"{self.updates} of {self.config['train.updates']} updates"
 
     @property
     def flops_per_token(self):

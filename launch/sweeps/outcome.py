@@ -24,6 +24,7 @@ class Outcome:
     perplexity: Optional[float] = None
     exploded_at: Optional[int] = None  # updates
     exploded_lr: Optional[float] = None
+    highest_lr: Optional[float] = None  # of its batches
     seconds: float = 0.0  # that attempts took which have ended
 
     @property
@@ -81,7 +82,9 @@ def look(folder: pathlib.Path) -> Outcome:
     explosion, validation = last.get("explosion"), last.get("validation")
     state, code = _state(attempts, explosion is not None)
     loss = validation["loss"] if validation else None
+    rates = [line["lr"] for line in metrics if line.get("kind") == "step"]
     return Outcome(state, code, update=max((line.get("update", 0) for line in metrics), default=0), loss=loss,
                    perplexity=None if loss is None else math.exp(min(loss, 700.0)),
                    exploded_at=explosion["update"] if explosion else None,
-                   exploded_lr=explosion["lr"] if explosion else None, seconds=_seconds(attempts))
+                   exploded_lr=explosion["lr"] if explosion else None, highest_lr=max(rates, default=None),
+                   seconds=_seconds(attempts))

@@ -47,8 +47,17 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def _median(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):g}" if values else ""
+def _stable_until(over: Sequence[Outcome], exploded: Callable[[Outcome], Optional[float]],
+                  lasted: Callable[[Outcome], Optional[float]]) -> str:
+    """The median over runs that are over. Those that did not explode count as infinitely stable: of a median among them
+    only the least that they came to is known."""
+    if not over:
+        return ""
+    middle = statistics.median(math.inf if (value := exploded(outcome)) is None else value for outcome in over)
+    if math.isfinite(middle):
+        return f"{middle:g}"
+    reached = _present((outcome for outcome in over if exploded(outcome) is None), lasted)
+    return f"over {min(reached):g}" if reached else ""
 
 
 def _present(outcomes: Iterable[Outcome], what: Callable[[Outcome], Optional[float]]) -> list[float]:
@@ -57,24 +66,23 @@ def _present(outcomes: Iterable[Outcome], what: Callable[[Outcome], Optional[flo
 
 def summary_table(sweep: Sweep, outcomes: Sequence[Outcome]) -> Rows:
     """A row for all runs that differ in their seed only: means with the standard deviation of the runs, medians of
-    explosions (a run that did not explode counts as infinitely stable). "best" marks the learning rate of the lowest loss
+    explosions (where some run exploded; one that did not counts as infinitely stable). "best" marks the learning rate of the lowest loss
     among rows that are otherwise alike, of those rows whose runs are all complete."""
     columns = [column for column in sweep.columns if column != SEED]
     groups: dict[tuple[Any, ...], list[Outcome]] = {}
     for run, outcome in zip(sweep.runs, outcomes):
         groups.setdefault(tuple(run.labels.get(column) for column in columns), []).append(outcome)
     best = _best_rates(columns, groups)
+    has_explosions = any(outcome.exploded_at is not None for outcome in outcomes)
     rows = [[*columns, "complete", "loss", "perplexity", "exploded after", "at lr", "best"]]
     for labels, members in groups.items():
         over = [outcome for outcome in members if outcome.is_over]
         complete = [outcome for outcome in over if outcome.exploded_at is None]
-        stable = [outcome.exploded_at if outcome.exploded_at is not None else math.inf for outcome in over]
-        rates = [outcome.exploded_lr if outcome.exploded_lr is not None else math.inf for outcome in over]
-        has_explosions = any(math.isfinite(at) for at in stable)
         rows.append([*map(_label, labels), f"{len(over)} of {len(members)}",
                      _spread(_present(complete, lambda o: o.loss), 4),
                      _spread(_present(complete, lambda o: o.perplexity), 3),
-                     _median(stable) if has_explosions else "", _median(rates) if has_explosions else "",
+                     _stable_until(over, lambda o: o.exploded_at, lambda o: o.update) if has_explosions else "",
+                     _stable_until(over, lambda o: o.exploded_lr, lambda o: o.highest_lr) if has_explosions else "",
                      "best" if labels in best else ""])
     return rows
 

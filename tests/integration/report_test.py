@@ -139,8 +139,27 @@ class Numbers(WithFolder):
             write_run(self.folder / str(seed), seed,
                       extra=[{"kind": "explosion", "update": update, "lr": update * 5e-5, "reason": "loss"}])
         (group,) = measures.group_runs(runs.find_runs([self.folder]))
-        self.assertEqual(measures.median([update for update, _ in measures.explosions(group)]), 12)
+        ends = measures.stability_ends(group)
+        self.assertEqual([measures.stable_until(ends, name) for name in ("update", "lr")], [(12, False), (12 * 5e-5, False)])
         self.assertEqual(group.runs[0].state, "exploded at update 9")
+
+    def test_a_run_that_lasted_counts_as_infinitely_stable(self):
+        exploded = [{"kind": "explosion", "update": 20, "lr": 5e-4, "reason": "loss"}]
+        for seed, extra in enumerate(((), exploded, ()), 1):
+            path = write_run(self.folder / str(seed), seed, extra=extra) / "config.toml"
+            path.write_text(path.read_text() + "[health]\nexplosion_rise = 1.0\n")
+        (group,) = measures.group_runs(runs.find_runs([self.folder]))
+        ends = measures.stability_ends(group)
+        self.assertEqual([(end.update, end.lr, end.exploded) for end in ends],
+                         [(30, 1e-3, False), (20, 5e-4, True), (30, 1e-3, False)])
+        self.assertEqual([measures.stable_until(ends, name) for name in ("update", "lr")], [(30, True), (1e-3, True)])
+        self.assertEqual(measures.stable_until(ends[:2] + ends[1:2], "update"), (20, False))
+        self.assertEqual(measures.stable_until([], "lr"), (None, False))
+        # A run that goes on has not lasted, and one that was to end at its updates is no stability test.
+        path = self.folder / "1" / "config.toml"
+        path.write_text(path.read_text().replace("updates = 30", "updates = 40"))
+        self.assertIsNone(measures.end_of_test(runs.read_run(self.folder / "1")))
+        self.assertIsNone(measures.end_of_test(runs.read_run(write_run(self.folder / "plain"))))
 
     def test_what_a_rollback_took_back_does_not_count(self):
         back = {"kind": "rollback", "batch": 31, "update": 15, "tokens": 150, "from_update": 30}
@@ -217,6 +236,15 @@ class Page(WithFolder):
         self.check(self.page())
         for key in ("metrics.gradient_norms_every", "metrics.distributions_every", "health.explosion_rise"):
             self.assertIn(key, self.page())
+
+    def test_a_stability_test_in_which_nothing_exploded_has_its_row_and_picture(self):
+        path = write_run(self.folder / "a") / "config.toml"
+        path.write_text(path.read_text() + "[health]\nexplosion_rise = 1.0\n")
+        self.report(self.folder / "a")
+        self.check(self.page())
+        self.assertTrue((self.folder / "out" / "stability.png").exists())
+        section = self.page().partition('<section id="stability"')[2].partition("</section>")[0]
+        self.assertEqual(re.findall(r"<td[^>]*>([^<]*)</td>", section), ["0 of 1", "1", "0", "over 30", "over 0.001"])
 
     def test_names_and_a_target_are_taken(self):
         for name in ("a", "b"):

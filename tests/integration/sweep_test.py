@@ -167,8 +167,11 @@ class Tables(unittest.TestCase):
         labels = [{"model": m, "train.seed": s} for m in "abc" for s in (1, 2, 3)]
         at = [10, 30, 20, 40, None, 50, None, None, None]
         rows = self.summary(labels, [Outcome("complete" if n is None else "exploded", 0, 99, exploded_at=n,
-                                             exploded_lr=None if n is None else n / 100) for n in at])
-        self.assertEqual([row[4:6] for row in rows[1:]], [["20", "0.2"], ["50", "0.5"], ["", ""]])
+                                             exploded_lr=None if n is None else n / 100, highest_lr=0.75) for n in at])
+        self.assertEqual([row[4:6] for row in rows[1:]], [["20", "0.2"], ["50", "0.5"], ["over 99", "over 0.75"]])
+        # Where nothing exploded there is no stability test to tell of.
+        rows = self.summary(labels, [Outcome("complete", 0, 99, highest_lr=0.75)] * 9)
+        self.assertEqual([row[4:6] for row in rows[1:]], [["", ""]] * 3)
 
     def test_csv_quotes_what_it_must(self):
         self.assertEqual(as_csv([["a", "b"], ['1,2', 'say "x"']]), 'a,b\n"1,2","say ""x"""\n')
