@@ -1,5 +1,6 @@
 """The pictures of a report: each function returns a figure, or None where the runs tell nothing to draw."""
 import math
+import textwrap
 
 import numpy as np
 
@@ -24,7 +25,7 @@ SCALES = (("ffn_layernorm.weight", "FFN LayerNorm gain"), ("attn_ln.weight", "po
 
 def draw_over_all(groups, label, draw):
     """Four panels of the same curves over tokens, updates, FLOPs and time; draw(axes, group, x of a curve)."""
-    figure, axes = panels(2, 2, 5.4, sharey=True)
+    figure, axes = panels(2, 2, 5.1, sharey=True)
     for i, (ax, (x_label, x_of)) in enumerate(zip(axes, AXES)):
         for group in groups:
             draw(ax, group, lambda curve, run, x_of=x_of: x_of(curve, run))
@@ -36,7 +37,9 @@ def draw_over_all(groups, label, draw):
 
 
 def limit_to_late(axes, values):
-    """Leaves out of sight what stands above all that comes after the first eighth of the curves."""
+    """Leaves out of sight what stands above all that comes after the first eighth of the curves, where there are any."""
+    if not values:
+        return
     late = np.concatenate([value[-(-len(value) // 8):] if len(value) > 8 else value for value in values])
     room = 0.05 * max(late.max() - late.min(), 0.01 * abs(late.max()))
     for ax in axes:
@@ -54,6 +57,8 @@ def training_loss(groups):
             raw = measures.thinned(run.loss())
             ax.plot(x(raw, run), raw.value, color=group.colour, alpha=0.18, linewidth=0.6)
         mean = measures.mean_curve([run.loss() for run in group.runs])[0]
+        if not len(mean.value):
+            return  # seeds that share no update
         mean.value = measures.smooth(mean.value, len(mean.value) // 40)
         mean = measures.thinned(mean)
         seen.append(mean.value)
@@ -93,7 +98,8 @@ def speed(rows, target, owner):
         for i, (group, reached, _) in enumerate(rows):
             part = measures.part_of(reached, whole, name)
             if part is None:
-                ax.text(2, i, "not reached", va="center", fontsize=8, color="#555555")
+                ax.text(2, i, "not reached", va="center", fontsize=8, color="#555555",
+                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
                 continue
             ax.barh(i, part, color=group.colour, height=0.62)
             ax.text(part + 2, i, f"{part:.0f} %", va="center", fontsize=8,
@@ -119,13 +125,19 @@ def gradient_norms(groups):
     figure, axes = panels(rows, columns, 0.4 + 2.6 * rows, sharey=True, sharex=True)
     drawn = [(ax, updates, draw_layers(ax, updates, norms)) for ax, (_, updates, norms) in zip(axes, found)]
     top = max(ax.get_ylim()[1] for ax, _, _ in drawn)
+    last = max(updates[-1] for _, updates, _ in drawn)
     for (ax, updates, ends), (group, _, _) in zip(drawn, found):
         tell_layers(ax, updates, ends, top)
-        ax.set_title(group.label, color=group.colour, fontweight="bold", wrap=True)
+        ax.set_title(textwrap.fill(group.label, 24, break_on_hyphens=False), color=group.colour, fontweight="bold")
+    # The panels share their axes, on which there is room for the names of layers.
+    axes[0].set_ylim(0, top)
+    axes[0].set_xlim(0, 1.34 * last)
+    axes[0].set_xticks([tick for tick in pyplot.MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, last) if tick <= last])
     for ax in axes[len(found):]:
         ax.set_visible(False)
     for i, ax in enumerate(axes[:len(found)]):
         ax.set_xlabel("updates")
+        ax.tick_params(labelbottom=True)
         if i % columns == 0:
             ax.set_ylabel("L1 norm of the\ngradient to fc2.weight")
     return figure
@@ -159,9 +171,6 @@ def tell_layers(ax, updates, ends, top):
     for place, (_, layer, line_colour) in zip(places, ends):
         ax.annotate(f"layer {layer}", (updates[-1], place), xytext=(4, 0), textcoords="offset points",
                     color=line_colour, fontsize=7.5, va="center", annotation_clip=False)
-    ax.set_ylim(0, top)
-    ax.set_xticks([tick for tick in ax.get_xticks() if updates[0] <= tick <= updates[-1]])
-    ax.set_xlim(updates[0] - 1, updates[-1] + 0.34 * (updates[-1] - updates[0]) + 1)
 
 
 def spread(places, gap):
@@ -183,12 +192,14 @@ def gradient_ratio(groups):
     found = [(group, updates, norms) for group, updates, norms in found if len(updates) and len(norms) > 1]
     if not found:
         return None
-    figure, (ax,) = panels(1, 1, 2.9)
+    figure, (ax,) = panels(1, 1, 2.6)
     for group, updates, norms in found:
         ax.plot(updates, measures.smooth(measures.layer_ratio(norms), max(1, len(updates) // 20)), color=group.colour,
                 linestyle=group.line)
     ax.set_xlabel("updates")
     ax.set_ylabel("largest / smallest layer's\nL1 norm (fc2.weight)")
+    if ax.get_ylim()[1] > 30:
+        ax.set_yscale("log")
     ax.set_ylim(bottom=1)
     legend_above(figure, [group for group, _, _ in found])
     return figure
@@ -218,7 +229,7 @@ def learned_scales(groups):
         ax.grid(axis="x", visible=False)
     for ax in axes[len(kinds):]:
         ax.set_visible(False)
-    legend_above(figure, drawn)
+    legend_above(figure, [group for group in groups if group in drawn])
     return figure
 
 

@@ -108,6 +108,8 @@ def group_runs(runs, names=None):
 
 def smooth(values, window):
     """Means over `window` neighbours, fewer at both ends; the window is made odd."""
+    if not len(values):
+        return values
     window = max(1, min(window, len(values))) // 2 * 2 + 1
     kernel = np.ones(window)
     return np.convolve(values, kernel, "same")[:len(values)] / np.convolve(np.ones(len(values)), kernel,

@@ -10,7 +10,8 @@ figcaption, .note { color: #444; font-size: 0.9rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.88rem; margin: 0.8rem 0; }
 th, td { padding: 0.25rem 0.7rem; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
-th:first-child, td:first-child, .left { text-align: left; } thead th { border-bottom: 1.5px solid #666; }
+th:first-child, td:first-child, .left { text-align: left; }
+thead th { border-bottom: 1.5px solid #666; vertical-align: bottom; white-space: normal; }
 .swatch { display: inline-block; width: 0.75em; height: 0.75em; margin-right: 0.45em; border-radius: 2px; }
 @media print { body { max-width: none; margin: 0; } section { break-inside: avoid; } }
 """

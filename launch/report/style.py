@@ -32,12 +32,14 @@ def colour(groups):
 
 # From how much on an axis has which unit: (least, what is one of it, how it is written).
 TIMES = ((3 * 3600.0, 3600.0, "hours"), (180.0, 60.0, "minutes"), (0.0, 1.0, "seconds"))
-COUNTS = (*((10.0 ** e, 10.0 ** e, f"$10^{{{e}}}$") for e in range(24, 5, -3)), (0.0, 1.0, ""))
+COUNTS = (*((10.0 ** e, 10.0 ** e, f"$10^{{{e}}}$") for e in range(24, 5, -3)), (1e5, 1e3, "$10^{3}$"), (0.0, 1.0, ""))
 
 
 def scale_axis(ax, label, units):
-    """Numbers of at most a few digits along x, with their unit in the label."""
+    """Numbers of at most a few digits along x, from 0 on, with their unit in the label."""
     largest = ax.dataLim.x1
+    if 0 < largest < math.inf:
+        ax.set_xlim(-0.02 * largest, 1.04 * largest)
     _, one, unit = next(entry for entry in units if largest >= entry[0] or entry[0] == 0.0)
     ax.xaxis.set_major_locator(ticker.MultipleLocator(one * nice_step(largest / one / 5)))
     ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value / one:g}"))
@@ -62,12 +64,14 @@ def panels(rows, columns, height, **options):
 
 
 def legend_above(figure, groups):
-    """One legend for all panels, in the groups' colours."""
+    """One legend for all panels, in the groups' colours, for which the figure grows."""
     handles = [matplotlib.lines.Line2D([], [], color=group.colour, linestyle=group.line, linewidth=2) for group in groups]
     labels = [group.label for group in groups]
     columns = max(1, min(len(groups), int(110 / (max(map(len, labels)) + 8))))
     rows = -(-len(groups) // columns)
-    height = (0.2 * rows + 0.1) / figure.get_figheight()
+    inches = 0.2 * rows + 0.1
+    figure.set_figheight(figure.get_figheight() + inches)
+    height = inches / figure.get_figheight()
     figure.legend(handles, labels, loc="upper center", ncol=columns, borderaxespad=0.2)
     figure.get_layout_engine().set(rect=(0, 0, 1, 1 - height))
 

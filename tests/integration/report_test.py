@@ -246,6 +246,17 @@ class Page(WithFolder):
         section = self.page().partition('<section id="stability"')[2].partition("</section>")[0]
         self.assertEqual(re.findall(r"<td[^>]*>([^<]*)</td>", section), ["0 of 1", "1", "0", "over 30", "over 0.001"])
 
+    def test_seeds_that_share_no_update_are_drawn_without_a_mean(self):
+        for seed, parity in ((1, 0), (2, 1)):
+            path = write_run(self.folder / "runs" / str(seed), seed) / "metrics.jsonl"
+            lines = [json.loads(line) for line in path.read_text().splitlines()[:-1]]
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines
+                                    if line["kind"] == "step" and line["update"] % 2 == parity))
+        self.report(self.folder / "runs")
+        self.check(self.page())
+        self.assertTrue((self.folder / "out" / "training-loss.png").exists())
+        self.assertEqual(list(measures.smooth(numpy.array([]), 3)), [])
+
     def test_names_and_a_target_are_taken(self):
         for name in ("a", "b"):
             write_run(self.folder / name)
