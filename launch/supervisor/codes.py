@@ -11,6 +11,7 @@ IO_FAILURE = 74
 STOPPED = 75
 HANG = 76
 NUMERIC = 77
+CORRUPT = 78
 HOST_LOST = 205
 ENDED_AT_ONCE = 130
 
@@ -26,6 +27,7 @@ _MEANINGS = {
     STOPPED: "stopped cleanly",
     HANG: "a rank stopped making progress",
     NUMERIC: "training diverged",
+    CORRUPT: "ranks held different copies of the same weights",
     HOST_LOST: "mpirun lost a host",
 }
 

@@ -46,8 +46,9 @@ class Decisions(unittest.TestCase):
             decision, = self.after([code])
             self.assertFalse(decision.restart, code)
             self.assertEqual(decision.code, code)
-        for code in (1, 70, 74, 76, 137, 139, 205):
+        for code in (1, 70, 74, 76, 78, 137, 139, 205):
             self.assertTrue(self.after([code])[0].restart, code)
+        self.assertIn("ranks held different copies of the same weights", self.after([78])[0].reason)
 
     def test_what_libraries_are_told_reaches_other_hosts(self):
         environment = {"NCCL_DEBUG": "INFO", "NORMFORMER_LOG": "debug", "LD_LIBRARY_PATH": "/opt", "HOME": "/root",
