@@ -2,7 +2,6 @@
 import dataclasses
 import datetime
 import json
-import math
 import pathlib
 from typing import Any, Optional
 
@@ -10,7 +9,7 @@ from supervisor import codes
 from supervisor.codes import Refusal
 from supervisor.record import lines_of, write_durably
 
-from .plan import Run
+from .plan import Run, relevant
 
 WAITING, RUNNING, COMPLETE, EXPLODED, STOPPED, FAILED = "waiting", "unfinished", "complete", "exploded", "stopped", "failed"
 
@@ -21,7 +20,8 @@ class Outcome:
     code: Optional[int] = None  # of the last attempt
     update: int = 0  # made
     loss: Optional[float] = None  # of the last validation
-    perplexity: Optional[float] = None
+    perplexity: Optional[float] = None  # of language models
+    accuracy: Optional[float] = None  # of classifiers
     exploded_at: Optional[int] = None  # updates
     exploded_lr: Optional[float] = None
     highest_lr: Optional[float] = None  # of its batches
@@ -38,7 +38,7 @@ def claim(run: Run) -> None:
     path = run.folder / "sweep.json"
     settings = json.loads(json.dumps(run.settings()))
     try:
-        saved = json.loads(path.read_text())
+        saved = relevant(json.loads(path.read_text()))
     except OSError:
         saved = None
     except ValueError as error:
@@ -79,12 +79,11 @@ def look(folder: pathlib.Path) -> Outcome:
     """What there is of the run in `folder`."""
     attempts, metrics = lines_of(folder / "attempts.jsonl"), lines_of(folder / "metrics.jsonl")
     last = {line.get("kind"): line for line in metrics}
-    explosion, validation = last.get("explosion"), last.get("validation")
+    explosion, validation = last.get("explosion"), last.get("validation", {})
     state, code = _state(attempts, explosion is not None)
-    loss = validation["loss"] if validation else None
     rates = [line["lr"] for line in metrics if line.get("kind") == "step"]
-    return Outcome(state, code, update=max((line.get("update", 0) for line in metrics), default=0), loss=loss,
-                   perplexity=None if loss is None else math.exp(min(loss, 700.0)),
+    return Outcome(state, code, update=max((line.get("update", 0) for line in metrics), default=0),
+                   loss=validation.get("loss"), perplexity=validation.get("perplexity"), accuracy=validation.get("accuracy"),
                    exploded_at=explosion["update"] if explosion else None,
                    exploded_lr=explosion["lr"] if explosion else None, highest_lr=max(rates, default=None),
                    seconds=_seconds(attempts))

@@ -12,7 +12,7 @@ from supervisor.settings import overrides_of, read_table
 SEED = "train.seed"
 FOLDER = "checkpoint.folder"
 # What a run computes does not depend on these, but for rounding: a run may go on under another layout.
-IRRELEVANT = ("device.threads", "train.micro_batch", "train.recompute", FOLDER)
+IRRELEVANT = ("device.threads", "train.micro_batch", "train.recompute", "train.recompute_layers", FOLDER)
 IRRELEVANT_SECTION = "parallel."
 
 _KNOWN = {"base", "folder", "ranks", "axes", "set"}
@@ -47,9 +47,7 @@ class Run:
 
     def settings(self) -> dict[str, Any]:
         """All keys that decide what the run computes, as they are written down."""
-        merged = flattened(read_table(self.config)) | self.keys
-        return {key: value for key, value in merged.items()
-                if key not in IRRELEVANT and not key.startswith(IRRELEVANT_SECTION)}
+        return relevant(flattened(read_table(self.config)) | self.keys)
 
     def setting(self, key: str) -> Any:
         """What is written for a key; None where nothing is."""
@@ -71,6 +69,11 @@ def flattened(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in table.items():
         flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def relevant(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that decide what a run computes."""
+    return {key: value for key, value in keys.items() if key not in IRRELEVANT and not key.startswith(IRRELEVANT_SECTION)}
 
 
 def toml_text(value: Any) -> str:

@@ -28,11 +28,12 @@ def _label(value: Any) -> str:
 
 def runs_table(sweep: Sweep, outcomes: Sequence[Outcome]) -> Rows:
     """A row for each run."""
-    rows = [[*sweep.columns, "state", "updates", "loss", "perplexity", "exploded after", "at lr", "minutes"]]
+    rows = [[*sweep.columns, "state", "updates", "loss", "perplexity", "accuracy", "exploded after", "at lr",
+             "minutes"]]
     for run, outcome in zip(sweep.runs, outcomes):
         state = outcome.state if outcome.state != "failed" else f"failed with {outcome.code}"
         rows.append([*(_label(run.labels.get(column)) for column in sweep.columns), state, str(outcome.update),
-                     shown(outcome.loss), shown(outcome.perplexity, 3), shown(outcome.exploded_at),
+                     shown(outcome.loss), shown(outcome.perplexity, 3), shown(outcome.accuracy), shown(outcome.exploded_at),
                      _label(outcome.exploded_lr) if outcome.exploded_lr is not None else "",
                      shown(outcome.seconds / 60.0, 1)])
     return rows
@@ -74,13 +75,14 @@ def summary_table(sweep: Sweep, outcomes: Sequence[Outcome]) -> Rows:
         groups.setdefault(tuple(run.labels.get(column) for column in columns), []).append(outcome)
     best = _best_rates(columns, groups)
     has_explosions = any(outcome.exploded_at is not None for outcome in outcomes)
-    rows = [[*columns, "complete", "loss", "perplexity", "exploded after", "at lr", "best"]]
+    rows = [[*columns, "complete", "loss", "perplexity", "accuracy", "exploded after", "at lr", "best"]]
     for labels, members in groups.items():
         over = [outcome for outcome in members if outcome.is_over]
         complete = [outcome for outcome in over if outcome.exploded_at is None]
         rows.append([*map(_label, labels), f"{len(over)} of {len(members)}",
                      _spread(_present(complete, lambda o: o.loss), 4),
                      _spread(_present(complete, lambda o: o.perplexity), 3),
+                     _spread(_present(complete, lambda o: o.accuracy), 4),
                      _stable_until(over, lambda o: o.exploded_at, lambda o: o.update) if has_explosions else "",
                      _stable_until(over, lambda o: o.exploded_lr, lambda o: o.highest_lr) if has_explosions else "",
                      "best" if labels in best else ""])

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """launch/sweep: what a sweep file asks for, how runs are told apart, trained, gone on with, and compared."""
 import csv
+import json
 import os
 import pathlib
 import signal
@@ -18,9 +19,9 @@ sys.path.insert(0, str(ROOT / "launch"))
 import sweeps.main  # noqa: E402
 from supervisor.codes import Refusal  # noqa: E402
 from sweeps.jobs import gpus_of_slot, threads_of_rank  # noqa: E402
-from sweeps.outcome import Outcome  # noqa: E402
+from sweeps.outcome import Outcome, claim, look  # noqa: E402
 from sweeps.plan import Run, Sweep, read_sweep, toml_text  # noqa: E402
-from sweeps.table import as_csv, summary_table  # noqa: E402
+from sweeps.table import as_csv, runs_table, summary_table, without_empty_columns  # noqa: E402
 
 VARIANTS = """
 [[axes]]
@@ -71,14 +72,14 @@ optimizer.lr = 0.25
 
     def test_the_command_outranks_the_file_but_not_its_axes(self):
         self.folder.config("base")
-        layout = self.write('[parallel]\npipeline = 3\n[train]\nmicro_batch = 1\n', "layout")
+        layout = self.write('[parallel]\npipeline = 3\n[train]\nmicro_batch = 1\nrecompute_layers = 2\n', "layout")
         path = self.write('base = "base.toml"\nranks = 2\n' + SEEDS + "[set]\ntrain.updates = 3\ntrain.micro_batch = 4\n")
         sweep = read_sweep(path, 6, [f"@{layout}", "train.updates=5", "data.tokenizer=x"])
         self.assertEqual(sweep.ranks, 6)
-        self.assertEqual(sweep.runs[1].overrides()[:12],
+        self.assertEqual(sweep.runs[1].overrides(),
                          ["--set", "train.updates=5", "--set", "train.micro_batch=1", "--set", "train.seed=2",
-                          "--set", "parallel.pipeline=3", "--set", 'data.tokenizer="x"', "--set",
-                          'checkpoint.folder="runs/sweep/seed-2"'])
+                          "--set", "parallel.pipeline=3", "--set", "train.recompute_layers=2",
+                          "--set", 'data.tokenizer="x"', "--set", 'checkpoint.folder="runs/sweep/seed-2"'])
         # What a layout sets does not make another run.
         other = read_sweep(path, of_command=["train.updates=5", "data.tokenizer=x"])
         self.assertEqual(sweep.runs[1].settings(), other.runs[1].settings())
@@ -141,10 +142,39 @@ class Slots(WithFolder):
         self.assertEqual(gpus_of_slot(sweep, fixed, 2, 1, {}), {})
 
 
+class Looks(WithFolder):
+    def look(self, **of_validation):
+        (self.folder.path / "metrics.jsonl").write_text(
+            '{"kind":"step","update":1,"lr":0.5}\n{"kind":"step","update":2,"lr":0.25}\n'
+            + json.dumps({"kind": "validation", "update": 2, "loss": 1.0, **of_validation}) + "\n")
+        return look(self.folder.path)
+
+    def test_a_language_model_has_the_perplexity_and_a_classifier_the_accuracy_of_its_last_validation(self):
+        model, classifier = self.look(perplexity=2.5), self.look(accuracy=0.75)
+        self.assertEqual((model.loss, model.perplexity, model.accuracy), (1.0, 2.5, None))
+        self.assertEqual((classifier.loss, classifier.perplexity, classifier.accuracy), (1.0, None, 0.75))
+        self.assertEqual((model.update, model.highest_lr), (2, 0.5))
+        self.assertIsNone(look(self.folder.path / "none").loss)
+
+
 class Tables(unittest.TestCase):
-    def summary(self, labels, outcomes):
+    def sweep(self, labels):
         runs = tuple(Run(str(at), label, pathlib.Path("c"), pathlib.Path("f"), {}) for at, label in enumerate(labels))
-        return summary_table(Sweep(pathlib.Path("s"), pathlib.Path("."), 1, tuple(labels[0]), runs), outcomes)
+        return Sweep(pathlib.Path("s"), pathlib.Path("."), 1, tuple(labels[0]), runs)
+
+    def summary(self, labels, outcomes):
+        return summary_table(self.sweep(labels), outcomes)
+
+    def test_classifiers_have_accuracies_in_place_of_perplexities(self):
+        labels = [{"train.seed": seed} for seed in (1, 2)]
+        outcomes = [Outcome("complete", 0, 9, 0.5, accuracy=accuracy) for accuracy in (0.75, 0.875)]
+        rows = without_empty_columns(runs_table(self.sweep(labels), outcomes))
+        self.assertEqual(rows, [["train.seed", "state", "updates", "loss", "accuracy", "minutes"],
+                                ["1", "complete", "9", "0.5000", "0.7500", "0.0"],
+                                ["2", "complete", "9", "0.5000", "0.8750", "0.0"]])
+        self.assertEqual(without_empty_columns(self.summary(labels, outcomes)),
+                         [["complete", "loss", "accuracy"],
+                          ["2 of 2", "0.5000 ± 0.0000", f"0.8125 ± {statistics.stdev([0.75, 0.875]):.4f}"]])
 
     def test_seeds_are_means_with_their_spread_and_the_best_rate_is_marked(self):
         labels = [{"model": m, "optimizer.lr": lr, "train.seed": s} for m in "ab" for lr in (0.1, 0.2) for s in (1, 2)]
@@ -168,10 +198,10 @@ class Tables(unittest.TestCase):
         at = [10, 30, 20, 40, None, 50, None, None, None]
         rows = self.summary(labels, [Outcome("complete" if n is None else "exploded", 0, 99, exploded_at=n,
                                              exploded_lr=None if n is None else n / 100, highest_lr=0.75) for n in at])
-        self.assertEqual([row[4:6] for row in rows[1:]], [["20", "0.2"], ["50", "0.5"], ["over 99", "over 0.75"]])
+        self.assertEqual([row[5:7] for row in rows[1:]], [["20", "0.2"], ["50", "0.5"], ["over 99", "over 0.75"]])
         # Where nothing exploded there is no stability test to tell of.
         rows = self.summary(labels, [Outcome("complete", 0, 99, highest_lr=0.75)] * 9)
-        self.assertEqual([row[4:6] for row in rows[1:]], [["", ""]] * 3)
+        self.assertEqual([row[5:7] for row in rows[1:]], [["", ""]] * 3)
 
     def test_csv_quotes_what_it_must(self):
         self.assertEqual(as_csv([["a", "b"], ['1,2', 'say "x"']]), 'a,b\n"1,2","say ""x"""\n')
@@ -258,6 +288,14 @@ class Sweeps(WithCorpus):
         path.write_text(path.read_text() + "[set]\noptimizer.lr = 0.5\n")
         said = self.sweep(path, expect=64).stderr
         self.assertIn("seed-1 was begun with optimizer.lr = 0.003, and now it is 0.5: remove it", said)
+
+    def test_a_folder_that_names_a_layout_is_gone_on_with(self):
+        path = self.write("older", SEEDS)
+        sweep = read_sweep(path)
+        claim(sweep.runs[0])
+        kept = sweep.runs[0].folder / "sweep.json"
+        kept.write_text(json.dumps({**json.loads(kept.read_text()), "train.recompute_layers": 2}))
+        claim(sweep.runs[0])
 
     def test_each_run_is_judged_by_the_program_for_its_device(self):
         self.folder.config("device-base")
