@@ -8,6 +8,7 @@ from report import figures, measures, page, style
 from report.runs import NoRun, find_runs
 
 USAGE, DATA, FILES = 64, 65, 74  # exit codes, as those of normformer (core/error.h)
+TOLD_IN_WORDS = 3  # models whose speed is told in sentences too; of more the table alone is easier to read
 
 
 class Arguments(argparse.ArgumentParser):
@@ -106,7 +107,7 @@ def speed(groups, pictures, asked):
         parts.append(f"<h3>{page.escape(title)}</h3>")
         sentences = [text for group, reached, whole in rows if owner
                      for text in speed_sentence(group, owner, reached, whole)]
-        if sentences:
+        if 0 < len(sentences) <= TOLD_IN_WORDS:
             parts.append(page.paragraph(" ".join(sentences)))
         parts.append(speed_table(rows))
         if owner and len(rows) > 1:

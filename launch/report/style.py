@@ -4,13 +4,17 @@ import math
 import re
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 
 from matplotlib import pyplot, ticker  # noqa: E402
 
-# Okabe and Ito, "Color Universal Design", 2008, without yellow, which is faint on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito, "Color Universal Design", 2008, without yellow, which is faint on white; then darker ones of Tol, "Colour
+# Schemes", 2021.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933", "#777777",
+           "#332288", "#A5652A")
+LEGEND_CHARACTERS = 112  # of labels and what stands before them, in a line as wide as the picture
 LINES = ("-", "--", ":", "-.")
 WIDTH = 7.0  # inches: the whole text width of a paper; text in pictures has 8 or 9 points
 
@@ -63,11 +67,18 @@ def panels(rows, columns, height, **options):
     return figure, list(axes.flat)
 
 
+def legend_columns(labels):
+    """As many columns as fit, each as wide as its longest label; labels fill them one by one, evenly."""
+    def width(columns):
+        return sum(max(map(len, part)) + 8 for part in np.array_split(labels, columns))
+    return next((columns for columns in range(len(labels), 1, -1) if width(columns) <= LEGEND_CHARACTERS), 1)
+
+
 def legend_above(figure, groups):
     """One legend for all panels, in the groups' colours, for which the figure grows."""
     handles = [matplotlib.lines.Line2D([], [], color=group.colour, linestyle=group.line, linewidth=2) for group in groups]
     labels = [group.label for group in groups]
-    columns = max(1, min(len(groups), int(110 / (max(map(len, labels)) + 8))))
+    columns = legend_columns(labels)
     rows = -(-len(groups) // columns)
     inches = 0.2 * rows + 0.1
     figure.set_figheight(figure.get_figheight() + inches)
