@@ -116,7 +116,7 @@ class Classification(WithCorpus):
     def evaluated(self, arguments, ranks=1):
         out = run(["eval", *arguments], ranks, expect=0).out
         found = re.search(r": (\d+) texts, loss ([\d.]+), accuracy ([\d.]+) \((\d+) right\), Matthews correlation ([-\d.]+), "
-                          r"F1 of 'pos' ([\d.]+)\n", out)
+                          r"F1 of '(?:pos|1)' ([\d.]+)\n", out)
         self.assertTrue(found, out)
         return int(found[1]), float(found[2]), float(found[3]), int(found[4]), float(found[5]), float(found[6])
 
@@ -210,7 +210,7 @@ class Classification(WithCorpus):
                      model__classes=2)
         self.train("pairs", **pairs)
         self.assertEqual(json.loads((self.path / "pairs" / "classes.json").read_text()), ["0", "1"])
-        texts, loss, _, _ = self.evaluated([self.path / "pairs", self.path / "pairs.jsonl"])
+        texts, loss, *_ = self.evaluated([self.path / "pairs", self.path / "pairs.jsonl"])
         self.assertEqual(texts, len(rows))
         self.assertAlmostEqual(loss, of_kind(self.path / "pairs", "validation")[-1]["loss"], places=5)
 
