@@ -219,7 +219,7 @@ class Generator {
       while (batches.size() < of_replica) batches.push_back(empty_micro_batch());
     }
     const auto count = static_cast<int64_t>(batches.size());
-    model_.set_micro_batches(std::move(batches));
+    model_.set_micro_batches(batches);
     model_.forward(count);
     std::vector<double> drawn(places_.size(), -1.0);
     if (options_.keep_logits) rows_.assign(places_.size() * vocabulary(), 0.0);
